@@ -1,0 +1,23 @@
+"""The one exception family a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UgrlError(Exception):
+    """Bad input from outside (a file, a row, a value, a name).
+
+    The message is a single line that names the place, what was found and what was expected; the
+    command line prints it without a traceback and exits with status 2.
+    """
+
+
+class ConfigError(UgrlError):
+    """A configuration or a search space that cannot be used."""
+
+
+class DataError(UgrlError):
+    """A data set, a shard or an image that cannot be used."""
+
+
+class CheckpointError(UgrlError):
+    """A checkpoint or a weight file that cannot be used."""

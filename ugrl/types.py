@@ -1,0 +1,158 @@
+"""What flows through the project, and the legend of its tensor names.
+
+A tensor's name ends in its axes, one letter each:
+
+========  ======================================================================================
+letter    meaning
+========  ======================================================================================
+B         images on this rank
+F         foreground classes (classes 1…F; class 0 is background)
+C         classes with background, C = F + 1
+P         (image, class) pairs that are present, i.e. ``tags_BF[b, f] == 1``
+H, W      image or label grid (the crop)
+h, w      a feature grid: stride 16 for the encoder's last stage, stride 4 for the decoder
+N         positions of a grid, N = h·w, or entries that are summed over
+M         attention maps (2 · heads)
+D         channels: of the encoder's last stage, of an embedding
+========  ======================================================================================
+
+Labels are ``0`` background, ``1…F`` classes, ``255`` ignored. Boxes are half-open
+``(y0, y1, x0, x1)`` in pixels of the crop: the part that shows the image and not its padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image as the shards hold it.
+
+    Attributes:
+        id: File stem, unique within a split.
+        image: The original JPEG (or PNG) bytes, untouched.
+        width: Pixels.
+        height: Pixels.
+        tags: Class indices 1…F that the image shows, ascending.
+        mask: Label PNG (indices, 255 ignored) or ``None``.
+    """
+
+    id: str
+    image: bytes
+    width: int
+    height: int
+    tags: tuple[int, ...]
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One augmented image.
+
+    Attributes:
+        id: The row's id.
+        image_3HW: float32, normalised; padding is 0.
+        tags_F: float32, 0 or 1.
+        mask_HW: uint8 labels with 255 outside the box, or ``None``.
+        box_4: int64 ``(y0, y1, x0, x1)``.
+    """
+
+    id: str
+    image_3HW: np.ndarray
+    tags_F: np.ndarray
+    mask_HW: np.ndarray | None
+    box_4: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples of this rank, stacked.
+
+    Attributes:
+        ids: B names.
+        images_B3HW: float32.
+        tags_BF: float32, 0 or 1.
+        boxes_B4: int64, always on the CPU: the step slices with it and must not wait for a device.
+        masks_BHW: uint8 or ``None``; never read by a loss, only by metrics and pictures.
+        pairs_P2: int64 ``(b, f)`` of every tag, row-major, on the CPU; f counts from 0.
+    """
+
+    ids: tuple[str, ...]
+    images_B3HW: Tensor
+    tags_BF: Tensor
+    boxes_B4: Tensor
+    masks_BHW: Tensor | None
+    pairs_P2: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch with its large tensors on ``device`` (boxes and pairs stay)."""
+        masks = self.masks_BHW
+        return replace(
+            self,
+            images_B3HW=self.images_B3HW.to(device, dtype, non_blocking=True),
+            tags_BF=self.tags_BF.to(device, dtype, non_blocking=True),
+            masks_BHW=None if masks is None else masks.to(device, non_blocking=True),
+        )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples; the batch has masks only if every sample has one."""
+    masks = [s.mask_HW for s in samples]
+    tags = torch.from_numpy(np.stack([s.tags_F for s in samples]))
+    return Batch(
+        ids=tuple(s.id for s in samples),
+        images_B3HW=torch.from_numpy(np.stack([s.image_3HW for s in samples])),
+        tags_BF=tags,
+        boxes_B4=torch.from_numpy(np.stack([s.box_4 for s in samples])).long(),
+        masks_BHW=None
+        if any(m is None for m in masks)
+        else torch.from_numpy(np.stack([m for m in masks if m is not None])),
+        pairs_P2=tags.nonzero(),
+    )
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """What the network returns.
+
+    Attributes:
+        features: F1…F4, each (B, D_i, h_i, w_i).
+        attn_BMNN: Pre-softmax, unscaled attention logits of the last two blocks of stage 4, or
+            ``None`` when they were not asked for.
+        affinity_BNN: One logit per pair of positions (Eq. 1), or ``None``.
+        logits_BF: Class scores.
+        seg_BChw: Decoder logits at stride 4, or ``None``.
+        emb_BDhw: Unit-length embeddings of g_seg (Eq. 9) at stride 4, float32, or ``None``.
+    """
+
+    features: tuple[Tensor, Tensor, Tensor, Tensor]
+    logits_BF: Tensor
+    attn_BMNN: Tensor | None = None
+    affinity_BNN: Tensor | None = None
+    seg_BChw: Tensor | None = None
+    emb_BDhw: Tensor | None = None
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one training step yields; the loop knows no method.
+
+    Attributes:
+        loss: Scalar to call backward on: the local share of the global loss times the number of
+            ranks, so that averaging gradients over ranks gives the gradient of the global loss.
+        terms: Named losses, detached scalars, *global* values after :func:`mean over ranks`.
+        stats: Named detached scalars worth logging (effective sample share, mean u, …).
+        views: Tensors for pictures, filled only when asked for.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[str, Tensor] = field(default_factory=dict)
