@@ -1,0 +1,462 @@
+"""What a run is: one typed, frozen tree, validated as a whole before anything starts.
+
+YAML goes in, a plain dict comes out, and the same dotted paths (``method.uncertainty.alpha``) name
+a command-line override and an axis of a search space. An unknown key is refused and the nearest
+one is named.
+
+>>> cfg = build({"train": {"steps": 100, "cls_warmup_iters": 20, "lr_warmup_iters": 10}})
+>>> cfg.train.steps, cfg.method.contrast.tau
+(100, 0.1)
+>>> build({"trian": {}})
+Traceback (most recent call last):
+ugrl.errors.ConfigError: unknown config key 'trian'; did you mean 'train'?
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ugrl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _num(default: Any, **bounds: float) -> Any:
+    """A numeric field with bounds among ``ge, gt, le, lt``."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
+@dataclass(frozen=True, slots=True)
+class ShapesConfig:
+    """The generated data set, used when ``data.source`` is ``shapes`` and no shards are given."""
+
+    train: int = _num(1200, ge=1)
+    val: int = _num(200, ge=1)
+    tune_val: float = _num(0.15, gt=0, lt=1)
+    size: int = _num(96, ge=32)
+    difficulty: float = _num(0.5, ge=0, le=1)
+    seed: int = _num(0, ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the shards are and how a sample is cut from an image."""
+
+    source: Literal["shards", "shapes"] = "shards"
+    shards: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    crop: int = _num(512, ge=32)
+    scale_min: float = _num(0.5, gt=0)
+    scale_max: float = _num(2.0, gt=0)
+    mirror: bool = True
+    threads: int = _num(4, ge=0)
+    prefetch: int = _num(4, ge=1)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The network (METHOD: forward pass)."""
+
+    backbone: Literal["tiny", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"] = "mit_b1"
+    weights: str | None = None
+    decoder_dim: int = _num(256, ge=8)
+    pooling: Literal["gmp", "gap"] = "gmp"
+    affinity: Literal["linear", "mlp"] = "linear"
+    norm: Literal["sync_batch", "group"] = "sync_batch"
+    drop_path: float = _num(0.1, ge=0, lt=1)
+    dropout: float = _num(0.1, ge=0, lt=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CamConfig:
+    """CAM and pseudo-labels."""
+
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
+    mirror: bool = True
+    high: float = _num(0.55, gt=0, lt=1)
+    low: float = _num(0.35, gt=0, lt=1)
+    refine: Literal["par", "none"] = "par"
+    par_iterations: int = _num(10, ge=1)
+    par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    propagate: Literal["none", "affinity"] = "none"
+    propagate_after: int = _num(6000, ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class UncertaintyConfig:
+    """Prototypes, uncertainty and the weights made of it (Eqs. 2-8)."""
+
+    alpha: float = _num(5.0, gt=0)
+    beta: float = _num(5.0, gt=0)
+    eta: float = _num(0.99, ge=0, lt=1)
+    d_cls: int = _num(1024, ge=2)
+    encoding: Literal["linear", "fourier"] = "linear"
+    center: bool = True
+    weighting: Literal["inverse_exp", "exp_decay", "none"] = "inverse_exp"
+    u_min: float = _num(0.05, gt=0)
+    bound: float = _num(3.0, gt=1)
+    radius: int = _num(8, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastConfig:
+    """Reliable pool and contrastive loss (Eqs. 9-11)."""
+
+    tau: float = _num(0.1, gt=0)
+    keep: float = _num(0.35, gt=0, le=1)
+    d_seg: int = _num(512, ge=2)
+    pool: Literal["stratified", "ranked"] = "stratified"
+    scope: Literal["image", "batch"] = "image"
+    tile: int = _num(1024, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The weighted sum (Eq. 13)."""
+
+    lambda1: float = _num(0.1, ge=0)
+    lambda2: float = _num(0.1, ge=0)
+    lambda3: float = _num(0.1, ge=0)
+    balance: Literal["none", "fg_bg"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodConfig:
+    """The method; ``setting`` is a row of the paper's Table 3."""
+
+    setting: Literal["IV", "III", "II", "I", "Base"] = "IV"
+    cam: CamConfig = field(default_factory=CamConfig)
+    uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Schedule and optimizer."""
+
+    steps: int = _num(20000, ge=1)
+    global_batch: int = _num(8, ge=1)
+    lr: float = _num(6e-5, gt=0)
+    head_lr_ratio: float = _num(10.0, gt=0)
+    weight_decay: float = _num(0.01, ge=0)
+    norm_lr_mult: float = _num(0.0, ge=0)
+    power: float = _num(1.0, gt=0)
+    lr_warmup_iters: int = _num(1500, ge=0)
+    lr_warmup_ratio: float = _num(1e-6, gt=0, le=1)
+    cls_warmup_iters: int = _num(2000, ge=0)
+    grad_clip: float = _num(0.0, ge=0)
+    amp: Literal["auto", "off"] = "auto"
+    stochastic: bool = True
+    cpu_threads: int = _num(0, ge=0)
+    log_every: int = _num(20, ge=1)
+    eval_every: int = _num(2000, ge=1)
+    picture_every: int = _num(2000, ge=1)
+    checkpoint_every: int = _num(1000, ge=1)
+    keep_checkpoints: int = _num(2, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Validation and prediction."""
+
+    cam_background: float = _num(0.45, gt=0, lt=1)
+    cam: bool = True
+    refined_cam: bool = False
+    seg_scales: tuple[float, ...] = (1.0,)
+    mirror: bool = False
+    crf: bool = False
+    limit: int = _num(0, ge=0)
+    objective: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """How Ray places the training workers."""
+
+    cpus_per_worker: float = _num(1.0, gt=0)
+    gpus_per_worker: float = _num(1.0, ge=0)
+    max_failures: int = _num(2, ge=0)
+    prefetch_batches: int = _num(4, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A run."""
+
+    name: str = "run"
+    seed: int = _num(0, ge=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest option, else the list of options."""
+    options = list(options)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; expected one of {', '.join(options)}"
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_type_name(get_args(hint)[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return str(names.get(hint, getattr(hint, "__name__", str(hint))))
+
+
+def _coerce(path: str, hint: Any, value: Any) -> Any:
+    """``value`` as ``hint``, or a ConfigError that names the path, the value and what was expected."""
+    origin = get_origin(hint)
+    if origin is Literal and isinstance(value, str) and value in get_args(hint):
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        inner = next(a for a in get_args(hint) if a is not type(None))
+        return _coerce(path, inner, value)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) > 0:
+        return tuple(_coerce(f"{path}[{i}]", get_args(hint)[0], v) for i, v in enumerate(value))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    if hint is float and not isinstance(value, bool):
+        if isinstance(value, str):  # YAML reads 6e-5 as text: it wants 6.0e-5
+            try:
+                value = float(value)
+            except ValueError:
+                value = None
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"config key '{path}' is {value!r}; expected {_type_name(hint)}")
+
+
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def _check_bounds(path: str, value: Any, bounds: Mapping[str, float]) -> None:
+    ok = {
+        "ge": lambda v, b: v >= b,
+        "gt": lambda v, b: v > b,
+        "le": lambda v, b: v <= b,
+        "lt": lambda v, b: v < b,
+    }
+    if not all(ok[k](value, b) for k, b in bounds.items()):
+        wanted = " and ".join(f"{_SIGNS[k]} {b:g}" for k, b in bounds.items())
+        raise ConfigError(f"config key '{path}' is {value!r}; expected {wanted}")
+
+
+def _build(cls: type[T], tree: Any, prefix: str) -> T:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"config section '{prefix.rstrip('.')}' is {tree!r}; expected keys and values")
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in known:
+            hint = _elsewhere(str(key)) or nearest(str(key), known)
+            raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
+        path = f"{prefix}{key}"
+        if is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, path + ".")  # type: ignore[arg-type]
+        else:
+            values[key] = _coerce(path, hints[key], value)
+            bounds = known[key].metadata.get("bounds")
+            if bounds and values[key] is not None:
+                _check_bounds(path, values[key], bounds)
+    return cls(**values)
+
+
+def _elsewhere(key: str) -> str:
+    """A hint where a key exists, but in another section."""
+    places = [p for p in paths() if p.rsplit(".", 1)[-1] == key]
+    return f"; did you mean '{places[0]}'?" if places else ""
+
+
+def build(tree: Mapping[str, Any]) -> Config:
+    """The typed tree of a nested dict.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type or out of bounds, or values that do not
+            go together; the message names the key, the value and what was expected.
+    """
+    cfg = _build(Config, tree, "")
+    _check_together(cfg)
+    return cfg
+
+
+def _check_together(cfg: Config) -> None:
+    d, t, c = cfg.data, cfg.train, cfg.method.cam
+    rules = [
+        (d.scale_min <= d.scale_max, f"data.scale_min is {d.scale_min}; expected ≤ data.scale_max {d.scale_max}"),
+        (c.low <= c.high, f"method.cam.low is {c.low}; expected ≤ method.cam.high {c.high}"),
+        (1.0 in c.scales, f"method.cam.scales is {list(c.scales)}; expected 1.0 among them: it carries the affinity"),
+        (all(s > 0 for s in c.scales), f"method.cam.scales is {list(c.scales)}; expected numbers > 0"),
+        (all(s > 0 for s in cfg.eval.seg_scales), f"eval.seg_scales is {list(cfg.eval.seg_scales)}; expected > 0"),
+        (
+            t.cls_warmup_iters < t.steps,
+            f"train.cls_warmup_iters is {t.cls_warmup_iters}; expected < train.steps {t.steps}",
+        ),
+        (
+            t.lr_warmup_iters < t.steps,
+            f"train.lr_warmup_iters is {t.lr_warmup_iters}; expected < train.steps {t.steps}",
+        ),
+        (
+            d.source != "shapes" or d.shapes.size >= 32,
+            f"data.shapes.size is {d.shapes.size}; expected ≥ 32",
+        ),
+    ]
+    for ok, message in rules:
+        if not ok:
+            raise ConfigError(f"config key {message}")
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """The tree as plain dicts, lists and scalars, ready for YAML or JSON."""
+    out: dict[str, Any] = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        out[f.name] = to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def paths(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted path of the tree with its default value.
+
+    >>> paths()["method.contrast.keep"]
+    0.35
+    """
+    hints = get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            out.update(paths(hints[f.name], f"{prefix}{f.name}."))
+        else:
+            out[prefix + f.name] = f.default if f.default is not MISSING else None
+    return out
+
+
+def get(cfg: Config, path: str) -> Any:
+    """The value at a dotted path."""
+    node: Any = cfg
+    for part in path.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def check_path(path: str) -> None:
+    """Refuse a dotted path that names no value of the tree, naming the nearest one.
+
+    >>> check_path("method.contrast.tua")
+    Traceback (most recent call last):
+    ugrl.errors.ConfigError: unknown config key 'method.contrast.tua'; did you mean 'method.contrast.tau'?
+    """
+    known = paths()
+    if path not in known:
+        raise ConfigError(f"unknown config key '{path}'{_elsewhere(path.rsplit('.', 1)[-1]) or nearest(path, known)}")
+
+
+def override(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested dict with the values at dotted paths replaced (paths are checked)."""
+    out = _copy(tree)
+    for path, value in values.items():
+        check_path(path)
+        node = out
+        *sections, leaf = path.split(".")
+        for part in sections:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return out
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``["train.steps=100"]`` as ``{"train.steps": 100}``; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for word in words:
+        path, eq, text = word.partition("=")
+        if not eq or not path:
+            raise ConfigError(f"override '{word}' is not section.key=value")
+        try:
+            out[path.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override '{word}': the value is not YAML") from None
+    return out
+
+
+def find_yaml(name: str | Path, package: str = "ugrl.configs") -> Path:
+    """A YAML file by path, else by its name among those shipped in ``package``.
+
+    ``configs/shapes.yaml``, ``shapes.yaml`` and ``shapes`` all find the shipped file when no such
+    path exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = resources.files(package)
+    stem = path.name.removesuffix(".yaml")
+    shipped = Path(str(folder)) / f"{stem}.yaml"
+    if shipped.is_file():
+        return shipped
+    have = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    raise ConfigError(f"no file '{name}', and no shipped one of that name{nearest(stem, have)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; one clear line where it is not one."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
+    return tree
+
+
+def load(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, override and validate a configuration (see :func:`find_yaml` for how it is found).
+
+    Raises:
+        ConfigError: As :func:`build`; the message names the file.
+    """
+    path = find_yaml(name)
+    tree = read_yaml(path)
+    try:
+        return build(override(tree, overrides or {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from None
