@@ -1,0 +1,231 @@
+"""Validation: one pass over a split, counts added up, reduced over ranks, divided once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ugrl.config import Config
+from ugrl.data.augment import eval_sample
+from ugrl.data.reader import ShardReader
+from ugrl.distributed import rank, world_size
+from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
+from ugrl.eval.crf import dense_crf
+from ugrl.method.cam import dense, inside_grid, multi_scale_cam, to_grid
+from ugrl.method.prototypes import Prototypes
+from ugrl.method.refine import PAR, refine_labels
+from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
+from ugrl.model.network import UGRLNet
+from ugrl.types import Batch, Sample, collate
+
+# Pixels that one evaluation batch may hold: images of one size are batched up to it.
+BATCH_PIXELS = 512 * 512 * 2
+
+
+@dataclass(slots=True)
+class EvalResult:
+    """Metrics of one split.
+
+    Attributes:
+        metrics: Flat name → value: ``seg_miou, cam_miou, refined_miou, crf_miou`` (where masks
+            exist), ``tag_map, tag_f1``, ``u_auroc, p_auroc``; mIoU and the rest as shares of 1.
+        classes: Metric → class name → value, for the table.
+        images: Images seen, over all ranks.
+    """
+
+    metrics: dict[str, float]
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    images: int = 0
+
+
+def shape_batches(reader: ShardReader, indices: list[int], threads: int) -> Iterator[Batch]:
+    """Batches of images of one size, at most :data:`BATCH_PIXELS` each, decoded by ``threads``."""
+    buckets: dict[tuple[int, int], list[Sample]] = {}
+
+    def load(i: int) -> Sample:
+        return eval_sample(reader[i], num_classes=len(reader.class_names))
+
+    def flush(size: tuple[int, int]) -> Batch:
+        return collate(buckets.pop(size))
+
+    def walk(samples: Iterator[Sample]) -> Iterator[Batch]:
+        for sample in samples:
+            size = (sample.image_3HW.shape[1], sample.image_3HW.shape[2])
+            buckets.setdefault(size, []).append(sample)
+            if len(buckets[size]) >= max(1, BATCH_PIXELS // (size[0] * size[1])) or len(buckets[size]) >= 32:
+                yield flush(size)
+        for size in list(buckets):
+            yield flush(size)
+
+    if threads <= 0:
+        yield from walk(load(i) for i in indices)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # In slices, so that a large split is not decoded ahead of the model.
+        chunks = (indices[k : k + 4 * threads] for k in range(0, len(indices), 4 * threads))
+        yield from walk(s for chunk in chunks for s in pool.map(load, chunk))
+
+
+def seg_scores(
+    net: UGRLNet, images_B3HW: Tensor, scales: tuple[float, ...], mirror: bool, first: Tensor | None = None
+) -> Tensor:
+    """Class probabilities (B, C, H, W), averaged over scales and mirror images.
+
+    Args:
+        net: In eval mode.
+        images_B3HW: Normalised images of any size.
+        scales: Of the input.
+        mirror: Whether to add each scale's mirror image.
+        first: Logits of scale 1 if they are known already.
+    """
+    size = (images_B3HW.shape[-2], images_B3HW.shape[-1])
+    total: Tensor | None = None
+    for scale in scales:
+        x = images_B3HW
+        if scale != 1.0:
+            to = [max(32, round(n * scale)) for n in size]
+            x = F.interpolate(x, size=to, mode="bilinear", align_corners=False)
+        for flip in (False, True) if mirror else (False,):
+            if first is not None and scale == 1.0 and not flip:
+                logits = first
+            else:
+                logits = net.segment(x.flip(-1) if flip else x)
+            p = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).softmax(1)
+            p = p.flip(-1) if flip else p
+            total = p if total is None else total + p
+    assert total is not None
+    return total / (len(scales) * (2 if mirror else 1))
+
+
+@torch.no_grad()
+def evaluate(
+    net: UGRLNet,
+    reader: ShardReader,
+    cfg: Config,
+    *,
+    device: torch.device,
+    prototypes: Prototypes | None = None,
+    affinity_trained: bool = False,
+    par: PAR | None = None,
+    dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Evaluate a network on one split; each rank takes every W-th image.
+
+    Args:
+        net: The bare network; put into eval mode here and back afterwards.
+        reader: The split.
+        cfg: The run: ``eval`` and ``method.cam`` are read.
+        device: Where the network is.
+        prototypes: Given them, the uncertainty's AUROC is measured beside the classifier's.
+        affinity_trained: Whether Â is in use (L_aux active), as in training.
+        par: For ``eval.refined_cam``.
+        dtype: Of the network.
+        on_batch: Called with the number of images after each batch.
+
+    Returns:
+        The metrics, the same on every rank.
+    """
+    was_training = net.training
+    net.eval()
+    names = reader.class_names
+    num = len(names)
+    n = len(reader) if cfg.eval.limit == 0 else min(cfg.eval.limit, len(reader))
+    indices = list(range(rank(), n, world_size()))
+    masks = reader.has_masks
+    want_cam = cfg.eval.cam and masks
+    seg, cam_c, refined, crf_c = (Confusion(num + 1, device=device) for _ in range(4))
+    tags_m, u_m = TagMetrics(num), UncertaintyMetrics()
+    c = cfg.method.cam
+
+    for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
+        batch = batch_cpu.to(device, dtype)
+        images = batch.images_B3HW
+        b, _, h, w = images.shape
+        out = net(images, decode=True, affinity=False, embed=False)
+        tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
+        if masks:
+            assert batch.masks_BHW is not None and out.seg_BChw is not None
+            labels = batch.masks_BHW.long()
+            probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, first=out.seg_BChw)
+            seg.add(probs.argmax(1), labels)
+            if cfg.eval.crf:
+                from ugrl.data.augment import denormalise
+
+                for k in range(b):
+                    sharp = dense_crf(probs[k].cpu().numpy(), denormalise(batch_cpu.images_B3HW[k].numpy()))
+                    crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
+        if want_cam:
+            assert batch.masks_BHW is not None
+            labels = batch.masks_BHW.long()
+
+            def forward(x: Tensor, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+                return net.cam(x, affinity=affinity and affinity_trained)
+
+            cam = multi_scale_cam(
+                forward, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror
+            )
+            cam_BFHW = dense(cam.cam_PHW, batch.pairs_P2, b, num)
+            best, arg = cam_BFHW.max(1)
+            cam_c.add((arg + 1).where(best > cfg.eval.cam_background, torch.zeros_like(arg)), labels)
+            if cfg.eval.refined_cam and par is not None:
+                # One threshold, not two: every pixel is decided, as a pseudo-label file would.
+                fine, _ = refine_labels(
+                    cam.cam_PHW,
+                    batch.pairs_P2,
+                    batch.boxes_B4,
+                    images,
+                    batch=b,
+                    par=par,
+                    high=cfg.eval.cam_background,
+                    low=cfg.eval.cam_background,
+                )
+                refined.add(fine.where(fine != 255, torch.zeros_like(fine)), labels)
+            if prototypes is not None:
+                grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
+                inside = inside_grid(batch.boxes_B4, (h, w), grid).to(cam.cam_PHW)
+                m = class_positions(dense(to_grid(cam.cam_PHW, grid), batch.pairs_P2, b, num).flatten(2), inside)
+                ahat = None
+                if cam.affinity_BNN is not None:
+                    ahat = local_affinity(
+                        cam.affinity_BNN, grid=grid, radius=cfg.method.uncertainty.radius, inside_BN=inside
+                    )
+                r, present = class_vectors(cam.f4_BDhw.flatten(2), m, batch.tags_BF, ahat)
+                u_BC, known_BC = prototypes.uncertainty(r, present)
+                pb, pf = batch.pairs_P2.to(device).unbind(1)
+                hot = cam.cam_PHW > cfg.eval.cam_background
+                truth = labels[pb] == (pf + 1)[:, None, None]
+                valid = labels[pb] != 255
+                inter = (hot & truth & valid).flatten(1).sum(1)
+                union = ((hot | truth) & valid).flatten(1).sum(1)
+                ok = known_BC[pb, pf + 1] & (union > 0)
+                u_m.add(
+                    u_BC[pb, pf + 1][ok],
+                    (inter / union.clamp_min(1))[ok],
+                    out.logits_BF.float().sigmoid()[pb, pf][ok],
+                )
+        if on_batch:
+            on_batch(b)
+
+    metrics: dict[str, float] = {}
+    classes: dict[str, dict[str, float]] = {}
+    with_bg = ("background", *names)
+    wanted = [("seg", seg, masks), ("crf", crf_c, masks and cfg.eval.crf), ("cam", cam_c, want_cam)]
+    wanted.append(("refined", refined, want_cam and cfg.eval.refined_cam and par is not None))
+    for name, confusion, on in wanted:
+        if on:
+            confusion.reduce()
+            metrics[f"{name}_miou"] = float(confusion.miou)
+            classes[f"{name}_iou"] = confusion.table(with_bg)
+    tags_m.reduce()
+    metrics.update(tags_m.compute())
+    if want_cam and prototypes is not None:
+        u_m.reduce()
+        metrics.update(u_m.compute())
+    net.train(was_training)
+    return EvalResult(metrics, classes, n)

@@ -1,0 +1,35 @@
+"""The Pascal VOC colour map, and label images as palette PNGs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def voc_palette() -> np.ndarray:
+    """The 256 colours of the VOC devkit, uint8 (256, 3): bits of the index dealt to R, G, B in turn.
+
+    >>> voc_palette()[[0, 1, 15, 255]].tolist()
+    [[0, 0, 0], [128, 0, 0], [192, 128, 128], [224, 224, 192]]
+    """
+    index = np.arange(256)
+    colours = np.zeros((256, 3), dtype=np.int64)
+    for shift in range(7, -1, -1):
+        for channel in range(3):
+            colours[:, channel] |= (index >> channel & 1) << shift
+        index = index >> 3
+    return colours.astype(np.uint8)
+
+
+PALETTE = voc_palette()
+
+
+def write_mask(path: Path, labels_HW: np.ndarray) -> None:
+    """Write uint8 labels as a palette PNG (the format of VOC's submissions)."""
+    image = Image.fromarray(labels_HW.astype(np.uint8), mode="P")
+    image.putpalette(PALETTE.flatten().tolist())
+    tmp = path.with_name(path.name + ".tmp")
+    image.save(tmp, format="PNG")
+    tmp.replace(path)

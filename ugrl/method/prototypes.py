@@ -1,0 +1,265 @@
+"""Class prototypes in a hyperdimensional space and the uncertainty against them (Eqs. 3 to 5).
+
+A class vector r is encoded by a fixed random map, each (image, class) pair casts one unit vote, the
+mean vote of the global batch moves the class's prototype (Eq. 4), and u = 1 − cos(H, P) (Eq. 5)
+compares a pair with the prototype *before* its own vote is added: a pair that is alone with its class
+would otherwise be compared with itself.
+
+Centring. LayerNorm'd features share one direction, which pushes every cosine to 1. ``center``
+removes the class-balanced mean: the average, over the classes seen so far, of their running means.
+Batch t is encoded (u and votes alike) with the mean before batch t; the very first batch, which has
+none, with its own. Linear: H = Φ(r − μ). Fourier: cos(Φ(r − μ)/σ + b) would centre nothing, for
+the kernel these codes approximate depends on r − r' only; so the mean is taken between the codes, the
+average over classes of the code of their mean. For the linear code that is the same as Φ(r − μ).
+
+A prototype keeps its votes as they were cast. They are deviations from the mean of their own time: a
+drift of all features together, which training makes, cancels in them, while rewriting old votes for
+today's mean would bring it in. What the first votes lack (a mean of few classes) fades with η.
+
+σ of the Fourier code is the median distance between class vectors, averaged over batches until
+:meth:`Prototypes.freeze`. Another σ is another code, so freezing starts every prototype anew
+from the code of its class's running mean, and σ does not move again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ugrl.distributed import all_gather_rows, all_reduce_sum
+from ugrl.errors import ConfigError, UgrlError
+from ugrl.seeding import generator
+
+Encoding = Literal["linear", "fourier"]
+
+TINY = 1e-12
+"""Codes shorter than this have no direction: no vote and no u."""
+
+
+class Prototypes(nn.Module):
+    """Buffers only; ``state_dict`` is all there is to resume.
+
+    Args:
+        num_classes: C, with background.
+        dim: D, width of a class vector.
+        d_cls: Width of a code.
+        eta: η of Eq. 4.
+        encoding: ``linear`` Φr, entries of Φ ~ N(0, 1/d_cls); ``fourier`` cos(Φr/σ + b), Φ ~ N(0, 1), b
+            uniform in [0, 2π).
+        center: Whether to remove the class-balanced mean.
+        seed: Of Φ and b.
+        centre_momentum: Share of the old value when running means and σ move; they follow the features
+            faster than prototypes do, because a mean that lags is a common direction again.
+
+    Attributes:
+        phi_dD, bias_d: The fixed map (bias for Fourier only).
+        prototypes_Cd: P, 0 for classes without a vote.
+        counts_C: int64, batches that moved each prototype.
+        mean_CD: Running mean of each class's vectors.
+        mean_seen_C: bool, classes that have one.
+        sigma, frozen: Length scale (0 while unknown) and whether it is final (Fourier only).
+
+    Raises:
+        ConfigError: A value out of range or an unknown encoding.
+    """
+
+    phi_dD: Tensor
+    bias_d: Tensor
+    prototypes_Cd: Tensor
+    counts_C: Tensor
+    mean_CD: Tensor
+    mean_seen_C: Tensor
+    sigma: Tensor
+    frozen: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        dim: int,
+        d_cls: int,
+        eta: float = 0.99,
+        encoding: Encoding = "linear",
+        center: bool = True,
+        seed: int = 0,
+        centre_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if encoding not in ("linear", "fourier"):
+            raise ConfigError(f"encoding: {encoding!r}, expected 'linear' or 'fourier'")
+        for name, share in (("eta", eta), ("centre_momentum", centre_momentum)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"{name}: {share!r}, expected a number in [0, 1)")
+        for name, size in (("num_classes", num_classes), ("dim", dim), ("d_cls", d_cls)):
+            if size < 1:
+                raise ConfigError(f"{name}: {size!r}, expected a positive integer")
+        self.eta = eta
+        self.encoding = encoding
+        self.center = center
+        self.centre_momentum = centre_momentum
+        # NumPy's Philox gives every machine the same Φ; the checkpoint carries it all the same.
+        phi_dD = generator(seed, "prototypes", encoding, "phi").standard_normal((d_cls, dim))
+        if encoding == "linear":
+            phi_dD /= math.sqrt(d_cls)
+        self.register_buffer("phi_dD", torch.from_numpy(phi_dD).float())
+        self.register_buffer("prototypes_Cd", torch.zeros(num_classes, d_cls))
+        self.register_buffer("counts_C", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
+        self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
+        if encoding == "fourier":
+            bias_d = generator(seed, "prototypes", encoding, "bias").random(d_cls) * (2 * math.pi)
+            self.register_buffer("bias_d", torch.from_numpy(bias_d).float())
+            self.register_buffer("sigma", torch.zeros(()))
+            self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        # Known on the host so that a step with a final σ neither gathers rows nor waits for the device.
+        self._settled = encoding == "linear"
+        self.register_load_state_dict_post_hook(_after_load)
+
+    @torch.no_grad()
+    def encode(self, r_D: Tensor) -> Tensor:
+        """H of class vectors (…, D) → (…, d_cls), centred on the mean so far; not of unit length."""
+        with torch.autocast(device_type=r_D.device.type, enabled=False):
+            sigma = None if self.encoding == "linear" else self.sigma
+            return self._encode(r_D.to(self.phi_dD.dtype), self.mean_CD, self.mean_seen_C, sigma)
+
+    @torch.no_grad()
+    def uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """u = 1 − cos(H, P) (Eq. 5) against the prototypes as they are; call before :meth:`update`.
+
+        Args:
+            r_BCD: Class vectors; not read where absent.
+            present_BC: bool, which exist.
+
+        Returns:
+            u (B, C) in [0, 2], 0 where unknown, and bool (B, C): known, that is present and of a class
+            that has a prototype. u has the buffers' type: float32, float64 after ``.double()``.
+        """
+        self._check(r_BCD, present_BC)
+        with torch.autocast(device_type=r_BCD.device.type, enabled=False):
+            h_BCd = self.encode(r_BCD.masked_fill(~present_BC[..., None], 0))
+            lengths_BC = h_BCd.norm(dim=-1)
+            lengths_C = self.prototypes_Cd.norm(dim=-1)
+            dot_BC = torch.einsum("bcd,cd->bc", h_BCd, self.prototypes_Cd)
+            cosine_BC = dot_BC / lengths_BC.clamp(min=TINY) / lengths_C.clamp(min=TINY)
+            known_BC = present_BC & (self.counts_C > 0) & (lengths_BC > TINY) & (lengths_C > TINY)
+            return (1 - cosine_BC.clamp(-1, 1)).masked_fill(~known_BC, 0), known_BC
+
+    @torch.no_grad()
+    def update(self, r_BCD: Tensor, present_BC: Tensor) -> None:
+        """Bundle the votes of all ranks and move prototypes, means and σ (Eq. 4).
+
+        P ← η P + (1 − η) P̂ for the classes of the global batch, P ← P̂ the first time; P̂ is the mean of
+        the unit votes H/‖H‖. Every rank must call it, with the same B, whatever it has present.
+
+        Args:
+            r_BCD: Class vectors; not read where absent.
+            present_BC: bool, which exist.
+        """
+        self._check(r_BCD, present_BC)
+        with torch.autocast(device_type=r_BCD.device.type, enabled=False):
+            r_BCD = r_BCD.to(self.phi_dD.dtype).masked_fill(~present_BC[..., None], 0)
+            batch_mean_CD, n_C = _mean_over_batch(r_BCD, present_BC)
+            here_C = n_C > 0
+            started = self.mean_seen_C.any()
+            mean_CD = torch.where(started, self.mean_CD, batch_mean_CD)
+            seen_C = torch.where(started, self.mean_seen_C, here_C)
+            sigma = None
+            if self.encoding == "fourier":
+                sigma = self.sigma if self._settled else self._move_sigma(r_BCD, present_BC)
+
+            h_BCd = self._encode(r_BCD, mean_CD, seen_C, sigma)
+            lengths_BC = h_BCd.norm(dim=-1)
+            votes_BC = present_BC & (lengths_BC > TINY)
+            if sigma is not None:
+                votes_BC = votes_BC & (sigma > 0)
+            unit_BCd = (h_BCd / lengths_BC.clamp(min=TINY)[..., None]).masked_fill(~votes_BC[..., None], 0)
+            bundle_Cd, votes_C = _mean_over_batch(unit_BCd, votes_BC)
+
+            voted_C = votes_C > 0
+            had_C = self.counts_C > 0
+            self.prototypes_Cd.copy_(_move(self.prototypes_Cd, bundle_Cd, self.eta, had_C, voted_C))
+            self.counts_C.add_(voted_C)
+            self.mean_CD.copy_(_move(self.mean_CD, batch_mean_CD, self.centre_momentum, self.mean_seen_C, here_C))
+            self.mean_seen_C.logical_or_(here_C)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """End of the classification warm-up: σ is final. Nothing to do for the linear encoding.
+
+        Prototypes restart from the code of their class's running mean, since votes cast with another σ
+        are in another code; counts stay. Without a σ yet, the first that a batch gives is final. Calling
+        it again changes nothing.
+        """
+        if self.encoding == "linear" or bool(self.frozen):
+            return
+        self.frozen.fill_(True)
+        self._settled = bool(self.sigma > 0)
+        h_Cd = self.encode(self.mean_CD)
+        lengths_C = h_Cd.norm(dim=-1)
+        keep_C = (self.counts_C > 0) & (lengths_C > TINY)
+        self.prototypes_Cd.copy_((h_Cd / lengths_C.clamp(min=TINY)[:, None]).masked_fill(~keep_C[:, None], 0))
+        self.counts_C.masked_fill_(~keep_C, 0)
+
+    def _code(self, r_D: Tensor, sigma: Tensor | None) -> Tensor:
+        x_d = r_D @ self.phi_dD.mT
+        if sigma is None:
+            return x_d
+        return torch.cos(x_d / sigma.where(sigma > 0, 1) + self.bias_d)
+
+    def _encode(self, r_D: Tensor, mean_CD: Tensor, seen_C: Tensor, sigma: Tensor | None) -> Tensor:
+        if not self.center:
+            return self._code(r_D, sigma)
+        share_C = seen_C.to(r_D.dtype) / seen_C.sum().clamp(min=1)
+        if sigma is None:  # subtracting before Φ loses fewer digits than after
+            return self._code(r_D - share_C @ mean_CD, None)
+        return self._code(r_D, sigma) - share_C @ self._code(mean_CD, sigma)
+
+    def _move_sigma(self, r_BCD: Tensor, present_BC: Tensor) -> Tensor:
+        """Let σ follow this batch; returns the one to encode this batch with: the one before, if any."""
+        rows_MD = all_gather_rows(r_BCD.flatten(0, 1))  # absent rows are the padding that makes ranks equal
+        valid_M = all_gather_rows(present_BC.flatten().to(torch.uint8)) > 0
+        batch = _median_distance(rows_MD, valid_M)
+        known = self.sigma > 0
+        moved = self.centre_momentum * self.sigma + (1 - self.centre_momentum) * batch
+        moved = self.sigma.where(self.frozen | (batch == 0), moved)
+        used = torch.where(known, self.sigma, batch)
+        self.sigma.copy_(torch.where(known, moved, batch))
+        return used
+
+    def _check(self, r_BCD: Tensor, present_BC: Tensor) -> None:
+        if r_BCD.shape[1:] != self.mean_CD.shape or present_BC.shape != r_BCD.shape[:2]:
+            got = f"{tuple(r_BCD.shape)} and {tuple(present_BC.shape)}"
+            raise UgrlError(f"class vectors: shapes {got}, expected (B, {', '.join(map(str, self.mean_CD.shape))})")
+
+
+def _after_load(module: nn.Module, _: object) -> None:
+    assert isinstance(module, Prototypes)
+    module._settled = module.encoding == "linear" or bool(module.frozen & (module.sigma > 0))
+
+
+def _mean_over_batch(x_BCD: Tensor, valid_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the valid images of all ranks (C, D), 0 without any, and their number (C,)."""
+    packed_CD = torch.cat([x_BCD.sum(dim=0), valid_BC.sum(dim=0)[:, None].to(x_BCD.dtype)], dim=1)
+    packed_CD = all_reduce_sum(packed_CD)
+    n_C = packed_CD[:, -1]
+    return packed_CD[:, :-1] / n_C.clamp(min=1)[:, None], n_C
+
+
+def _move(old_CD: Tensor, new_CD: Tensor, momentum: float, had_C: Tensor, here_C: Tensor) -> Tensor:
+    """EMA of the rows that are here, a copy where there was none before."""
+    moved_CD = torch.where(had_C[:, None], momentum * old_CD + (1 - momentum) * new_CD, new_CD)
+    return torch.where(here_C[:, None], moved_CD, old_CD)
+
+
+def _median_distance(x_MD: Tensor, valid_M: Tensor) -> Tensor:
+    """Median ‖x_i − x_j‖ over pairs of different valid rows; 0 without a pair."""
+    # The matrix-product form of cdist cancels for rows that share a large common part.
+    distance_MM = torch.cdist(x_MD, x_MD, compute_mode="donot_use_mm_for_euclid_dist")
+    pair_MM = (valid_M[:, None] & valid_M).triu(diagonal=1)
+    ascending = distance_MM.masked_fill(~pair_MM, torch.inf).flatten().sort().values
+    n = pair_MM.sum()
+    middle_2 = torch.stack([(n - 1).clamp(min=0) // 2, n // 2])
+    return ascending.gather(0, middle_2).mean().where(n > 0, 0)

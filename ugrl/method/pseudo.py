@@ -1,0 +1,188 @@
+"""Pseudo-labels from CAMs by two thresholds, and CAMs propagated along the affinity (step 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ugrl.errors import UgrlError
+from ugrl.method.cam import inside_grid, inside_mask, resize, spans, to_grid
+from ugrl.types import IGNORE
+
+
+def check_thresholds(high: float, low: float) -> None:
+    """Raise unless ``0 <= low <= high``.
+
+    Raises:
+        UgrlError: Names both values.
+    """
+    if not 0.0 <= low <= high:
+        raise UgrlError(f"pseudo-label thresholds: got low {low} and high {high}, expected 0 <= low <= high")
+
+
+def stack_pairs(maps_Px: Tensor, pairs_P2: Tensor, batch: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Pack pairs image by image.
+
+    Args:
+        maps_Px: (P, …), one entry per pair.
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
+        batch: B.
+
+    Returns:
+        (B, n, …) with n the largest number of classes of an image (at least 1), zero where an image has fewer, and
+        the B ranges of :func:`ugrl.method.cam.spans`.
+    """
+    ranges = spans(pairs_P2, batch)
+    most = max([1, *(end - start for start, end in ranges)])
+    slot_P = torch.tensor([b * most + j for b, (start, end) in enumerate(ranges) for j in range(end - start)])
+    out = maps_Px.new_zeros((batch * most, *maps_Px.shape[1:]))
+    out.index_copy_(0, slot_P.long().to(maps_Px.device, non_blocking=True), maps_Px)
+    return out.view(batch, most, *maps_Px.shape[1:]), ranges
+
+
+@torch.no_grad()
+def pseudo_labels(
+    cam_PHW: Tensor,
+    pairs_P2: Tensor,
+    boxes_B4: Tensor,
+    *,
+    batch: int,
+    high: float = 0.55,
+    low: float = 0.35,
+) -> tuple[Tensor, Tensor]:
+    """Label every pixel by its best class's CAM.
+
+    Above ``high`` the class, at most ``low`` background, between and outside the box ignored. Of two classes with the
+    same CAM the one with the lower index wins. An image without a tag is background inside its box.
+
+    Args:
+        cam_PHW: Normalised maps in [0, 1).
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
+        boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
+        batch: B.
+        high: Threshold of a class, exclusive.
+        low: Threshold of background, inclusive.
+
+    Returns:
+        int64 (B, H, W) labels 0, 1…F or 255; and their confidence in the CAM's dtype: the distance to the threshold
+        that decided, ``cam - high`` for a class, ``low - cam`` for background, 0 where ignored.
+
+    Raises:
+        UgrlError: Not ``0 <= low <= high``.
+    """
+    check_thresholds(high, low)
+    cam_BnHW, _ = stack_pairs(cam_PHW, pairs_P2, batch)
+    # The class number of each slot, packed the same way; an empty slot is 0 and its CAM never exceeds ``high``.
+    class_Bn, _ = stack_pairs(pairs_P2[:, 1] + 1, pairs_P2, batch)
+    best_BHW, slot_BHW = cam_BnHW.max(1)
+    class_Bn = class_Bn.to(cam_PHW.device, non_blocking=True)
+    classes_BHW = class_Bn.gather(1, slot_BHW.flatten(1)).view_as(slot_BHW)
+    inside_BHW = inside_mask(boxes_B4, cam_PHW.shape[-2], cam_PHW.shape[-1], cam_PHW.device)
+    is_class = (best_BHW > high) & inside_BHW
+    is_ground = (best_BHW <= low) & inside_BHW
+    labels_BHW = torch.where(is_class, classes_BHW, torch.where(is_ground, 0, IGNORE))
+    conf_BHW = torch.where(is_class, best_BHW - high, torch.where(is_ground, low - best_BHW, 0.0))
+    return labels_BHW, conf_BHW
+
+
+def within_radius(grid: tuple[int, int], radius: int, device: torch.device | str) -> Tensor:
+    """Which pairs of grid positions are near each other: bool (N, N), Chebyshev distance <= ``radius``."""
+    near = []
+    for cells in grid:
+        at = torch.arange(cells, device=device)
+        near.append((at[:, None] - at[None, :]).abs() <= radius)
+    rows_hh, cols_ww = near
+    count = grid[0] * grid[1]
+    return (rows_hh[:, None, :, None] & cols_ww[None, :, None, :]).reshape(count, count)
+
+
+@torch.no_grad()
+def random_walk(
+    cam_PN: Tensor,
+    pairs_P2: Tensor,
+    ahat_BNN: Tensor,
+    *,
+    beta: float = 2.0,
+    log_iterations: int = 0,
+) -> Tensor:
+    """Walk the maps along an affinity.
+
+    ``T = rows normalised of (A^beta)``, squared ``log_iterations`` times, then ``cam' = T cam``: every position takes
+    a weighted mean of what its neighbours have. A scale of A's rows cancels.
+
+    Args:
+        cam_PN: Maps on the last-stage grid, flattened.
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
+        ahat_BNN: Non-negative affinity, zero between positions that must not exchange anything.
+        beta: Exponent, > 0.
+        log_iterations: How often T is squared; 2^n steps of the walk.
+
+    Returns:
+        (P, N), within the range of the input; 0 where a position has no neighbour.
+
+    Raises:
+        UgrlError: ``beta`` is not positive or ``log_iterations`` is negative.
+    """
+    if beta <= 0 or log_iterations < 0:
+        raise UgrlError(f"propagation: got beta {beta}, log_iterations {log_iterations}, expected > 0 and >= 0")
+    with torch.autocast(device_type=cam_PN.device.type, enabled=False):
+        walk_BNN = ahat_BNN.to(cam_PN.dtype) ** beta
+        sums_BN1 = walk_BNN.sum(-1, keepdim=True)
+        walk_BNN = torch.where(sums_BN1 > 0, walk_BNN / sums_BN1, 0.0)
+        for _ in range(log_iterations):
+            walk_BNN = walk_BNN @ walk_BNN
+        cam_BnN, ranges = stack_pairs(cam_PN, pairs_P2, ahat_BNN.shape[0])
+        out_BnN = cam_BnN @ walk_BNN.transpose(1, 2)
+    return torch.cat([out_BnN[b, : end - start] for b, (start, end) in enumerate(ranges)])
+
+
+@torch.no_grad()
+def propagate_cam(
+    cam_PHW: Tensor,
+    pairs_P2: Tensor,
+    affinity_BNN: Tensor,
+    boxes_B4: Tensor,
+    *,
+    grid: tuple[int, int],
+    radius: int = 8,
+    beta: float = 2.0,
+    log_iterations: int = 0,
+) -> Tensor:
+    """The affinity-propagated CAM (``propagate: affinity``).
+
+    sigmoid(A) within the radius, positions outside the valid box giving nothing, one :func:`random_walk` on the
+    last-stage grid, back to the image's size.
+
+    Source: AFA's released code (``propagte_aff_cam_with_bkg``): beta 2, no squaring, radius 8. Two departures: there
+    the walk is applied to the softmax of the CAMs with a background score, here to the CAM itself, so that thresholds
+    and PAR read it in the same unit (the constant background is a fixed point of T anyway); and there the affinity
+    is that of the largest scale, here the only one that is computed, of scale 1.
+
+    Args:
+        cam_PHW: Normalised maps.
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
+        affinity_BNN: Affinity logits on ``grid``, N = h·w.
+        boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
+        grid: ``(h, w)``.
+        radius: Chebyshev distance beyond which A is not trained, in cells.
+        beta: As in :func:`random_walk`.
+        log_iterations: As in :func:`random_walk`.
+
+    Returns:
+        (P, H, W) in [0, 1), zero outside the box. Not normalised again, as AFA does not.
+
+    Raises:
+        UgrlError: As :func:`random_walk`, or N is not h·w.
+    """
+    height, width = int(cam_PHW.shape[-2]), int(cam_PHW.shape[-1])
+    if affinity_BNN.shape[-1] != grid[0] * grid[1]:
+        raise UgrlError(f"propagation: affinity over {affinity_BNN.shape[-1]} positions, expected {grid[0]}x{grid[1]}")
+    device = cam_PHW.device
+    inside_BN = inside_grid(boxes_B4, (height, width), grid, device).bool()
+    near_BNN = within_radius(grid, radius, device) & inside_BN[:, None, :]
+    ahat_BNN = torch.where(near_BNN, affinity_BNN.to(cam_PHW.dtype).sigmoid(), 0.0)
+    moved_PN = random_walk(
+        to_grid(cam_PHW, grid).flatten(1), pairs_P2, ahat_BNN, beta=beta, log_iterations=log_iterations
+    )
+    moved_PHW = resize(moved_PN.view(moved_PN.shape[0], *grid), (height, width))
+    return moved_PHW * inside_mask(boxes_B4[pairs_P2[:, 0]], height, width, device)

@@ -1,0 +1,116 @@
+"""From uncertainties to loss weights (Eqs. 6 to 8, repaired).
+
+The printed weight e^{1/(α·u)} overflows float32 for α·u < 0.0113 and lets one entry outweigh all
+others together. Here the log-weights are centred, bounded and normalised over the entries they
+weigh, so the scale of the loss is kept and no entry can be silenced. Sums go over all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ugrl.distributed import all_reduce_sum
+from ugrl.errors import ConfigError
+
+Kind = Literal["inverse_exp", "exp_decay", "none"]
+
+
+@torch.no_grad()
+def modulation_weights(
+    u_BC: Tensor,
+    known_BC: Tensor,
+    n_BC: Tensor,
+    *,
+    strength: float,
+    kind: Kind = "inverse_exp",
+    per_class: bool,
+    u_min: float = 0.05,
+    bound: float = 3.0,
+) -> Tensor:
+    """ŵ of every (image, class): more certain entries weigh more, and the mean weight is 1.
+
+    log w = 1/(strength·max(u, u_min)) or −strength·u, centred on its mean, clamped to ± ln(bound), then
+    ŵ = N·w/Σw. Mean, N and Σw count an entry ``n`` times and run over the weighed entries (known, n > 0)
+    of all ranks, either all together or each class by itself.
+
+    Args:
+        u_BC: Uncertainties in [0, 2]; not read where unknown.
+        known_BC: bool, which entries have a u.
+        n_BC: Multiplicity of an entry: its pixels, or 1 for a tag.
+        strength: α (Eq. 6) or β (Eq. 8).
+        kind: ``inverse_exp`` (the paper's, repaired), ``exp_decay`` or ``none``.
+        per_class: Normalise within each class, so that classes keep their shares of the loss.
+        u_min: Floor of u, ``inverse_exp`` only.
+        bound: Largest factor between w and the geometric mean weight, > 1; two weights of a group
+            differ by at most bound².
+
+    Returns:
+        ŵ (B, C), exactly 1 where nothing is weighed (no u, no multiplicity, N = 0). float32, float64
+        for a float64 u.
+
+    Raises:
+        ConfigError: Unknown ``kind``, or a bound that is not above 1.
+
+    >>> u = torch.tensor([[0.2, 0.4]])
+    >>> w = modulation_weights(u, u > 0, torch.ones(1, 2), strength=5.0, per_class=False)
+    >>> [round(x, 3) for x in w[0].tolist()]
+    [1.245, 0.755]
+    """
+    if kind not in ("inverse_exp", "exp_decay", "none"):
+        raise ConfigError(f"weighting: {kind!r}, expected 'inverse_exp', 'exp_decay' or 'none'")
+    if not bound > 1:
+        raise ConfigError(f"weighting bound: {bound!r}, expected a factor > 1")
+    u_BC = u_BC if u_BC.dtype == torch.float64 else u_BC.float()
+    if kind == "none":
+        return torch.ones_like(u_BC)
+    with torch.autocast(device_type=u_BC.device.type, enabled=False):
+        n_BC = n_BC.to(u_BC.dtype)
+        weighed_BC = known_BC & (n_BC > 0)
+        n_BC = n_BC.where(weighed_BC, 0)
+        log_BC = 1 / (strength * u_BC.clamp(min=u_min)) if kind == "inverse_exp" else -strength * u_BC
+        log_BC = log_BC.where(weighed_BC, 0)
+
+        count_G, log_sum_G = _group_sums(torch.stack([n_BC, n_BC * log_BC]), per_class)
+        some_G = count_G.clamp(min=torch.finfo(u_BC.dtype).tiny)  # counts may be shares; 0 must not divide
+        limit = math.log(bound)
+        w_BC = (log_BC - log_sum_G / some_G).clamp(-limit, limit).exp()
+        (sum_G,) = _group_sums((n_BC * w_BC)[None], per_class)
+        scale_G = count_G / sum_G.where(count_G > 0, 1)
+        return (scale_G * w_BC).where(weighed_BC, 1)
+
+
+@torch.no_grad()
+def effective_share(w_BC: Tensor, known_BC: Tensor, n_BC: Tensor, per_class: bool = False) -> Tensor:
+    """Effective sample share of the weights, (Σŵ)²/(N·Σŵ²), over all ranks.
+
+    Args:
+        w_BC: :func:`modulation_weights`.
+        known_BC: As given there.
+        n_BC: As given there.
+        per_class: As given there; the classes' shares are averaged by their multiplicity.
+
+    Returns:
+        Scalar in (0, 1]; 1 for equal weights and for N = 0.
+
+    >>> one = torch.ones(1, 2)
+    >>> effective_share(torch.tensor([[1.5, 0.5]]), one > 0, one).item()
+    0.800000011920929
+    """
+    w_BC = w_BC if w_BC.dtype == torch.float64 else w_BC.float()
+    n_BC = n_BC.to(w_BC.dtype).where(known_BC, 0)
+    count_G, sum_G, square_G = _group_sums(torch.stack([n_BC, n_BC * w_BC, n_BC * w_BC.square()]), per_class)
+    some_G = count_G > 0
+    # N_g · share_g = (Σŵ)²/Σŵ², the number of equally weighted entries that group g is worth.
+    worth_G = sum_G.square() / square_G.where(some_G, 1)
+    total = count_G.sum()
+    return torch.where(total > 0, worth_G.sum() / total.where(total > 0, 1), 1.0)
+
+
+def _group_sums(x_KBC: Tensor, per_class: bool) -> Tensor:
+    """K sums over all ranks: (K, C) per class, else (K, 1)."""
+    x_KG = x_KBC.sum(dim=1)
+    return all_reduce_sum(x_KG if per_class else x_KG.sum(dim=-1, keepdim=True))

@@ -1,0 +1,217 @@
+"""Checkpoints: safetensors and JSON, written to a temporary name and renamed.
+
+Layout of a run folder::
+
+    OUT/config.yaml
+    OUT/metrics.jsonl
+    OUT/checkpoints/step_00000100/
+        state.json              format, step, config, class names, metrics
+        model.safetensors       the network
+        prototypes.safetensors  prototypes, counts, running means, Φ
+        optimizer.safetensors   AdamW's moments by parameter name
+        random.safetensors      the generators' states
+    OUT/checkpoints/best.json   {"checkpoint": "step_…", "objective": …, "value": …}
+
+The data position is the step itself: the order of an epoch and every crop are functions of (seed,
+epoch, id). Nothing here is ever a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ugrl.config import Config, build
+from ugrl.errors import CheckpointError, ConfigError
+
+FORMAT = 1
+PREFIX = "step_"
+PARTS = ("model", "prototypes", "optimizer", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What ``state.json`` holds."""
+
+    path: Path
+    step: int
+    config: Config
+    class_names: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    _fsync(tmp)
+    os.replace(tmp, path)
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    config: dict[str, Any],
+    class_names: tuple[str, ...],
+    metrics: Mapping[str, float],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+) -> Path:
+    """Write ``folder/step_…`` atomically and drop the oldest beyond ``keep`` (the best one stays).
+
+    Args:
+        folder: ``OUT/checkpoints``.
+        step: Steps done.
+        config: The configuration as a plain dict.
+        class_names: Foreground classes.
+        metrics: The last validation's.
+        parts: Tensors by file name, see the module's text.
+        keep: How many to keep.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{PREFIX}{step:08d}"
+    tmp = folder / f".{final.name}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    for name, tensors in parts.items():
+        # Contiguous copies: safetensors refuses views that share storage.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, tmp / f"{name}.safetensors")
+        _fsync(tmp / f"{name}.safetensors")
+    write_json(
+        tmp / "state.json",
+        {
+            "format": FORMAT,
+            "step": step,
+            "class_names": list(class_names),
+            "metrics": dict(metrics),
+            "config": config,
+        },
+    )
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(tmp, final)
+    _fsync(folder)
+    best = best_name(folder)
+    for old in _all(folder)[:-keep]:
+        if old.name != best:
+            shutil.rmtree(old)
+    return final
+
+
+def _all(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.startswith(PREFIX) and (p / "state.json").is_file())
+
+
+def best_name(folder: Path) -> str | None:
+    """Name of the best checkpoint in ``OUT/checkpoints``, if one was marked."""
+    try:
+        return str(json.loads((folder / "best.json").read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or ``None``."""
+    found = _all(out / "checkpoints")
+    return found[-1] if found else None
+
+
+def find(path: Path, *, best: bool = False) -> Path:
+    """A checkpoint by its own path, or the newest (or best) one of a run folder.
+
+    Raises:
+        CheckpointError: Nothing there.
+    """
+    if (path / "state.json").is_file():
+        return path
+    name = best_name(path / "checkpoints") if best else None
+    found = path / "checkpoints" / name if name else latest(path)
+    if found is None or not found.is_dir():
+        raise CheckpointError(f"{path}: no checkpoint there; expected a run folder or one of its checkpoints/step_…")
+    return found
+
+
+def read_state(path: Path) -> State:
+    """Read ``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: Missing, broken or of another format.
+    """
+    try:
+        raw = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: cannot be read: {error}") from None
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {raw.get('format')!r}; this version reads {FORMAT}")
+    try:
+        config = build(raw["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'state.json'}: {error}") from None
+    return State(path, int(raw["step"]), config, tuple(raw["class_names"]), dict(raw["metrics"]))
+
+
+def read_part(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one part of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: Missing or truncated.
+    """
+    file = path / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+
+
+def load_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """``load_state_dict`` that names the first key that does not fit.
+
+    Raises:
+        CheckpointError: A key is missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    for key in own.keys() | tensors.keys():
+        if key not in own or key not in tensors:
+            state = "unexpected" if key not in own else "missing"
+            raise CheckpointError(f"{where}: tensor '{key}' is {state}: the checkpoint is of another configuration")
+        if own[key].shape != tensors[key].shape:
+            raise CheckpointError(
+                f"{where}: tensor '{key}' has shape {list(tensors[key].shape)}; expected {list(own[key].shape)}"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def random_state() -> dict[str, Tensor]:
+    """The global generators' states. The method draws from none of them; a user's own code may."""
+    out = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        out["cuda"] = torch.cuda.get_rng_state()
+    return out
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Restore what :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

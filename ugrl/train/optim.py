@@ -1,0 +1,73 @@
+"""AdamW, its schedule, and its state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ugrl.config import TrainConfig
+from ugrl.errors import CheckpointError
+
+
+def lr_factor(step: int, cfg: TrainConfig) -> float:
+    """Learning-rate multiplier of a step: linear warm-up, then polynomial decay counted from step 0.
+
+    Source: AFA's schedule, which the paper inherits.
+
+    >>> cfg = TrainConfig(steps=100, lr_warmup_iters=10, lr_warmup_ratio=1e-6)
+    >>> lr_factor(0, cfg), lr_factor(10, cfg), lr_factor(50, cfg)
+    (1e-06, 0.9, 0.5)
+    """
+    if step < cfg.lr_warmup_iters:
+        return 1.0 - (1.0 - step / cfg.lr_warmup_iters) * (1.0 - cfg.lr_warmup_ratio)
+    return float((1.0 - step / cfg.steps) ** cfg.power)
+
+
+class Optimizer:
+    """AdamW over the network's named parameter groups."""
+
+    def __init__(self, net: nn.Module, groups: list[dict], cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999))
+        self.base = [float(g["lr"]) for g in self.adamw.param_groups]
+        self.names = {id(p): name for name, p in net.named_parameters()}
+
+    def step(self, step: int) -> float:
+        """Apply the gradients with the learning rate of ``step``; returns the backbone's rate."""
+        factor = lr_factor(step, self.cfg)
+        for group, base in zip(self.adamw.param_groups, self.base, strict=True):
+            group["lr"] = base * factor
+        if self.cfg.grad_clip > 0:
+            params = [p for g in self.adamw.param_groups for p in g["params"]]
+            nn.utils.clip_grad_norm_(params, self.cfg.grad_clip)
+        self.adamw.step()
+        return self.cfg.lr * factor
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """``{"exp_avg/encoder.…": tensor, …}``."""
+        out: dict[str, Tensor] = {}
+        for param, entries in self.adamw.state.items():
+            for key, value in entries.items():
+                out[f"{key}/{self.names[id(param)]}"] = value.detach()
+        return out
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` returned.
+
+        Raises:
+            CheckpointError: A name that this network does not have.
+        """
+        params = {name: p for g in self.adamw.param_groups for p in g["params"] for name in [self.names[id(p)]]}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if name not in params:
+                raise CheckpointError(f"optimizer state names parameter '{name}', which this network does not have")
+            p = params[name]
+            on = value.clone() if kind == "step" else value.to(p.device, p.dtype).clone()
+            self.adamw.state[p][kind] = on

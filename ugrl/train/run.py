@@ -1,0 +1,123 @@
+"""From a configuration and two folders to a run that may start: everything is checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ugrl import config as config_mod
+from ugrl.config import Config
+from ugrl.data.order import steps_per_epoch
+from ugrl.data.prepare import prepare
+from ugrl.data.reader import ShardReader
+from ugrl.data.shapes import ShapesSource, ShapesSpec
+from ugrl.data.shards import Manifest
+from ugrl.errors import ConfigError, DataError
+from ugrl.train import checkpoint
+from ugrl.train.objective import resolve_objective
+
+# May differ between a run and its resumption: nothing in them changes what is computed.
+FREE = ("name", "data.shards", "data.threads", "data.prefetch", "train.cpu_threads", "train.log_every")
+FREE_SECTIONS = ("cluster.", "eval.", "train.keep_checkpoints", "train.picture_every", "train.checkpoint_every")
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A run that was checked as a whole: paths are absolute, shards exist, ``out`` is free or resumed."""
+
+    cfg: Config
+    shards: Path
+    out: Path
+    resume: bool
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where to continue from, if there is anything."""
+        return checkpoint.latest(self.out) if self.resume else None
+
+
+def generated_root() -> Path:
+    """Where generated data sets are kept: ``$UGRL_DATA`` or ``./data``."""
+    return Path(os.environ.get("UGRL_DATA", "data")).absolute()
+
+
+def ensure_shards(cfg: Config, data: Path | None, *, console: Console | None = None) -> Path:
+    """The prepared folder of a run; ``shapes`` is generated where it is not there yet.
+
+    Raises:
+        ConfigError: No shards were named and the source is not ``shapes``.
+        DataError: The folder is not a prepared one.
+    """
+    named = data or (Path(cfg.data.shards) if cfg.data.shards else None)
+    if named is not None:
+        Manifest.load(named)
+        return named.absolute()
+    if cfg.data.source != "shapes":
+        raise ConfigError("no shards: name a prepared folder with --data (made by `ugrl prepare`), or set data.shards")
+    s = cfg.data.shapes
+    digest = hashlib.blake2b(json.dumps(asdict(s), sort_keys=True).encode(), digest_size=4).hexdigest()
+    out = generated_root() / f"shapes-{s.size}px-{digest}"
+    if not out.is_dir():
+        if console:
+            console.print(f"generating {s.train + s.val} images of shapes into {out}", soft_wrap=True)
+        spec = ShapesSpec(train=s.train, val=s.val, size=s.size, difficulty=s.difficulty, seed=s.seed)
+        prepare(ShapesSource(spec), out, tune_val=s.tune_val, seed=s.seed, progress=False)
+    Manifest.load(out)
+    return out
+
+
+def plan_run(cfg: Config, *, data: Path | None, out: Path | None, resume: bool, console: Console | None = None) -> RunPlan:
+    """Check a run as a whole; creates nothing but generated shards.
+
+    Args:
+        cfg: The run.
+        data: Prepared folder, or ``None`` (see :func:`ensure_shards`).
+        out: Run folder; ``runs/<name>`` by default.
+        resume: Continue what is in ``out``; it may be empty or absent.
+        console: For a line when data are generated.
+
+    Raises:
+        ConfigError: ``out`` exists and ``resume`` was not asked for; the resumed run has another
+            configuration; the objective cannot be supplied.
+        DataError: The shards cannot be used.
+    """
+    out = (out or Path("runs") / cfg.name).absolute()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder to write the run to")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        raise ConfigError(f"run '{out.name}' exists already ({out}); choose another --out, or continue it with --resume")
+    if resume and (out / "config.yaml").is_file():
+        check_same(cfg, config_mod.build(config_mod.read_yaml(out / "config.yaml")), out)
+    shards = ensure_shards(cfg, data, console=console)
+    manifest = Manifest.load(shards)
+    for split in (cfg.data.train_split, cfg.data.val_split):
+        manifest.split(split)
+    resolve_objective(cfg, manifest, cfg.data.val_split)
+    steps_per_epoch(manifest.split(cfg.data.train_split).rows, cfg.train.global_batch)
+    if len(ShardReader(shards, cfg.data.val_split)) == 0:
+        raise DataError(f"{shards}: split '{cfg.data.val_split}' is empty; expected at least one image")
+    return RunPlan(replace(cfg, data=replace(cfg.data, shards=str(shards))), shards, out, resume)
+
+
+def check_same(new: Config, old: Config, out: Path) -> None:
+    """Refuse to continue a run with a configuration that would change what it computes.
+
+    Raises:
+        ConfigError: Names the first key that differs, with both values.
+    """
+    for path in config_mod.paths():
+        if path in FREE or path.startswith(FREE_SECTIONS):
+            continue
+        a, b = config_mod.get(old, path), config_mod.get(new, path)
+        if a != b:
+            raise ConfigError(f"{out}: was started with {path}={_show(a)}, not {_show(b)}; a run is resumed as it was")
+
+
+def _show(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
