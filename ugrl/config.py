@@ -225,6 +225,15 @@ def _type_name(hint: Any) -> str:
     return str(names.get(hint, getattr(hint, "__name__", str(hint))))
 
 
+def _number(value: Any) -> float | None:
+    """A finite float, also of text: YAML reads 6e-5 as text, since it wants 6.0e-5."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _coerce(path: str, hint: Any, value: Any) -> Any:
     """``value`` as ``hint``, or a ConfigError that names the path, the value and what was expected."""
     origin = get_origin(hint)
@@ -239,19 +248,12 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return tuple(_coerce(f"{path}[{i}]", get_args(hint)[0], v) for i, v in enumerate(value))
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    if hint is float and not isinstance(value, bool):
-        if isinstance(value, str):  # YAML reads 6e-5 as text: it wants 6.0e-5
-            try:
-                value = float(value)
-            except ValueError:
-                value = None
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
+    if hint in (int, float) and not isinstance(value, bool):
+        number = _number(value)
+        if hint is float and number is not None:
+            return number
+        if hint is int and number is not None and number.is_integer():
+            return int(value) if isinstance(value, int) else int(number)
     if hint is str and isinstance(value, str):
         return value
     raise ConfigError(f"config key '{path}' is {value!r}; expected {_type_name(hint)}")
@@ -284,7 +286,7 @@ def _build(cls: type[T], tree: Any, prefix: str) -> T:
             raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
         path = f"{prefix}{key}"
         if is_dataclass(hints[key]):
-            values[key] = _build(hints[key], value, path + ".")  # type: ignore[arg-type]
+            values[key] = _build(hints[key], value, path + ".")
         else:
             values[key] = _coerce(path, hints[key], value)
             bounds = known[key].metadata.get("bounds")

@@ -42,7 +42,7 @@ class _AllReduceSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         g = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         return g
@@ -50,7 +50,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum_grad(x: Tensor) -> Tensor:
     """Sum of ``x`` over ranks, differentiable: every rank's loss may depend on every rank's x."""
-    return _AllReduceSum.apply(x) if world_size() > 1 else x  # type: ignore[no-any-return]
+    return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class _AllGatherRows(torch.autograd.Function):
         return all_gather_rows(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         g = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         start = rank() * ctx.rows
@@ -82,7 +82,7 @@ class _AllGatherRows(torch.autograd.Function):
 
 def all_gather_rows_grad(x: Tensor) -> Tensor:
     """Like :func:`all_gather_rows`, and differentiable."""
-    return _AllGatherRows.apply(x) if world_size() > 1 else x  # type: ignore[no-any-return]
+    return _AllGatherRows.apply(x) if world_size() > 1 else x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """u = 1 − cos(H, P) (Eq. 5) against the prototypes as they are; call before :meth:`update`.
+        """Uncertainty u = 1 − cos(H, P) (Eq. 5) against the prototypes as they are; call before :meth:`update`.
 
         Args:
             r_BCD: Class vectors; not read where absent.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ugrl.errors import UgrlError
 from ugrl.method.cam import inside_grid, inside_mask, resize, spans, to_grid
+from ugrl.method.uncertainty import local_affinity
 from ugrl.types import IGNORE
 
 
@@ -85,17 +86,6 @@ def pseudo_labels(
     return labels_BHW, conf_BHW
 
 
-def within_radius(grid: tuple[int, int], radius: int, device: torch.device | str) -> Tensor:
-    """Which pairs of grid positions are near each other: bool (N, N), Chebyshev distance <= ``radius``."""
-    near = []
-    for cells in grid:
-        at = torch.arange(cells, device=device)
-        near.append((at[:, None] - at[None, :]).abs() <= radius)
-    rows_hh, cols_ww = near
-    count = grid[0] * grid[1]
-    return (rows_hh[:, None, :, None] & cols_ww[None, :, None, :]).reshape(count, count)
-
-
 @torch.no_grad()
 def random_walk(
     cam_PN: Tensor,
@@ -150,8 +140,8 @@ def propagate_cam(
 ) -> Tensor:
     """The affinity-propagated CAM (``propagate: affinity``).
 
-    sigmoid(A) within the radius, positions outside the valid box giving nothing, one :func:`random_walk` on the
-    last-stage grid, back to the image's size.
+    Cell means over the valid box, one :func:`random_walk` along sigmoid(A) within the radius on the last-stage grid,
+    positions outside the box giving nothing, and back to the image's size.
 
     Source: AFA's released code (``propagte_aff_cam_with_bkg``): beta 2, no squaring, radius 8. Two departures: there
     the walk is applied to the softmax of the CAMs with a background score, here to the CAM itself, so that thresholds
@@ -174,15 +164,13 @@ def propagate_cam(
     Raises:
         UgrlError: As :func:`random_walk`, or N is not h·w.
     """
-    height, width = int(cam_PHW.shape[-2]), int(cam_PHW.shape[-1])
-    if affinity_BNN.shape[-1] != grid[0] * grid[1]:
-        raise UgrlError(f"propagation: affinity over {affinity_BNN.shape[-1]} positions, expected {grid[0]}x{grid[1]}")
-    device = cam_PHW.device
-    inside_BN = inside_grid(boxes_B4, (height, width), grid, device).bool()
-    near_BNN = within_radius(grid, radius, device) & inside_BN[:, None, :]
-    ahat_BNN = torch.where(near_BNN, affinity_BNN.to(cam_PHW.dtype).sigmoid(), 0.0)
-    moved_PN = random_walk(
-        to_grid(cam_PHW, grid).flatten(1), pairs_P2, ahat_BNN, beta=beta, log_iterations=log_iterations
-    )
-    moved_PHW = resize(moved_PN.view(moved_PN.shape[0], *grid), (height, width))
-    return moved_PHW * inside_mask(boxes_B4[pairs_P2[:, 0]], height, width, device)
+    size = int(cam_PHW.shape[-2]), int(cam_PHW.shape[-1])
+    inside_BN = inside_grid(boxes_B4, size, grid, cam_PHW.device).to(cam_PHW.dtype)
+    # Positions of padding give nothing but do receive: the way back to the image is bilinear, and pixels at the edge of
+    # the box lean on cells beyond it.
+    ahat_BNN = local_affinity(affinity_BNN, grid=grid, radius=radius) * inside_BN[:, None, :]
+    inside_PHW = inside_mask(boxes_B4[pairs_P2[:, 0]], size[0], size[1], cam_PHW.device)
+    share_Phw = to_grid(inside_PHW.to(cam_PHW.dtype), grid)
+    mean_Phw = torch.where(share_Phw > 0, to_grid(cam_PHW, grid) / share_Phw, 0.0)
+    moved_PN = random_walk(mean_Phw.flatten(1), pairs_P2, ahat_BNN, beta=beta, log_iterations=log_iterations)
+    return resize(moved_PN.view(moved_PN.shape[0], *grid), size) * inside_PHW

@@ -80,7 +80,7 @@ def modulation_weights(
         w_BC = (log_BC - log_sum_G / some_G).clamp(-limit, limit).exp()
         (sum_G,) = _group_sums((n_BC * w_BC)[None], per_class)
         scale_G = count_G / sum_G.where(count_G > 0, 1)
-        return (scale_G * w_BC).where(weighed_BC, 1)
+        return torch.where(weighed_BC, scale_G * w_BC, 1.0)
 
 
 @torch.no_grad()

@@ -166,7 +166,9 @@ class Trainer:
     def _load(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         if state.class_names != self.class_names:
-            raise CheckpointError(f"{path}: trained on classes {list(state.class_names)}, not on those of {self.shards}")
+            raise CheckpointError(
+                f"{path}: trained on classes {list(state.class_names)}, not on those of {self.shards}"
+            )
         if state.step > self.cfg.train.steps:
             raise CheckpointError(f"{path}: holds step {state.step}; the run has train.steps {self.cfg.train.steps}")
         checkpoint.load_module(self.net, checkpoint.read_part(path, "model"), path)

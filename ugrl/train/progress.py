@@ -68,7 +68,9 @@ class Progress:
         if not self.enabled:
             return
         text = "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items())
-        self.console.print(f"step {done}  validation on {result.images} images  {text}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"step {done}  validation on {result.images} images  {text}", highlight=False, soft_wrap=True
+        )
         if done == self.total:
             self.console.print(result_table(result))
 

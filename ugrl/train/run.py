@@ -72,7 +72,9 @@ def ensure_shards(cfg: Config, data: Path | None, *, console: Console | None = N
     return out
 
 
-def plan_run(cfg: Config, *, data: Path | None, out: Path | None, resume: bool, console: Console | None = None) -> RunPlan:
+def plan_run(
+    cfg: Config, *, data: Path | None, out: Path | None, resume: bool, console: Console | None = None
+) -> RunPlan:
     """Check a run as a whole; creates nothing but generated shards.
 
     Args:
@@ -91,7 +93,9 @@ def plan_run(cfg: Config, *, data: Path | None, out: Path | None, resume: bool, 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder to write the run to")
     if out.is_dir() and any(out.iterdir()) and not resume:
-        raise ConfigError(f"run '{out.name}' exists already ({out}); choose another --out, or continue it with --resume")
+        raise ConfigError(
+            f"run '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
+        )
     if resume and (out / "config.yaml").is_file():
         check_same(cfg, config_mod.build(config_mod.read_yaml(out / "config.yaml")), out)
     shards = ensure_shards(cfg, data, console=console)

@@ -1,0 +1,71 @@
+"""Who may import whom: read from the import statements, so that an arrow the other way fails."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {"ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.types", "ugrl.distributed"}
+# A layer may import itself and everything below it.
+MAY = {
+    "ugrl.data": GROUND,
+    "ugrl.model": GROUND,
+    "ugrl.method": GROUND,
+    "ugrl.eval": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method"},
+    "ugrl.train": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval"},
+    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "cluster": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli"} | GROUND,
+    "tuning": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli", "cluster"} | GROUND,
+}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{a.name}" for a in node.names if node.module in ("ugrl", "cluster", "tuning")}
+    return found
+
+
+def layer(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "ugrl" else parts[0]
+
+
+FILES = sorted(p for top in ("ugrl", "cluster", "tuning") for p in (ROOT / top).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_go_one_way(file: Path) -> None:
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    own = layer(module)
+    allowed = MAY.get(own, GROUND)
+    for name in imports(file):
+        if name.split(".")[0] not in ("ugrl", "cluster", "tuning") or name == "ugrl.__version__":
+            continue
+        assert layer(name) == own or layer(name) in allowed, f"{module} imports {name}"
+
+
+def test_the_check_sees_a_wrong_arrow(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from cluster.launch import launch\n")
+    assert "cluster.launch" in imports(bad)
+
+
+def test_ugrl_needs_neither_ray_nor_optuna() -> None:
+    """`ugrl` and `ugrl-train` in one process run where only torch, timm, numpy, pyarrow and rich are."""
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'optuna', 'matplotlib', 'tensorboardX', 'transformers', 'pandas'): sys.modules[name] = None\n"
+        "import ugrl.cli, ugrl.train.loop, ugrl.train.board, cluster.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,184 @@
+"""The loop on real shards: two ranks are one rank, and a resumed process is an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_tree
+from safetensors.torch import load_file
+
+from ugrl.config import build
+from ugrl.errors import CheckpointError, ConfigError
+from ugrl.train import checkpoint
+from ugrl.train.loop import Trainer
+from ugrl.train.restore import restore
+from ugrl.train.run import plan_run
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+from ugrl.config import build
+from ugrl.train.loop import Trainer
+tree, shards, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+world = int(os.environ.get("WORLD_SIZE", "1"))
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=int(os.environ["RANK"]), world_size=world)
+resume = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+dtype = getattr(torch, os.environ.get("DTYPE", "float64"))
+Trainer(build(tree), shards=shards, out=out, quiet=True, device="cpu", dtype=dtype, resume_from=resume).fit()
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def run(
+    tree: dict, shards: Path, out: Path, world: int = 1, resume: Path | None = None, dtype: str = "float64"
+) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "DTYPE": dtype}
+    argv = [sys.executable, "-c", textwrap.dedent(RANK), json.dumps(tree), str(shards), str(out)]
+    argv += [str(resume)] if resume else []
+    ranks = [subprocess.Popen(argv, env={**env, "RANK": str(r)}) for r in range(world)]
+    assert [p.wait(timeout=300) for p in ranks] == [0] * world
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    lines = [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()]
+    timing = ("images_per_s",)
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+def close(a: dict, b: dict, rel: float, floor: float) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=rel, abs=floor), key
+
+
+@pytest.mark.parametrize("setting", ["IV", "Base"])
+def test_two_ranks_are_one_rank(setting: str, shards: Path, tmp_path: Path) -> None:
+    """Losses, prototypes and weights after several steps, drop-path, dropout and batch norm included."""
+    tree = tiny_tree(steps=5)
+    tree["method"]["setting"] = setting
+    tree["method"]["contrast"]["scope"] = "batch" if setting == "IV" else "image"
+    run(tree, shards, tmp_path / "one")
+    run(tree, shards, tmp_path / "two", world=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6  # five steps and the validation at the end
+    for a, b in zip(one, two, strict=True):
+        close(a, b, rel=1e-8, floor=1e-12)
+    if setting == "IV":
+        assert {"cls", "seg", "ucl", "aux", "total"} <= one[3].keys()
+        assert all(one[3][k] > 0 for k in ("cls", "seg", "ucl", "aux"))
+    for part in ("model", "prototypes"):
+        a = load_file(checkpoint.find(tmp_path / "one") / f"{part}.safetensors")
+        b = load_file(checkpoint.find(tmp_path / "two") / f"{part}.safetensors")
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(
+                a[key], b[key], rtol=1e-8, atol=1e-11, msg=lambda m, key=key: f"{part} {key}: {m}"
+            )
+
+
+def test_a_resumed_process_is_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:
+    """Stopped after step 3 of 7: in the middle of an epoch of five steps and after the warm-up."""
+    tree = tiny_tree(steps=7, checkpoint_every=3, keep_checkpoints=9)
+    run(tree, shards, tmp_path / "whole", dtype="float32")
+    start = tmp_path / "whole" / "checkpoints" / "step_00000003"
+    run(tree, shards, tmp_path / "rest", resume=start, dtype="float32")
+    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    assert [line["step"] for line in rest] == [4, 5, 6, 7, 7]
+    for a, b in zip(whole[3:], rest, strict=True):
+        close(a, b, rel=1e-6, floor=1e-9)
+    a = load_file(tmp_path / "whole/checkpoints/step_00000007/model.safetensors")
+    b = load_file(tmp_path / "rest/checkpoints/step_00000007/model.safetensors")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8)
+
+
+def test_the_schedule_of_the_losses(shards: Path, tmp_path: Path) -> None:
+    """Warm-up: classification alone, while prototypes are collected. Afterwards: what the setting names."""
+    tree = tiny_tree(steps=3, cls_warmup_iters=2, lr_warmup_iters=1)
+    expected = {"Base": {"cls", "seg", "aux"}, "II": {"cls", "seg", "aux"}, "III": {"cls", "seg", "ucl", "aux"}}
+    for setting, terms in expected.items():
+        tree["method"]["setting"] = setting
+        trainer = Trainer(build(tree), shards=shards, out=tmp_path / setting, quiet=True, device="cpu")
+        before = (
+            trainer.net.decoder.state_dict()["classify.weight"].clone()
+            if "classify.weight" in trainer.net.decoder.state_dict()
+            else None
+        )
+        trainer.fit()
+        lines = losses(tmp_path / setting)
+        names = {"cls", "seg", "ucl", "aux"}
+        assert names & lines[0].keys() == names & lines[1].keys() == {"cls"}
+        assert names & lines[2].keys() == terms
+        assert ("stat/share_cls" in lines[2]) == (setting != "Base")
+        assert ("stat/share_seg" in lines[2]) == (setting == "II")
+        assert int(trainer.prototypes.counts_C[0]) == 3, "background votes in every step, warm-up included"
+        assert before is None or not torch.equal(before, trainer.net.decoder.state_dict()["classify.weight"])
+
+
+def test_best_is_kept_and_old_ones_go(shards: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(steps=6, eval_every=1, keep_checkpoints=1)
+    out = tmp_path / "run"
+    metrics = Trainer(build(tree), shards=shards, out=out, quiet=True, device="cpu").fit()
+    assert metrics["step"] == 6
+    best = json.loads((out / "checkpoints/best.json").read_text())
+    values = {line["step"]: line["val/seg_miou"] for line in losses(out) if "val/seg_miou" in line}
+    assert best["value"] == max(values.values())
+    assert best["objective"] == "seg_miou"
+    kept = {p.name for p in (out / "checkpoints").iterdir() if p.is_dir()}
+    assert kept == {"step_00000006", best["checkpoint"]}
+    got = restore(out, device=torch.device("cpu"))
+    assert got.step == 6
+    assert restore(out, device=torch.device("cpu"), best=True).step == int(best["checkpoint"][-8:])
+
+
+def test_plan_refuses_before_anything_starts(shards: Path, tmp_path: Path) -> None:
+    cfg = build(tiny_tree())
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "x").touch()
+    with pytest.raises(ConfigError, match="run 'taken' exists already"):
+        plan_run(cfg, data=shards, out=taken, resume=False)
+    with pytest.raises(ConfigError, match=r"expected one of|did you mean"):
+        plan_run(
+            build({**tiny_tree(), "eval": {"objective": "seg_mio"}}), data=shards, out=tmp_path / "a", resume=False
+        )
+    with pytest.raises(ConfigError, match="no shards: name a prepared folder"):
+        plan_run(cfg, data=None, out=tmp_path / "a", resume=False)
+    assert not (tmp_path / "a").exists()
+    Trainer(cfg, shards=shards, out=taken, quiet=True, device="cpu").fit()
+    with pytest.raises(ConfigError, match=r"was started with train\.lr=0\.0006, not 0\.1"):
+        plan_run(build(tiny_tree(lr=0.1)), data=shards, out=taken, resume=True)
+    plan = plan_run(build(tiny_tree(log_every=5)), data=shards, out=taken, resume=True)
+    assert plan.checkpoint is not None and plan.checkpoint.name == "step_00000006"
+
+
+def test_broken_checkpoints_are_named(shards: Path, tmp_path: Path) -> None:
+    cfg = build(tiny_tree(steps=1, cls_warmup_iters=0, lr_warmup_iters=0))
+    Trainer(cfg, shards=shards, out=tmp_path / "run", quiet=True, device="cpu").fit()
+    folder = checkpoint.find(tmp_path / "run")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        restore(tmp_path / "run", device=torch.device("cpu"))
+    weights.write_bytes(whole)
+    wide = tiny_tree(steps=1, cls_warmup_iters=0, lr_warmup_iters=0)
+    wide["model"]["decoder_dim"] = 32
+    with pytest.raises(CheckpointError, match="has shape"):
+        Trainer(build(wide), shards=shards, out=None, resume_from=folder, quiet=True, device="cpu")
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
+        restore(folder, device=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        restore(tmp_path / "nothing", device=torch.device("cpu"))

@@ -1,0 +1,187 @@
+"""What a data source is: ordered ids per split, and one verified row per id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ugrl.config import nearest
+from ugrl.data.images import decode_labels, decode_rgb
+from ugrl.errors import DataError
+from ugrl.types import IGNORE, Row
+
+SOURCES = ("shapes", "coco", "voc", "folder")
+
+
+class RowError(DataError):
+    """One row cannot be used; ``prepare`` may leave it out and count it under ``reason``."""
+
+    def __init__(self, message: str, reason: str = "unreadable image") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the default would lose the reason between processes
+        return RowError, (str(self), self.reason)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set on disk, or a generated one.
+
+    Attributes:
+        name: ``shapes``, ``coco``, ``voc`` or ``folder``.
+        class_names: The F foreground classes; ``class_names[f - 1]`` names class f.
+        root: The folder it reads, ``None`` for a generated one.
+        options: What decides the rows besides the root, JSON-able; kept in the manifest.
+        left_out: Per split, how many images are left out from the start, by reason.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def root(self) -> Path | None:
+        """See the class."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """See the class."""
+        ...
+
+    @property
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """See the class."""
+        ...
+
+    def splits(self) -> dict[str, list[str]]:
+        """Ordered ids of ``train`` and ``val`` (either may be absent where the source has none)."""
+        ...
+
+    def tags(self, split: str, id: str) -> tuple[int, ...] | None:
+        """The tags of a row where they are known without reading images, else ``None``."""
+        ...
+
+    def row(self, split: str, id: str) -> Row:
+        """Read and verify one image.
+
+        Raises:
+            RowError: The row cannot be used; the message names the file, what was found and what was
+                expected.
+        """
+        ...
+
+
+def make_row(
+    *, id: str, image: bytes, tags: Iterable[int], mask: bytes | None, num_classes: int, where: str, mask_where: str = ""
+) -> Row:
+    """A row whose image and mask have been decoded in full and agree.
+
+    Args:
+        id: File stem.
+        image: JPEG or PNG bytes, kept as they are.
+        tags: Class indices in any order.
+        mask: Label PNG or ``None``.
+        num_classes: F.
+        where: Names the image file in errors.
+        mask_where: Names the mask file in errors.
+
+    Raises:
+        RowError: A broken image or mask, sizes that differ, a label or tag outside 1…F.
+    """
+    try:
+        width, height = decode_rgb(image, where).size
+    except DataError as error:
+        raise RowError(str(error)) from None
+    if mask is not None:
+        place = mask_where or where
+        try:
+            labels = decode_labels(mask, place)
+        except DataError as error:
+            raise RowError(str(error), "unusable mask") from None
+        if labels.size != (width, height):
+            raise RowError(
+                f"{place}: the mask is {labels.width}×{labels.height}; expected {width}×{height} as the image",
+                "unusable mask",
+            )
+        bad = [v for v, n in enumerate(labels.histogram()) if n and v > num_classes and v != IGNORE]
+        if bad:
+            raise RowError(
+                f"{place}: the mask holds label {bad[0]}; expected 0…{num_classes} or {IGNORE}", "unusable mask"
+            )
+    ordered = tuple(sorted(set(int(t) for t in tags)))
+    if any(not 1 <= t <= num_classes for t in ordered):
+        raise RowError(f"{where}: tags {list(ordered)}; expected class indices 1…{num_classes}", "unknown class")
+    return Row(id=id, image=image, width=width, height=height, tags=ordered, mask=mask)
+
+
+def read_bytes(path: Path, what: str = "image") -> bytes:
+    """A file's bytes.
+
+    Raises:
+        RowError: It is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RowError(f"{path}: missing {what} file", "missing file") from None
+    except OSError as error:
+        raise RowError(f"{path}: cannot be read: {error.strerror or error}", "missing file") from None
+
+
+def check_root(root: str | Path | None, source: str) -> Path:
+    """The root folder of a source.
+
+    Raises:
+        DataError: None was given, or there is no such folder.
+    """
+    if root is None:
+        raise DataError(f"source '{source}' needs a root folder; none was given")
+    path = Path(root)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; expected the root of a {source} data set")
+    return path
+
+
+def open_source(name: str, root: str | Path | None = None, **options: Any) -> Source:
+    """The source of that name.
+
+    Args:
+        name: One of :data:`SOURCES`.
+        root: Folder of the data set; ``shapes`` has none.
+        options: What the source's class takes.
+
+    Raises:
+        DataError: Another name, no such folder, an option of another source, or a broken data set.
+
+    >>> open_source("shapes", train=2, val=1, size=32).splits()["val"]
+    ['val_000000']
+    """
+    if name not in SOURCES:
+        raise DataError(f"unknown source '{name}'{nearest(name, SOURCES)}")
+    # Each source is imported when it is asked for: a reader of shards needs none of them.
+    factory: Any
+    if name == "shapes":
+        from ugrl.data.shapes import open_shapes as factory
+    elif name == "coco":
+        from ugrl.data.coco import CocoSource as factory
+    elif name == "voc":
+        from ugrl.data.voc import VocSource as factory
+    else:
+        from ugrl.data.folder import FolderSource as factory
+    try:
+        source: Source = factory(**options) if name == "shapes" and root is None else factory(root=root, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        word = str(error).rsplit("'", 2)[-2]
+        raise DataError(f"source '{name}' has no option '{word}'") from None
+    return source
