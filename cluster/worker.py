@@ -7,60 +7,64 @@ Files are written where a run without Ray writes them (``OUT/checkpoints``, ``OU
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
-from ray.train import Checkpoint
-from ray.train.v2.api.report_config import CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.data import ray_loader
 from ugrl import config as configs
 from ugrl.train import checkpoint
-from ugrl.train.loop import Hooks, Trainer
+from ugrl.train.loop import Hooks, LoaderSpec, Trainer
+from ugrl.types import Batch
 
-# Given to the stored metrics of every report, so that a listener can tell the two kinds apart.
-EVENT = "event"
-EVALUATED, SAVED = 1.0, 2.0
+# Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
+EVALUATED = "evaluated"
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train as one rank of Ray Train's process group.
 
     Args:
-        config: ``config`` (the run as a plain dict), ``shards``, ``out`` and ``resume`` (paths; resume
-            may be ``None``), ``data_cpus`` (what Ray Data may use for this worker).
+        config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_cpus`` (what
+            Ray Data may use for this worker). A checkpoint in ``out`` is continued.
     """
-    _crash_for_tests()
     cfg = configs.build(config["config"])
-    out, shards = Path(config["out"]), Path(config["shards"])
-    folder = _newest(out, ray.train.get_checkpoint(), config.get("resume"))
+    out = Path(config["out"])
+
+    def loader(spec: LoaderSpec) -> Iterator[Batch]:
+        return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), cpus=config["data_cpus"])
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
-        ray.train.report({**metrics, "step": float(step), EVENT: EVALUATED})
+        ray.train.report({**metrics, "step": float(step), EVALUATED: 1.0})
 
     def on_checkpoint(step: int, path: Path | None, metrics: dict[str, float]) -> None:
-        saved = None if path is None else Checkpoint.from_directory(path)
         ray.train.report(
-            {**metrics, "step": float(step), EVENT: SAVED},
-            checkpoint=saved,
+            {**metrics, "step": float(step), EVALUATED: 0.0},
+            checkpoint=None if path is None else Checkpoint.from_directory(path),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    def loader(spec):  # noqa: ANN001, ANN202
-        return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), cpus=config["data_cpus"])
-
     Trainer(
         cfg,
-        shards=shards,
+        shards=Path(config["shards"]),
         out=out,
         loader=loader,
         hooks=Hooks(on_eval=on_eval, on_checkpoint=on_checkpoint),
-        resume_from=folder,
+        resume_from=_start(out),
         quiet=True,
         device=str(ray.train.torch.get_device()),
     ).fit()
+
+
+def _start(out: Path) -> Path | None:
+    """The newest checkpoint of this run: the one to resume from, or the last before a failure.
+
+    The folder may hold a newer one than Ray Train was told of, and those it was told of may be gone.
+    """
+    known = ray.train.get_checkpoint()
+    return checkpoint.latest(out) or (Path(known.path) if known is not None else None)

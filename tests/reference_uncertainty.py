@@ -129,7 +129,7 @@ class PrototypesByLoop:
         B, C = present_BC.shape
         rows = [[r_BCD[b][c] for b in range(B) if present_BC[b][c]] for c in range(C)]
         batch_means = [mean_of(rows[c]) if rows[c] else None for c in range(C)]
-        means = self.means if any(m is not None for m in self.means) else batch_means
+        means = list(self.means) if any(m is not None for m in self.means) else batch_means
         sigma = self.sigma
         if self.bias is not None:
             flat = [r for c in range(C) for r in rows[c]]
@@ -151,7 +151,7 @@ class PrototypesByLoop:
                 old, new = self.prototypes[c], mean_of(votes)
                 self.prototypes[c] = new if old is None else self.moved(old, new, self.eta)
                 self.counts[c] += 1
-            old = means[c] if means is self.means else None
+            old = self.means[c]
             self.means[c] = batch_means[c] if old is None else self.moved(old, batch_means[c], self.momentum)
 
     def moved(self, old, new, momentum):

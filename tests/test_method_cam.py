@@ -227,7 +227,7 @@ def test_propagation_fills_an_object_from_a_part_of_it():
     cam[:, 4:8, 4:8] = 1
     whole = torch.tensor([[0, 16, 0, 24]] * 3)
     out = to_grid(propagate_cam(cam, PAIRS, logits, whole, grid=grid), grid)[0].flatten()
-    assert out[side].min() > 1 / 13 and out[~side].max() < 0.05
+    assert out[side].min() > 0.07 and out[~side].max() < 0.05
     assert out.max() < 1
     # Nothing beyond the radius, nothing outside the box, and padding gives nothing.
     near = propagate_cam(cam, PAIRS, torch.zeros(3, 24, 24), whole, grid=grid, radius=1)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tree
 from safetensors.torch import load_file
 
+from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.train import checkpoint
@@ -83,7 +83,7 @@ def test_two_ranks_are_one_rank(setting: str, shards: Path, tmp_path: Path) -> N
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(
-                a[key], b[key], rtol=1e-8, atol=1e-11, msg=lambda m, key=key: f"{part} {key}: {m}"
+                a[key], b[key], rtol=1e-8, atol=1e-11
             )
 
 

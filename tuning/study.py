@@ -37,6 +37,7 @@ from ugrl.errors import ConfigError, UgrlError
 STEP = "step"
 STUDY = "ugrl"
 JOURNAL = "study.journal"
+ERROR_FILE = "error.txt"
 
 
 def open_storage(storage: str, out: Path) -> BaseStorage:
@@ -115,7 +116,9 @@ def open_study(space: SearchSpace, out: Path, *, create: bool) -> optuna.Study:
     storage, name = open_storage(space.storage, out), study_name(space.storage, out)
     exists = name in optuna.get_all_study_names(storage)
     if exists and create:
-        raise UgrlError(f"storage {space.storage!r} already holds a study named '{name}'; choose another --out or --resume")
+        raise UgrlError(
+            f"storage {space.storage!r} already holds a study named '{name}'; choose another --out or --resume"
+        )
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     if not exists:
         for point in space.first:
@@ -184,7 +187,9 @@ class StudySearch(OptunaSearch):
         step = int(result.get(STEP, 0)) if result else 0
         if error or score is None:
             if not error:
-                reason = "no validation was reported" if not result or self.metric not in result else "the objective is NaN"
+                reason = (
+                    "no validation was reported" if not result or self.metric not in result else "the objective is NaN"
+                )
                 trial.set_user_attr("error", reason)
             self._ot_study.tell(trial, state=TrialState.FAIL)
         elif step < self._max_step:
@@ -198,11 +203,10 @@ class StudySearch(OptunaSearch):
         self.on_trial_result(trial_id, result)
         self._completed_trials.add(trial_id)
 
-    def note_error(self, trial_id: str, reason: str) -> None:
-        """Keep why a trial failed, for the report."""
-        trial = self._ot_trials.get(trial_id)
-        if trial is not None:
-            self._ot_study._storage.set_trial_user_attr(trial._trial_id, "error", reason)
+    @property
+    def study(self) -> optuna.Study:
+        """The study that is told."""
+        return self._ot_study
 
     def number(self, trial_id: str) -> int | None:
         """Optuna's number of a Tune trial."""
@@ -218,9 +222,23 @@ class StudySearch(OptunaSearch):
         raise UgrlError(f"{checkpoint_path}: not a snapshot; resume with ugrl-tune --resume")
 
 
+def quiet_optuna() -> None:
+    """Leave Optuna's warnings; drop its line for each trial."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def trial_folder(out: Path, number: int) -> Path:
     """Where a trial writes."""
     return out / "trials" / f"{number:03d}"
+
+
+def why_failed(out: Path, number: int) -> str:
+    """One line on why a trial failed, from what it left behind."""
+    try:
+        lines = (trial_folder(out, number) / ERROR_FILE).read_text(encoding="utf-8").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "its process ended without a word (killed, or out of memory)"
 
 
 def _float(value: Any) -> float | None:

@@ -88,10 +88,10 @@ def run_eval(args: argparse.Namespace) -> int:
     device = _device(args.device)
     got = restore(args.checkpoint, device=device, best=args.best)
     reader = ShardReader(args.data, args.split)
-    if reader.class_names != got.class_names:
+    if reader.manifest.class_names != got.class_names:
         raise CheckpointError(
             f"{args.checkpoint}: trained on {len(got.class_names)} classes ({', '.join(got.class_names[:3])}, …); "
-            f"{args.data} has {len(reader.class_names)} ({', '.join(reader.class_names[:3])}, …)"
+            f"{args.data} has {len(reader.manifest.class_names)} ({', '.join(reader.manifest.class_names[:3])}, …)"
         )
     cfg = replace(
         got.cfg,

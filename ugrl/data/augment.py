@@ -22,8 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # value (0…255) → normalised float32, one table a channel: (3, 256).
 _TABLE = (
-    (np.arange(256, dtype=np.float64)[None] / 255 - np.array(IMAGENET_MEAN)[:, None])
-    / np.array(IMAGENET_STD)[:, None]
+    (np.arange(256, dtype=np.float64)[None] / 255 - np.array(IMAGENET_MEAN)[:, None]) / np.array(IMAGENET_STD)[:, None]
 ).astype(np.float32)
 
 

@@ -50,7 +50,7 @@ def decode_labels(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: {_cause(error, len(data), 'PNG mask')}") from None
     if image.mode not in _LABEL_MODES:
         raise DataError(
-            f"{where}: the mask has mode {image.mode}, i.e. colours; expected class indices (a palette or 8-bit gray PNG)"
+            f"{where}: mask of mode {image.mode}; expected class indices (a palette or 8-bit gray PNG), not colours"
         )
     if image.mode == "1":
         return image.convert("P").point(lambda v: min(v, 1), "L")

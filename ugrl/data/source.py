@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +12,13 @@ from ugrl.data.images import decode_labels, decode_rgb
 from ugrl.errors import DataError
 from ugrl.types import IGNORE, Row
 
-SOURCES = ("shapes", "coco", "voc", "folder")
+_FACTORIES = {
+    "shapes": ("ugrl.data.shapes", "open_shapes"),
+    "coco": ("ugrl.data.coco", "CocoSource"),
+    "voc": ("ugrl.data.voc", "VocSource"),
+    "folder": ("ugrl.data.folder", "FolderSource"),
+}
+SOURCES = tuple(_FACTORIES)
 
 
 class RowError(DataError):
@@ -81,7 +88,14 @@ class Source(Protocol):
 
 
 def make_row(
-    *, id: str, image: bytes, tags: Iterable[int], mask: bytes | None, num_classes: int, where: str, mask_where: str = ""
+    *,
+    id: str,
+    image: bytes,
+    tags: Iterable[int],
+    mask: bytes | None,
+    num_classes: int,
+    where: str,
+    mask_where: str = "",
 ) -> Row:
     """A row whose image and mask have been decoded in full and agree.
 
@@ -167,16 +181,9 @@ def open_source(name: str, root: str | Path | None = None, **options: Any) -> So
     """
     if name not in SOURCES:
         raise DataError(f"unknown source '{name}'{nearest(name, SOURCES)}")
-    # Each source is imported when it is asked for: a reader of shards needs none of them.
-    factory: Any
-    if name == "shapes":
-        from ugrl.data.shapes import open_shapes as factory
-    elif name == "coco":
-        from ugrl.data.coco import CocoSource as factory
-    elif name == "voc":
-        from ugrl.data.voc import VocSource as factory
-    else:
-        from ugrl.data.folder import FolderSource as factory
+    # Each source is imported when it is asked for: whoever reads shards needs none of them.
+    module, attribute = _FACTORIES[name]
+    factory = getattr(import_module(module), attribute)
     try:
         source: Source = factory(**options) if name == "shapes" and root is None else factory(root=root, **options)
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from ugrl.config import Config
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
 from ugrl.distributed import rank, world_size
-from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.crf import dense_crf
+from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
+from ugrl.eval.palette import denormalize
 from ugrl.method.cam import dense, inside_grid, multi_scale_cam, to_grid
 from ugrl.method.prototypes import Prototypes
+from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
 from ugrl.model.network import UGRLNet
@@ -48,7 +51,7 @@ def shape_batches(reader: ShardReader, indices: list[int], threads: int) -> Iter
     buckets: dict[tuple[int, int], list[Sample]] = {}
 
     def load(i: int) -> Sample:
-        return eval_sample(reader[i], num_classes=len(reader.class_names))
+        return eval_sample(reader[i], num_classes=len(reader.manifest.class_names))
 
     def flush(size: tuple[int, int]) -> Batch:
         return collate(buckets.pop(size))
@@ -133,7 +136,7 @@ def evaluate(
     """
     was_training = net.training
     net.eval()
-    names = reader.class_names
+    names = reader.manifest.class_names
     num = len(names)
     n = len(reader) if cfg.eval.limit == 0 else min(cfg.eval.limit, len(reader))
     indices = list(range(rank(), n, world_size()))
@@ -155,10 +158,8 @@ def evaluate(
             probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, first=out.seg_BChw)
             seg.add(probs.argmax(1), labels)
             if cfg.eval.crf:
-                from ugrl.data.augment import denormalise
-
                 for k in range(b):
-                    sharp = dense_crf(probs[k].cpu().numpy(), denormalise(batch_cpu.images_B3HW[k].numpy()))
+                    sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
                     crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
         if want_cam:
             assert batch.masks_BHW is not None
@@ -167,14 +168,12 @@ def evaluate(
             def forward(x: Tensor, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
                 return net.cam(x, affinity=affinity and affinity_trained)
 
-            cam = multi_scale_cam(
-                forward, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror
-            )
-            cam_BFHW = dense(cam.cam_PHW, batch.pairs_P2, b, num)
-            best, arg = cam_BFHW.max(1)
-            cam_c.add((arg + 1).where(best > cfg.eval.cam_background, torch.zeros_like(arg)), labels)
+            cam = multi_scale_cam(forward, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
+            # One threshold, so every pixel inside the image is decided.
+            t = cfg.eval.cam_background
+            decided, _ = pseudo_labels(cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=t, low=t)
+            cam_c.add(decided, labels)
             if cfg.eval.refined_cam and par is not None:
-                # One threshold, not two: every pixel is decided, as a pseudo-label file would.
                 fine, _ = refine_labels(
                     cam.cam_PHW,
                     batch.pairs_P2,
@@ -182,8 +181,8 @@ def evaluate(
                     images,
                     batch=b,
                     par=par,
-                    high=cfg.eval.cam_background,
-                    low=cfg.eval.cam_background,
+                    high=t,
+                    low=t,
                 )
                 refined.add(fine.where(fine != 255, torch.zeros_like(fine)), labels)
             if prototypes is not None:
@@ -226,6 +225,8 @@ def evaluate(
     metrics.update(tags_m.compute())
     if want_cam and prototypes is not None:
         u_m.reduce()
-        metrics.update(u_m.compute())
+        metrics.update({k: v for k, v in u_m.compute().items() if k != "u_pairs"})
+    # What cannot be computed (no pair of one kind, say) is absent rather than NaN.
+    metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
     net.train(was_training)
     return EvalResult(metrics, classes, n)

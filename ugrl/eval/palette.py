@@ -1,4 +1,4 @@
-"""The Pascal VOC colour map, and label images as palette PNGs."""
+"""Pixels for people: the Pascal VOC colour map, palette PNGs, and images back from their normalised form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ugrl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 
 
 def voc_palette() -> np.ndarray:
@@ -33,3 +35,9 @@ def write_mask(path: Path, labels_HW: np.ndarray) -> None:
     tmp = path.with_name(path.name + ".tmp")
     image.save(tmp, format="PNG")
     tmp.replace(path)
+
+
+def denormalize(image_3HW: np.ndarray) -> np.ndarray:
+    """Undo the ImageNet normalisation: float (3, H, W) → uint8 (H, W, 3)."""
+    unit = image_3HW.transpose(1, 2, 0) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)
+    return (unit * 255.0).round().clip(0, 255).astype(np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ugrl.data.augment import normalise
+from ugrl.data.augment import normalize
 from ugrl.errors import DataError
 from ugrl.eval.evaluate import seg_scores
 from ugrl.eval.palette import write_mask
@@ -78,7 +78,7 @@ def predict_image(
         crf: Whether to sharpen with a dense CRF.
     """
     h, w = image_HW3.shape[:2]
-    x = torch.from_numpy(normalise(image_HW3))[None].to(device)
+    x = torch.from_numpy(normalize(image_HW3))[None].to(device)
     # The encoder needs 32 pixels a side: smaller images are padded by their own edge.
     pad = (0, max(0, 32 - w), 0, max(0, 32 - h))
     if any(pad):

@@ -105,17 +105,19 @@ class _Similarity:
         """bool: pairs of one class."""
         return self.class_GN[:, rows.start : rows.stop, None] == self.class_GN[:, None, keys.start : keys.stop]
 
-    def by_kind(self, tile: Tensor, rows: _Tile, keys: _Tile, absent: float) -> list[tuple[int, Tensor]]:
+    def by_kind(self, tile: Tensor, rows: _Tile, keys: _Tile, absent: float) -> Iterator[tuple[int, Tensor]]:
         """The tile as (0, positives) and (1, negatives), what is not of the kind being ``absent``."""
         relation = rows.relation(keys)
         if relation == "mixed":
             same = self.same(rows, keys)
-            return [(0, tile.masked_fill(~same, absent)), (1, tile.masked_fill(same, absent))]
-        return [(0 if relation == "same" else 1, tile)]
+            yield 0, tile.masked_fill(~same, absent)
+            yield 1, tile.masked_fill(same, absent)
+        else:
+            yield (0 if relation == "same" else 1), tile
 
 
 def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log P and log N of the own anchors, (G, N) each, −∞ where a sum is empty.
+    """Sums log P and log N of the own anchors, (G, N) each, −∞ where a sum is empty.
 
     ``kept`` is the only tile's e^{S/τ − shift}, if there is a single one and the shift is fixed.
     """
@@ -135,6 +137,7 @@ def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> 
                     acc += part.sum(dim)
                 else:
                     acc.copy_(torch.logaddexp(acc, part.logsumexp(dim)))
+        del tile, part  # or they would live beside the next tile
     if fixed:
         sums_2GN = sums_2GN.log_().add_(sim.shift)
     return sums_2GN[0], sums_2GN[1]
@@ -150,32 +153,39 @@ def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: 
             anchors that do not count and for foreign ones.
         kept: As in :func:`_log_sums`; it is overwritten.
     """
-    fixed = sim.tau >= FIXED_SHIFT_TAU
     grad_GND = torch.zeros_like(sim.x_GND)
-    if fixed:
+    k_2GN = logk_2GN
+    if sim.tau >= FIXED_SHIFT_TAU:
         k_2GN = (logk_2GN + sim.shift).exp_()
         k_2GN[0].neg_()
     for rows, keys in _pairs(tiles):
-        relation = rows.relation(keys)
-        kinds = {"same": [0], "different": [1], "mixed": [0, 1]}[relation]
-        if fixed:
-            g = sim.exps(rows, keys) if kept is None else kept
-            parts = [
-                k_2GN[k, :, rows.start : rows.stop, None] + k_2GN[k, :, None, keys.start : keys.stop] for k in kinds
-            ]
-        else:
-            g = sim.logits(rows, keys)
-            parts = []
-            for k in kinds:
-                by_row = (g + logk_2GN[k, :, rows.start : rows.stop, None]).exp_()
-                by_key = (g + logk_2GN[k, :, None, keys.start : keys.stop]).exp_()
-                parts.append(by_row.add_(by_key).mul_(1 - 2 * (k == 0)))
-        factor = parts[0] if len(parts) == 1 else torch.where(sim.same(rows, keys), parts[0], parts[1])
-        g = g.mul_(factor) if fixed else factor
+        g = _gradient_tile(sim, k_2GN, rows, keys, kept)
         grad_GND[:, rows.start : rows.stop].baddbmm_(g, sim.x_GND[:, keys.start : keys.stop])
         if keys is not rows:
             grad_GND[:, keys.start : keys.stop].baddbmm_(g.transpose(1, 2), sim.x_GND[:, rows.start : rows.stop])
+        del g  # or it would live beside the next tile
     return grad_GND.mul_(1.0 / sim.tau)
+
+
+def _gradient_tile(sim: _Similarity, k_2GN: Tensor, rows: _Tile, keys: _Tile, kept: Tensor | None) -> Tensor:
+    """Derivative of the sum of own losses by the tile of S/τ: e^{S/τ} times (k of the row + k of the key).
+
+    ``k_2GN`` is shifted and signed with a fixed shift, else it is the logarithm that :func:`_gradient` got.
+    """
+    kinds = {"same": [0], "different": [1], "mixed": [0, 1]}[rows.relation(keys)]
+    rows_2Gn, keys_2Gm = k_2GN[:, :, rows.start : rows.stop, None], k_2GN[:, :, None, keys.start : keys.stop]
+    if sim.tau >= FIXED_SHIFT_TAU:
+        tile = sim.exps(rows, keys) if kept is None else kept
+        parts = [rows_2Gn[k] + keys_2Gm[k] for k in kinds]
+    else:
+        tile = sim.logits(rows, keys)
+        parts = [(tile + rows_2Gn[k]).exp_().add_((tile + keys_2Gm[k]).exp_()) for k in kinds]
+        if 0 in kinds:
+            parts[0].neg_()
+    factor = parts[0]
+    if len(parts) == 2:
+        torch.where(sim.same(rows, keys), parts[0], parts[1], out=factor)
+    return tile.mul_(factor) if sim.tau >= FIXED_SHIFT_TAU else factor
 
 
 class _SumOfLosses(torch.autograd.Function):
@@ -200,9 +210,34 @@ class _SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GND,) = ctx.saved_tensors
         return grad_GND * grad, None, None, None, None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows of the embeddings for several groups of anchors; one gradient tensor serves all groups.
+
+    No position is taken twice, so the backward pass writes instead of adding: no order of summation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, emb_BND: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*indices)
+        ctx.blank = emb_BND.new_zeros(()).expand(emb_BND.shape), emb_BND.stride()
+        dtype = torch.float64 if emb_BND.dtype == torch.float64 else torch.float32
+        N = emb_BND.shape[1]
+        return tuple(emb_BND[i_GN // N, i_GN % N].to(dtype) for i_GN in indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        blank, stride = ctx.blank
+        out_BND = torch.empty_strided(blank.shape, stride, dtype=blank.dtype, device=blank.device).zero_()
+        N = out_BND.shape[1]
+        for i_GN, grad_GND in zip(ctx.saved_tensors, grads, strict=True):
+            out_BND[i_GN // N, i_GN % N] = grad_GND.to(out_BND.dtype)
+        return out_BND, *(None for _ in grads)
 
 
 def contrastive_loss(
@@ -212,7 +247,7 @@ def contrastive_loss(
     *,
     tau: float,
     scope: Literal["image", "batch"] = "image",
-    tile: int = 1024,
+    tile: int | None = None,
 ) -> Tensor:
     """Mean of ℓ_i = lse_all(i) − lse_pos(i) over anchors (Eq. 10 as printed, the positive sum inside the log).
 
@@ -228,7 +263,8 @@ def contrastive_loss(
         tau: Temperature τ > 0.
         scope: ``image``: j runs over the anchors of the same image; ``batch``: over those of all images on all
             ranks, whose embeddings are gathered with their gradients.
-        tile: Side of a tile of S. With no more anchors than this in any image, all images share one batched tile.
+        tile: Side of a tile of S; by default 512 on a CPU, where it should fit the cache, and 2048 elsewhere. With no
+            more anchors than this in any image, all images share one batched tile.
 
     Returns:
         Scalar; a zero that is connected to the embeddings where nothing counts.
@@ -236,6 +272,8 @@ def contrastive_loss(
     Raises:
         ConfigError: τ not positive, tile < 1 or an unknown ``scope``.
     """
+    if tile is None:
+        tile = 512 if emb_BDhw.device.type == "cpu" else 2048
     if not tau > 0.0:
         raise ConfigError(f"tau: {tau!r}, expected a positive temperature")
     if tile < 1:
@@ -245,9 +283,7 @@ def contrastive_loss(
     with torch.autocast(device_type=emb_BDhw.device.type, enabled=False):
         key_BN = labels_Bhw.where(pool_Bhw, IGNORE).flatten(1).long()
         emb_BND = emb_BDhw.flatten(2).transpose(1, 2)
-        if scope == "image":
-            return _per_image(emb_BND, key_BN, tau, tile)
-        return _across_batch(emb_BND.flatten(0, 1)[None], key_BN.view(1, -1), tau, tile)
+        return (_per_image if scope == "image" else _across_batch)(emb_BND, key_BN, tau, tile)
 
 
 def _sum_of_losses(x_GND: Tensor, class_GN: Tensor, tiles: Sequence[_Tile], tau: float, padded: bool) -> Tensor:
@@ -262,32 +298,36 @@ def _per_image(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Tensor
     counts_BL = _class_counts(key_BN).tolist()
     sizes_B = [sum(counts[:IGNORE]) for counts in counts_BL]
     longest = max(sizes_B, default=0)
-    if longest <= tile:
-        groups = [(slice(None), longest, [_Tile(0, longest, 0, IGNORE, True)])] if longest else []
+    # Without a negative or without a positive there is nothing to compute.
+    active = [b for b, counts in enumerate(counts_BL) if _has_loss(counts)]
+    index_BN = order_BN + torch.arange(len(order_BN), device=order_BN.device)[:, None] * order_BN.shape[1]
+    groups: list[tuple[slice, int, list[_Tile]]]
+    if longest <= tile:  # all images at once, padded with pixels that are no anchors
+        groups = [(slice(None), longest, [_Tile(0, longest, 0, IGNORE, True)])] if active else []
     else:
-        groups = [
-            (slice(b, b + 1), n, _cut(counts, 0, tile, True))
-            for b, (n, counts) in enumerate(zip(sizes_B, counts_BL, strict=True))
+        groups = [(slice(b, b + 1), sizes_B[b], _cut(counts_BL[b], 0, tile, True)) for b in active]
+    if not groups:
+        total = _zero(emb_BND)
+    else:
+        rows = list(_Take.apply(emb_BND, *(index_BN[images, :n] for images, n, _ in groups)))[::-1]
+        sums = [
+            _sum_of_losses(rows.pop(), class_BN[images, :n], tiles, tau, padded=longest <= tile)
+            for images, n, tiles in groups
         ]
-        # Without a negative or without a positive there is nothing to compute.
-        groups = [g for g, counts in zip(groups, counts_BL, strict=True) if _has_loss(counts)]
-    total = _zero(emb_BND) if not groups else emb_BND.new_zeros((), dtype=_island(emb_BND))
-    for images, n, tiles in groups:
-        x_GND = _take(emb_BND[images], order_BN[images, :n])
-        total = total + _sum_of_losses(x_GND, class_BN[images, :n], tiles, tau, padded=longest <= tile)
+        total = torch.stack(sums).sum()
     anchors = sum(n for counts in counts_BL for n in counts[:IGNORE] if n > 1)
     return total * unit_shares(torch.full((), anchors, device=key_BN.device), total.dtype)
 
 
-def _across_batch(emb_1ND: Tensor, key_1N: Tensor, tau: float, tile: int) -> Tensor:
-    class_1N, order_1N = key_1N.sort(dim=1, stable=True)
-    counts_RL = all_gather_rows(_class_counts(key_1N)).tolist()
+def _across_batch(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Tensor:
+    class_1N, order_1N = key_BN.view(1, -1).sort(dim=1, stable=True)
+    counts_RL = all_gather_rows(_class_counts(key_BN.view(1, -1))).tolist()
     sizes_R = [sum(counts[:IGNORE]) for counts in counts_RL]
     totals_L = [sum(column) for column in zip(*counts_RL, strict=True)]
     if not _has_loss(totals_L):
-        return _zero(emb_1ND)
+        return _zero(emb_BND)
     longest, own = max(sizes_R), sizes_R[rank()]
-    x_1ND = _take(emb_1ND, order_1N[:, :own])
+    (x_1ND,) = _Take.apply(emb_BND, order_1N[:, :own])
     class_1N = class_1N[:, :own]
     if world_size() > 1:  # blocks of equal length; no tile reaches into the padding
         pad = longest - own
@@ -309,16 +349,7 @@ def _has_loss(counts: Sequence[int]) -> bool:
     return max(counts[:IGNORE]) > 1 and sum(n > 0 for n in counts[:IGNORE]) > 1
 
 
-def _island(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _take(emb_GND: Tensor, order_GN: Tensor) -> Tensor:
-    """The chosen rows of each group, in the island's precision."""
-    index_GND = order_GN[:, :, None].expand(-1, -1, emb_GND.shape[2])
-    return emb_GND.gather(1, index_GND).to(_island(emb_GND))
-
-
 def _zero(emb: Tensor) -> Tensor:
     """A zero whose gradient is zero everywhere."""
-    return (emb.to(_island(emb)) * 0).sum()
+    zero: Tensor = ((emb if emb.dtype == torch.float64 else emb.float()) * 0).sum()
+    return zero

@@ -113,7 +113,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_BChw,) = ctx.saved_tensors
         return grad_BChw * grad, None, None, None
 
@@ -194,7 +194,7 @@ def affinity_loss(affinity_BNN: Tensor, labels_Bhw: Tensor, eligible_Bhw: Tensor
 
 
 def _near(h: int, w: int, radius: int, device: torch.device) -> Tensor:
-    """bool (N, N): pairs of different positions within Chebyshev ``radius``."""
+    """Pairs, as bool (N, N), of different positions within Chebyshev ``radius``."""
     y_h, x_w = torch.arange(h, device=device), torch.arange(w, device=device)
     rows_hh = (y_h[:, None] - y_h).abs() <= radius
     cols_ww = (x_w[:, None] - x_w).abs() <= radius

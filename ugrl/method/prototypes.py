@@ -144,7 +144,7 @@ class Prototypes(nn.Module):
             lengths_C = self.prototypes_Cd.norm(dim=-1)
             dot_BC = torch.einsum("bcd,cd->bc", h_BCd, self.prototypes_Cd)
             cosine_BC = dot_BC / lengths_BC.clamp(min=TINY) / lengths_C.clamp(min=TINY)
-            known_BC = present_BC & (self.counts_C > 0) & (lengths_BC > TINY) & (lengths_C > TINY)
+            known_BC = present_BC & (lengths_BC > TINY) & (lengths_C > TINY)  # P is 0 until its first vote
             return (1 - cosine_BC.clamp(-1, 1)).masked_fill(~known_BC, 0), known_BC
 
     @torch.no_grad()

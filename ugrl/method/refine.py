@@ -177,6 +177,7 @@ def refine_labels(
     par: PAR,
     high: float = 0.55,
     low: float = 0.35,
+    together: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pseudo-labels of PAR-refined CAMs.
 
@@ -197,6 +198,8 @@ def refine_labels(
         par: The refinement.
         high: Background score of the first run.
         low: Background score of the second run.
+        together: Refine all images in one batch instead of one by one; the same labels. ``None``: except on a CPU,
+            whose cache one image fills, while one image starves a GPU.
 
     Returns:
         int64 (B, H, W) labels 0, 1…F or 255 (outside the box: 255); their confidence, 0 where ignored.
@@ -219,11 +222,10 @@ def refine_labels(
             # No class to refine: the same answer as the plain thresholds give for a best CAM of 0.
             labels_BHW[b, y0:y1, x0:x1] = 0
             conf_BHW[b, y0:y1, x0:x1] = low
-    # A GPU is starved by one image at a time, a CPU cache is flooded by all at once.
-    groups = [[b] for b in wanted] if cam_PHW.device.type == "cpu" else [wanted] if wanted else []
-    scores = cam_PHW.new_tensor([high, low]) if cam_PHW.device.type == "cpu" else None
-    if scores is None:
-        scores = torch.tensor([high, low], dtype=cam_PHW.dtype).to(cam_PHW.device, non_blocking=True)
+    if together is None:
+        together = cam_PHW.device.type != "cpu"
+    groups = [wanted] if together and wanted else [[b] for b in wanted]
+    scores = torch.tensor([high, low], dtype=cam_PHW.dtype).to(cam_PHW.device, non_blocking=True)
     for group in groups:
         halves, masks, sizes = [], [], []
         for b in group:

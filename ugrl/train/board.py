@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ugrl.data.augment import denormalise
-from ugrl.eval.palette import PALETTE
+from ugrl.eval.palette import PALETTE, denormalize
 from ugrl.types import Batch
 
 
@@ -61,7 +60,7 @@ def sheet(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> np.ndarra
     rows = []
     pairs = batch.pairs_P2
     for k in range(min(most, len(batch.ids))):
-        image = denormalise(batch.images_B3HW[k].float().cpu().numpy())
+        image = denormalize(batch.images_B3HW[k].float().cpu().numpy())
         h, w = image.shape[:2]
         columns = [image]
         if "cam" in views:

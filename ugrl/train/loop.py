@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,6 @@ def local_loader(spec: LoaderSpec) -> Iterator[Batch]:
         world=spec.world,
         threads=spec.threads,
         start_step=spec.start_step,
-        total_steps=spec.total_steps,
         prefetch=spec.prefetch,
     )
 
@@ -229,9 +229,12 @@ class Trainer:
         self.net.train()
         if world_size() > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(
-                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                # Newer torch renames broadcast_buffers; older ones know only that name.
+                warnings.simplefilter("ignore", FutureWarning)
+                model = DistributedDataParallel(
+                    self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         batches = self.loader(self._spec())
         amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
         window: list[dict[str, Tensor]] = []
@@ -329,7 +332,7 @@ class Trainer:
     def _flush(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         """Mean of each named value over the steps that have it, over ranks; one transfer."""
         names = sorted({k for w in window for k in w})
-        means = torch.stack([torch.stack([w[k].float() for w in window if k in w]).mean() for k in names])
+        means = torch.stack([torch.stack([w[k].double() for w in window if k in w]).mean() for k in names])
         values = dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
         self._finite(values, self.done - 1)
         return values

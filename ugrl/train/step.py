@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ugrl.config import Config
+from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.method.cam import CamOutput, dense, inside_grid, multi_scale_cam, to_grid
 from ugrl.method.contrast import contrastive_loss
 from ugrl.method.losses import affinity_loss, classification_loss, sample_nearest, segmentation_loss
@@ -40,6 +41,12 @@ def pixel_counts(labels_BHW: Tensor, num_classes: int) -> Tensor:
     valid = flat != IGNORE
     out = torch.zeros(flat.shape[0], num_classes, device=flat.device)
     return out.scatter_add_(1, flat.where(valid, torch.zeros_like(flat)), valid.to(out.dtype))
+
+
+def _share(x: Tensor, where: Tensor) -> Tensor:
+    """This rank's part of the global mean of ``x`` where ``where``; the mean over ranks is the mean."""
+    count = all_reduce_sum(where.to(x).sum())
+    return (x * where).sum() * world_size() / count.clamp_min(1)
 
 
 class Step:
@@ -172,9 +179,8 @@ class Step:
             stats["share_cls"] = effective_share(w_BF, known_BC[:, 1:], n_BF)
         terms["cls"] = classification_loss(out.logits_BF, batch.tags_BF, w_BF)
         loss = terms["cls"]
-        known = known_BC.to(u_BC)
-        stats["u_fg"] = (u_BC * known)[:, 1:].sum() / known[:, 1:].sum().clamp_min(1)
-        stats["u_bg"] = (u_BC * known)[:, 0].sum() / known[:, 0].sum().clamp_min(1)
+        stats["u_fg"] = _share(u_BC[:, 1:], known_BC[:, 1:])
+        stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
 
         keep: dict[str, Tensor] = {}
         if not warm:
@@ -216,7 +222,7 @@ class Step:
                     out.emb_BDhw, small_Bhw, pool_Bhw, tau=k_cfg.tau, scope=k_cfg.scope, tile=k_cfg.tile
                 )
                 loss = loss + lam.lambda2 * terms["ucl"]
-                stats["pool"] = pool_Bhw.float().mean()
+                stats["pool"] = pool_Bhw.to(u_BC).mean()
 
             if self.uses_affinity:
                 assert out.affinity_BNN is not None

@@ -1,0 +1,181 @@
+"""A worker's batches through Ray Data: tasks carry compressed bytes, the consumer decodes them.
+
+The loader decides nothing. Which row a step sees is :mod:`ugrl.data.order`'s word, and a crop is a
+function of (seed, epoch, id); so these batches equal those of the local loader bit for bit, for any
+number of workers and after any resume. One stream covers all steps that are left: no restart, and
+no stall, between epochs.
+
+What Ray Data adds is that shards are read by tasks on any node with a free CPU. They read the
+shards by path: the folder must be visible on every node. Only the bytes of JPEGs and PNGs go through
+the object store; decoded crops would be many times larger.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.exceptions import RayError
+
+from ugrl.data.augment import Augment
+from ugrl.data.order import batch_rows, sample_rng
+from ugrl.data.reader import ShardReader
+from ugrl.data.shards import from_table, to_table
+from ugrl.errors import DataError, UgrlError
+from ugrl.train.loop import LoaderSpec
+from ugrl.types import Batch, Row, collate
+
+# Blocks of a few batches: the first is there soon, and a task has enough to do to pay for its start.
+BLOCK_ROWS = (16, 256)
+BLOCKS = 1000
+
+
+def ray_loader(spec: LoaderSpec, *, cpus: float = 1.0) -> Iterator[Batch]:
+    """Batches of one rank for steps ``start_step … total_steps - 1``.
+
+    To be called where Ray is connected, once in each training worker.
+
+    Args:
+        spec: What the trainer asks for.
+        cpus: How many CPUs the reading tasks of this loader may hold together. Workers that share a
+            cluster get a share each, so that none starves another.
+
+    Yields:
+        The batches, in order of steps. Closing the generator stops the tasks.
+
+    Raises:
+        DataError: A broken shard or row.
+    """
+    local = spec.global_batch // spec.world
+    total = (spec.total_steps - spec.start_step) * local
+    if total <= 0:
+        return
+    _quiet()
+    share = min(1.0, cpus)
+    block = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], local, total // BLOCKS))
+    positions = ray.data.range(total, override_num_blocks=max(1, -(-total // block)))
+    stream = positions.map_batches(
+        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=share, zero_copy_batch=True
+    )
+    options = stream.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(share, cpus))
+    stream.context.enable_progress_bars = False
+    # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
+    stream.context.execution_no_progress_timeout_s = -1
+    decode = Decode(spec.augment, seed=spec.seed, threads=spec.threads)
+    batches = iter(
+        stream.iterator().iter_torch_batches(
+            batch_size=local, prefetch_batches=max(1, spec.prefetch), collate_fn=decode, device="cpu"
+        )
+    )
+    try:
+        for step in range(spec.start_step, spec.total_steps):
+            found, batch = _next(batches)
+            if found != step:
+                raise DataError(f"{spec.shards}: Ray Data delivered step {found}; expected step {step}")
+            yield batch
+    finally:
+        close = getattr(batches, "close", None)
+        if close:
+            close()
+        decode.close()
+
+
+def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
+    """Bytes of the rows at some positions of a rank's stream; runs in Ray Data's tasks.
+
+    Args:
+        batch: ``id``: positions (n,) counted from the stream's first row.
+        spec: Whose stream.
+
+    Returns:
+        n rows of the shards' schema with the columns ``step`` and ``epoch``.
+    """
+    reader = _reader(str(spec.shards), spec.split)
+    local = spec.global_batch // spec.world
+    rows: list[Row] = []
+    steps: list[int] = []
+    epochs: list[int] = []
+    for position in batch["id"].tolist():
+        step, slot = spec.start_step + position // local, position % local
+        epoch, indices = batch_rows(
+            step,
+            seed=spec.seed,
+            manifest=reader.manifest,
+            split=spec.split,
+            global_batch=spec.global_batch,
+            rank=spec.rank,
+            world=spec.world,
+        )
+        rows.append(reader[int(indices[slot])])
+        steps.append(step)
+        epochs.append(epoch)
+    table = to_table(rows)
+    return table.append_column("step", pa.array(steps, pa.int64())).append_column("epoch", pa.array(epochs, pa.int64()))
+
+
+@lru_cache(maxsize=4)
+def _reader(shards: str, split: str) -> ShardReader:
+    """One reader per process of Ray's pool; tasks that follow find the manifest parsed."""
+    return ShardReader(shards, split)
+
+
+class Decode(ArrowBatchCollateFn):
+    """Decode and augment a batch in the consumer.
+
+    Args:
+        augment: Makes samples.
+        seed: Of the run.
+        threads: Decoding threads; 0 works in Ray Data's prefetching thread.
+    """
+
+    def __init__(self, augment: Augment, *, seed: int, threads: int) -> None:
+        self.augment, self.seed = augment, seed
+        self.pool = ThreadPoolExecutor(threads, "ugrl-decode") if threads > 0 else None
+
+    def __call__(self, batch: pa.Table) -> tuple[int, Batch]:
+        """The step, and its batch."""
+        rows = from_table(batch)
+        steps, epochs = batch.column("step").to_pylist(), batch.column("epoch").to_pylist()
+        if len(set(steps)) != 1:
+            raise DataError(f"Ray Data mixed the steps {steps[0]} and {steps[-1]} in one batch; expected one step")
+
+        def sample(row: Row, epoch: int) -> Any:
+            return self.augment(row, sample_rng(self.seed, epoch, row.id))
+
+        made = self.pool.map(sample, rows, epochs) if self.pool else map(sample, rows, epochs)
+        return steps[0], collate(list(made))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _next(batches: Iterator[tuple[int, Batch]]) -> tuple[int, Batch]:
+    """The next batch; an error that was ours inside a task is ours again."""
+    try:
+        return next(batches)
+    except StopIteration:
+        raise DataError("Ray Data ended before the run did") from None
+    except (RayError, UgrlError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UgrlError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise type(cause)(str(cause)) from None
+
+
+def _quiet() -> None:
+    """Leave warnings; drop the plans and the bars."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False

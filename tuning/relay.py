@@ -1,0 +1,30 @@
+"""From Ray Train's reports to Tune's: one for each validation, never one for a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.train import Checkpoint
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from cluster.worker import EVALUATED
+
+
+class Relay(TuneReportCallback):
+    """Pass rank 0's validations on to the trial that started the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since = time.time()
+        self._step = -1.0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Called by the controller once all ranks have reported."""
+        found = metrics[0]
+        # A run that was repaired repeats the validations since its checkpoint.
+        if found.get(EVALUATED) and found["step"] > self._step:
+            self._step = found["step"]
+            made = {k: v for k, v in found.items() if k != EVALUATED}
+            made.update(step=int(found["step"]), seconds=time.time() - self._since)
+            super().after_report(run_context, [made], None)

@@ -1,0 +1,142 @@
+"""``ugrl prepare``: a source becomes a folder of shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ugrl.data.prepare import prepare
+from ugrl.data.shards import Manifest, verify
+from ugrl.data.source import SOURCES, open_source
+from ugrl.errors import ConfigError
+
+# Option → the source it belongs to.
+_OWN = {
+    "keep_unannotated": "coco",
+    "year": "coco",
+    "labels": "voc",
+    "train_list": "voc",
+    "train": "shapes",
+    "val": "shapes",
+    "size": "shapes",
+    "difficulty": "shapes",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ugrl prepare``."""
+    parser.description = "Write a data set to Parquet shards: resumable, checked, in bounded memory."
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set (not for shapes)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder's checksums and stop")
+    parser.add_argument(
+        "--tune-val",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="share (below 1) or number of training images held out for searches; 0 for none (default 0.1)",
+    )
+    parser.add_argument("--shard-rows", type=int, default=512, metavar="N", help="images a shard (default 512)")
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="stop at an unusable image, or leave it out and count it (default raise)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out choice, and of shapes (default 0)")
+    coco = parser.add_argument_group("coco")
+    coco.add_argument("--year", type=int, choices=(2014, 2017), help="layout (default: the one that is there)")
+    coco.add_argument("--keep-unannotated", action="store_const", const=True, help="keep images without any annotation")
+    voc = parser.add_argument_group("voc")
+    voc.add_argument("--labels", choices=("xml", "mask"), help="where image tags come from (default xml)")
+    voc.add_argument("--train-list", metavar="NAME", help="split list used as train (default train_aug, else train)")
+    shapes = parser.add_argument_group("shapes")
+    shapes.add_argument("--train", type=int, metavar="N", help="training images (default 1200)")
+    shapes.add_argument("--val", type=int, metavar="N", help="validation images (default 200)")
+    shapes.add_argument("--size", type=int, metavar="PX", help="side (default 96)")
+    shapes.add_argument("--difficulty", type=float, metavar="X", help="0 clear … 1 hard (default 0.5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``ugrl prepare``.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ConfigError: Arguments that do not go together.
+        DataError: Bad input, see :func:`ugrl.data.prepare.prepare`.
+    """
+    console = Console()
+    if args.verify is not None:
+        if args.source or args.out:
+            raise ConfigError("--verify stands alone; expected no SOURCE and no --out beside it")
+        console.print(summary(verify(args.verify)))
+        return 0
+    if not args.source:
+        raise ConfigError(f"no SOURCE; expected one of {', '.join(SOURCES)}")
+    if args.out is None:
+        raise ConfigError("no --out; expected the folder to write")
+    options = source_options(args)
+    source = open_source(args.source, args.root, **options)
+    manifest = prepare(
+        source,
+        args.out,
+        tune_val=args.tune_val,
+        shard_rows=args.shard_rows,
+        on_error=args.on_error,
+        seed=args.seed,
+        progress=True,
+    )
+    sys.stderr.flush()
+    console.print(summary(manifest))
+    return 0
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that belong to the chosen source, those left alone omitted.
+
+    Raises:
+        ConfigError: An option of another source, or a root for a generated one.
+    """
+    options: dict[str, Any] = {}
+    for key, owner in _OWN.items():
+        value = getattr(args, key)
+        if value is None:
+            continue
+        if owner != args.source:
+            flag = "--" + key.replace("_", "-")
+            raise ConfigError(f"{flag} belongs to source {owner}; expected none of it for {args.source}")
+        options[key] = value
+    if args.source == "shapes":
+        if args.root is not None:
+            raise ConfigError(f"--root {args.root} with source shapes, which is generated; expected none")
+        options["seed"] = args.seed
+    return options
+
+
+def _share(text: str) -> float | int:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number") from None
+    return int(value) if value >= 1 and value.is_integer() else value
+
+
+def summary(manifest: Manifest) -> Table:
+    """Splits, rows, masks, what was left out, shards and size."""
+    table = Table(title=f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes")
+    table.add_column("split")
+    for column in ("rows", "with masks", "left out", "shards", "MB"):
+        table.add_column(column, justify="right")
+    for name, info in manifest.splits.items():
+        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(info.left_out.items())) or "0"
+        size = sum(s.bytes for s in info.shards) / 1e6
+        table.add_row(name, str(info.rows), str(info.with_masks), left_out, str(len(info.shards)), f"{size:.1f}")
+    return table

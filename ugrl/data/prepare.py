@@ -1,0 +1,361 @@
+"""A source becomes a folder of shards, in bounded memory, and survives being killed.
+
+Everything is written to ``OUT.partial``; each shard under a temporary name first, and noted in a journal
+once it is on the disk. Started again with the same options, work goes on at the first shard that is not
+in the journal. The folder takes its name last. The shards are a function of the source and the options:
+an interrupted run ends with the same bytes as any other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ugrl.data.progress import Progress
+from ugrl.data.shards import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    partial_of,
+    sha256,
+    sync,
+    write_rows,
+    write_text,
+)
+from ugrl.data.source import RowError, Source
+from ugrl.errors import DataError
+from ugrl.seeding import derive
+from ugrl.types import Row
+
+JOURNAL = "journal.json"
+TUNE_VAL = "tune_val"
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """One shard to write.
+
+    Attributes:
+        split: Of the shards (``train``, ``tune_val``, ``val``).
+        origin: Split of the source that the ids belong to.
+        file: Name of the shard.
+        ids: Rows, in order.
+    """
+
+    split: str
+    origin: str
+    file: str
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """One shard on the disk; ``rows`` is 0, and there is no file, where every row was left out."""
+
+    split: str
+    file: str
+    rows: int
+    with_masks: int
+    bytes: int
+    sha256: str
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+WriteShard = Callable[[Source, ShardJob, Path, OnError], ShardDone]
+# Runs the first argument over the jobs and yields results in any order, see ``prepare``.
+ShardMap = Callable[[WriteShard, Source, list[ShardJob], Path, OnError], Iterable[ShardDone]]
+
+
+def hold_out(
+    ids: list[str], tags: Callable[[str], tuple[int, ...] | None], share: float | int, seed: int
+) -> frozenset[str]:
+    """Which training ids go to ``tune_val``.
+
+    Rows are put in order by their rarest class and, within it, by a seeded hash of the id; every 1/share-th
+    is taken. So each class gives its share, give or take one.
+
+    Args:
+        ids: Of the source's train split.
+        tags: Tags of an id, or ``None`` where unknown (then the hash alone decides).
+        share: A share below 1, or a number of rows.
+        seed: Of the hash.
+
+    Raises:
+        DataError: Nothing would be left in train, or nothing held out though asked for.
+    """
+    n = len(ids)
+    count = round(n * share) if share < 1 else int(share)
+    if share < 0 or count >= n or (share > 0 and count == 0):
+        raise DataError(
+            f"tune_val {share} of {n} training rows leaves {count} held out and {n - count} in train; "
+            "expected both above 0 (0 turns it off)"
+        )
+    known = {id: tags(id) or () for id in ids}
+    frequency = Counter(t for row in known.values() for t in row)
+
+    def place(id: str) -> tuple[int, int]:
+        rarest = min(known[id], key=lambda t: (frequency[t], t), default=0)
+        return rarest, derive(seed, TUNE_VAL, id)
+
+    ordered = sorted(ids, key=place)
+    return frozenset(id for i, id in enumerate(ordered) if (i + 1) * count // n > i * count // n)
+
+
+def plan(source: Source, *, tune_val: float | int, shard_rows: int, seed: int) -> list[ShardJob]:
+    """Every shard to write, in order.
+
+    Raises:
+        DataError: An empty split, an id that appears twice, or a share that holds out all or nothing.
+    """
+    if shard_rows < 1:
+        raise DataError(f"shard_rows is {shard_rows}; expected ≥ 1")
+    found = source.splits()
+    where = f"source '{source.name}'" + (f" at {source.root}" if source.root else "")
+    if not found:
+        raise DataError(f"{where}: no split found")
+    seen: dict[str, str] = {}
+    for split, ids in found.items():
+        if not ids:
+            why = "".join(f", {n} left out ({r})" for r, n in source.left_out.get(split, {}).items())
+            raise DataError(f"{where}: split '{split}' is empty{why}")
+        for id in ids:
+            if id in seen:
+                raise DataError(f"{where}: id '{id}' appears twice, in '{seen[id]}' and in '{split}'")
+            seen[id] = split
+
+    splits: dict[str, tuple[str, list[str]]] = {}
+    for split, ids in found.items():
+        splits[split] = split, ids
+        if split == "train" and tune_val:
+            held = hold_out(ids, lambda id: source.tags("train", id), tune_val, seed)
+            splits["train"] = "train", [id for id in ids if id not in held]
+            splits[TUNE_VAL] = "train", [id for id in ids if id in held]
+    return [
+        ShardJob(split, origin, f"{split}-{k:05d}.parquet", tuple(ids[start : start + shard_rows]))
+        for split, (origin, ids) in splits.items()
+        for k, start in enumerate(range(0, len(ids), shard_rows))
+    ]
+
+
+def write_shard(
+    source: Source, job: ShardJob, folder: Path, on_error: OnError, on_row: Callable[[int], None] | None = None
+) -> ShardDone:
+    """Write one shard under a temporary name, then rename it; works in any process.
+
+    Args:
+        source: Where rows come from.
+        job: Which ones.
+        folder: Where the shard goes.
+        on_error: As for :func:`prepare`.
+        on_row: Called with 1 before each row.
+
+    Raises:
+        RowError: A row cannot be used and ``on_error`` is ``raise``; no file is left.
+    """
+    left_out: Counter[str] = Counter()
+
+    def rows() -> Iterator[Row]:
+        for id in job.ids:
+            if on_row is not None:
+                on_row(1)
+            try:
+                yield source.row(job.origin, id)
+            except RowError as error:
+                if on_error == "raise":
+                    raise
+                left_out[error.reason] += 1
+
+    draft, path = folder / f"{job.file}.tmp", folder / job.file
+    try:
+        count, masks = write_rows(draft, rows())
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if count == 0:
+        return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
+    done = ShardDone(job.split, job.file, count, masks, draft.stat().st_size, sha256(draft), dict(left_out))
+    os.replace(draft, path)
+    sync(folder)
+    return done
+
+
+def prepare(
+    source: Source,
+    out: str | Path,
+    *,
+    tune_val: float | int = 0.1,
+    shard_rows: int = 512,
+    on_error: OnError = "raise",
+    seed: int = 0,
+    progress: bool = False,
+    shard_map: ShardMap | None = None,
+) -> Manifest:
+    """Write a source to a folder of shards.
+
+    Args:
+        source: Where rows come from.
+        out: The folder; it must not exist.
+        tune_val: Share (below 1) or number of training rows held out as ``tune_val``; 0 for none.
+        shard_rows: Source rows a shard.
+        on_error: Whether a row that cannot be used stops the work, or is left out and counted.
+        seed: Of the held-out choice.
+        progress: Whether progress goes to stderr.
+        shard_map: Called with :func:`write_shard`, the source, the jobs, the folder and ``on_error``; runs
+            the jobs anywhere and yields what is done in any order. ``None``: one by one, here.
+
+    Returns:
+        The manifest of the finished folder.
+
+    Raises:
+        DataError: ``out`` exists, or other options than the unfinished folder was begun with, or bad
+            input. ``out`` then does not exist; what has been written stays in ``OUT.partial`` and is
+            used by the next run.
+    """
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error is {on_error!r}; expected raise or skip")
+    out = Path(out)
+    partial = partial_of(out)
+    if out.exists():
+        kind = "a prepared data set" if (out / MANIFEST).is_file() else "something else"
+        raise DataError(f"{out}: exists already ({kind}); choose another name or remove it")
+    jobs = plan(source, tune_val=tune_val, shard_rows=shard_rows, seed=seed)
+    options = {
+        "schema_version": SCHEMA_VERSION,
+        "source": source.name,
+        "root": None if source.root is None else str(source.root.resolve()),
+        **{f"source.{key}": value for key, value in source.options.items()},
+        "tune_val": tune_val,
+        "shard_rows": shard_rows,
+        "seed": seed,
+        "ids": hashlib.sha256(repr([(j.file, j.ids) for j in jobs]).encode()).hexdigest()[:16],
+    }
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        done = _resume(partial, options)
+        try:
+            _write_all(source, jobs, partial, options, done, on_error, progress, shard_map)
+            manifest = _manifest(source, jobs, done, partial, tune_val=tune_val, seed=seed)
+        except DataError as error:
+            if not done:
+                shutil.rmtree(partial)
+                raise
+            hint = " or with --on-error skip" if isinstance(error, RowError) and on_error == "raise" else ""
+            raise DataError(
+                f"{error} ({len(done)} of {len(jobs)} shards stay in {partial}; run again{hint} to go on from there)"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{partial}: cannot be written: {error.strerror or error}; run again to go on") from None
+        write_text(partial / MANIFEST, manifest.to_json())
+        os.replace(partial, out)
+        sync(out.parent)
+        (out / JOURNAL).unlink()
+    return replace(manifest, root=out)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Refuse a second writer; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(f"{folder}: another process is writing it") from None
+    finally:
+        os.close(handle)
+
+
+def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
+    """Shards that an earlier run finished, by file name."""
+    path = partial / JOURNAL
+    if not path.is_file():
+        if strangers := sorted(p.name for p in partial.iterdir() if p.name != f"{JOURNAL}.tmp"):
+            raise DataError(f"{partial}: holds '{strangers[0]}' but no journal; remove the folder")
+        write_text(path, json.dumps({"options": options, "shards": []}, indent=1))
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        begun = dict(tree["options"])
+        done = {entry["file"]: ShardDone(**entry) for entry in tree["shards"] if entry["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: broken journal ({type(error).__name__}); remove {partial}") from None
+    now = json.loads(json.dumps(options))
+    for key in [*now, *begun]:
+        if begun.get(key) != now.get(key):
+            what = "other rows" if key == "ids" else f"{key} {begun.get(key)!r}, now {now.get(key)!r}"
+            raise DataError(f"{partial}: begun with {what}; use the same options to go on, or remove the folder")
+    for name, shard in done.items():
+        if shard.rows and (not (partial / name).is_file() or (partial / name).stat().st_size != shard.bytes):
+            raise DataError(f"{partial / name}: in the journal but missing or changed; remove {partial}")
+    # A shard that was renamed but not noted yet is written again; drafts of a killed run go.
+    for path in partial.iterdir():
+        if path.name not in done and path.name != JOURNAL:
+            path.unlink()
+    return done
+
+
+def _write_all(
+    source: Source,
+    jobs: list[ShardJob],
+    partial: Path,
+    options: dict[str, Any],
+    done: dict[str, ShardDone],
+    on_error: OnError,
+    progress: bool,
+    shard_map: ShardMap | None,
+) -> None:
+    sizes = {job.file: len(job.ids) for job in jobs}
+    with Progress(total=sum(sizes.values()), what="rows", enabled=progress) as bar:
+        bar.advance(sum(sizes[name] for name in done))
+        todo = [job for job in jobs if job.file not in done]
+        results: Iterable[ShardDone]
+        if shard_map is None:
+            results = (write_shard(source, job, partial, on_error, bar.advance) for job in todo)
+        else:
+            results = shard_map(write_shard, source, todo, partial, on_error)
+        for shard in results:
+            done[shard.file] = shard
+            journal = {"options": options, "shards": [asdict(s) for s in done.values()]}
+            write_text(partial / JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False))
+            if shard_map is not None:
+                bar.advance(sizes[shard.file])
+
+
+def _manifest(
+    source: Source, jobs: list[ShardJob], done: dict[str, ShardDone], partial: Path, *, tune_val: float | int, seed: int
+) -> Manifest:
+    splits: dict[str, SplitInfo] = {}
+    for split in dict.fromkeys(job.split for job in jobs):
+        parts = [done[job.file] for job in jobs if job.split == split]
+        left_out = Counter(source.left_out.get(split, {}))
+        for part in parts:
+            left_out.update(part.left_out)
+        rows = sum(p.rows for p in parts)
+        if rows == 0:
+            why = ", ".join(f"{n} × {reason}" for reason, n in sorted(left_out.items()))
+            raise DataError(f"split '{split}' is empty: every row was left out ({why})")
+        splits[split] = SplitInfo(
+            rows=rows,
+            with_masks=sum(p.with_masks for p in parts),
+            shards=tuple(ShardInfo(p.file, p.rows, p.bytes, p.sha256) for p in parts if p.rows),
+            left_out=dict(left_out),
+        )
+    return Manifest(
+        root=partial,
+        source=source.name,
+        options={**source.options, "tune_val": tune_val, "tune_val_seed": seed},
+        class_names=tuple(source.class_names),
+        splits=splits,
+    )

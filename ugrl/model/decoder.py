@@ -1,0 +1,112 @@
+"""SegFormer's all-MLP head (Xie et al., 2021), and the embedding head g_seg beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ugrl.model.encoder import Features, Four, init_weights
+from ugrl.model.noise import Noise, keep_scale
+from ugrl.model.norm import make_norm
+
+
+def per_position(x_BDhw: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution as a matrix product: without a copy on channels-last maps.
+
+    Args:
+        x_BDhw: Map.
+        weight: (D', D).
+        bias: (D',) or ``None``.
+
+    Returns:
+        Channels-last (B, D', h, w).
+    """
+    return F.linear(x_BDhw.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def _init_last(layer: nn.Conv2d, std: float) -> None:
+    nn.init.trunc_normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class Decoder(nn.Module):
+    """Project F1…F4 to one width, upsample to F1's grid, concatenate, fuse (1×1, norm, ReLU) → z → class logits.
+
+    Everything up to the norm is linear, and a 1×1 convolution commutes with bilinear upsampling (whose weights sum to
+    one). So the projection's and the fusion's weights are multiplied first, levels of one size are added up before they
+    are upsampled together, and the concatenated 4·D map never exists. Parameters stay in their published form.
+
+    Attributes:
+        dropout: Rate of channel dropout on z.
+    """
+
+    def __init__(self, dims: Four, num_logits: int, *, dim: int = 256, norm: str = "sync_batch", dropout: float = 0.1):
+        super().__init__()
+        self.dropout = dropout
+        self.project = nn.ModuleList(nn.Linear(d, dim) for d in dims)
+        # Its input channels are those of F4, F3, F2, F1, in this order (as published).
+        self.fuse = nn.Conv2d(4 * dim, dim, 1, bias=False)
+        self.norm = make_norm(norm, dim)
+        self.classify = nn.Conv2d(dim, num_logits, 1)
+        self.project.apply(init_weights)
+        nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
+        _init_last(self.classify, std=0.01)
+
+    def composed(self) -> tuple[list[Tensor], Tensor]:
+        """The matrices (D, D_i) from F_i to the fused map, and their common bias (D,)."""
+        with torch.autocast(device_type=self.fuse.weight.device.type, enabled=False):
+            parts = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]
+            layers = list(zip(parts, cast(Iterable[nn.Linear], self.project), strict=True))
+            weights = [part @ layer.weight for part, layer in layers]
+            biases = [part @ layer.bias for part, layer in layers]
+        return weights, torch.stack(biases).sum(0)
+
+    def fused(self, features: Features) -> Tensor:
+        """F1…F4 → z (B, D, h, w) on F1's grid."""
+        weights, bias_D = self.composed()
+        full = (features[0].shape[-2], features[0].shape[-1])
+        maps: dict[tuple[int, int], Tensor] = {full: per_position(features[0], weights[0], bias_D)}
+        for feature, weight in zip(features[1:], weights[1:], strict=True):
+            size = (feature.shape[-2], feature.shape[-1])
+            y = per_position(feature, weight)
+            maps[size] = maps[size] + y if size in maps else y
+        total = maps.pop(full)
+        for y in maps.values():
+            total = total + F.interpolate(y, size=full, mode="bilinear", align_corners=False)
+        return F.relu(self.norm(total))
+
+    def logits(self, z_BDhw: Tensor, noise: Noise | None = None) -> Tensor:
+        """Class logits (B, C, h, w) of z; channels of z are dropped where ``noise`` says so."""
+        if noise is not None and noise.dropout_BD is not None and self.dropout > 0:
+            z_BDhw = z_BDhw * keep_scale(noise.dropout_BD, self.dropout).to(z_BDhw.dtype)[:, :, None, None]
+        return per_position(z_BDhw, self.classify.weight.flatten(1), self.classify.bias)
+
+    def forward(self, features: Features, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        """F1…F4 → z before dropout (B, D, h, w) and class logits (B, C, h, w)."""
+        z_BDhw = self.fused(features)
+        return z_BDhw, self.logits(z_BDhw, noise)
+
+
+class ProjectionHead(nn.Module):
+    """g_seg: 1×1 → norm → ReLU → 1×1, then unit length (Eq. 9)."""
+
+    def __init__(self, dim: int, d_seg: int, *, norm: str = "sync_batch") -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(dim, dim, 1, bias=False)
+        self.norm = make_norm(norm, dim)
+        self.out = nn.Conv2d(dim, d_seg, 1)
+        nn.init.kaiming_normal_(self.hidden.weight, mode="fan_out", nonlinearity="relu")
+        _init_last(self.out, std=0.02)
+
+    def forward(self, z_BDhw: Tensor) -> Tensor:
+        """Unit embeddings (B, d_seg, h, w) of z, float32 (float64 stays); a zero vector stays zero."""
+        y_BDhw = F.relu(self.norm(per_position(z_BDhw, self.hidden.weight.flatten(1))))
+        e_BDhw = per_position(y_BDhw, self.out.weight.flatten(1), self.out.bias)
+        with torch.autocast(device_type=e_BDhw.device.type, enabled=False):
+            e_BDhw = e_BDhw if e_BDhw.dtype == torch.float64 else e_BDhw.float()
+            return F.normalize(e_BDhw, dim=1, eps=1e-6)

@@ -1,0 +1,215 @@
+"""The network: encoder, class scores, affinity, decoder and embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ugrl.errors import ConfigError
+from ugrl.model.affinity import AffinityHead
+from ugrl.model.decoder import Decoder, ProjectionHead
+from ugrl.model.encoder import SPECS, MiT, attention_logits
+from ugrl.model.noise import Noise
+from ugrl.types import ModelOutput
+
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
+
+
+class UGRLNet(nn.Module):
+    """Everything with learned weights (METHOD: forward pass).
+
+    Attributes:
+        encoder: MiT.
+        classifier: 1×1 without bias from F4 to the F classes; its weights on F4 are the raw CAM.
+        g_cls: Affinity head (Eq. 1).
+        decoder: Fused map z and class logits.
+        g_seg: Embeddings of z (Eq. 9).
+        layers: L, branches that drop-path may drop.
+        dim: D, channels of F4.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        backbone: str,
+        decoder_dim: int = 256,
+        d_seg: int = 512,
+        pooling: str = "gmp",
+        affinity: str = "linear",
+        norm: str = "sync_batch",
+        drop_path: float = 0.1,
+        dropout: float = 0.1,
+    ) -> None:
+        """Builds the network with fresh weights from torch's current random state.
+
+        Args:
+            num_classes: F, without background.
+            backbone: A key of :data:`ugrl.model.encoder.SPECS`.
+            decoder_dim: Channels of z.
+            d_seg: Channels of an embedding.
+            pooling: ``gmp`` (maximum) or ``gap`` (mean) of F4 over positions.
+            affinity: ``linear`` or ``mlp``.
+            norm: ``sync_batch`` or ``group``, in decoder and g_seg.
+            drop_path: Drop rate of the last block.
+            dropout: Drop rate of z's channels.
+
+        Raises:
+            ConfigError: An unknown name.
+        """
+        super().__init__()
+        if backbone not in SPECS:
+            raise ConfigError(f"model.backbone: got '{backbone}', expected one of {', '.join(SPECS)}")
+        if pooling not in ("gmp", "gap"):
+            raise ConfigError(f"model.pooling: got '{pooling}', expected gmp or gap")
+        spec = replace(SPECS[backbone], drop_path=drop_path)
+        self.backbone = backbone
+        self.pooling = pooling
+        self.dim = spec.dims[3]
+        self.heads = spec.heads[3]
+        self.encoder = MiT(spec)
+        self.layers = self.encoder.layers
+        self.classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+        self.g_cls = AffinityHead(self.encoder.maps, affinity, head_dim=self.dim // self.heads)
+        self.decoder = Decoder(spec.dims, num_classes + 1, dim=decoder_dim, norm=norm, dropout=dropout)
+        self.g_seg = ProjectionHead(decoder_dim, d_seg, norm=norm)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        noise: Noise | None = None,
+        decode: bool = True,
+        affinity: bool = True,
+        embed: bool = True,
+        boxes: Tensor | None = None,
+        attention: bool = False,
+    ) -> ModelOutput:
+        """The training pass.
+
+        Args:
+            images: Normalised (B, 3, H, W), any size from 32 px on.
+            noise: Numbers for drop-path and dropout; without them nothing is dropped, whatever the mode.
+            decode: Whether segmentation logits are wanted.
+            affinity: Whether the affinity is wanted.
+            embed: Whether embeddings are wanted.
+            boxes: int64 (B, 4) on the CPU, half-open ``(y0, y1, x0, x1)``: class scores pool only the positions whose
+                centre lies in the box. An image whose box holds no centre pools all of them.
+            attention: Whether the attention logits themselves are wanted: M·N² numbers an image.
+
+        Returns:
+            What was asked for; ``seg_BChw`` and ``emb_BDhw`` on F1's grid.
+        """
+        features, pairs = self.encoder(images, noise)
+        size = (images.shape[-2], images.shape[-1])
+        out = ModelOutput(features=features, logits_BF=self.scores(features[3], boxes, size))
+        if attention:
+            out.attn_BMNN = attention_logits(pairs, self.heads)
+        if affinity:
+            out.affinity_BNN = self.g_cls.from_pairs(pairs, self.heads)
+        if decode or embed:
+            z_BDhw = self.decoder.fused(features)
+            out.seg_BChw = self.decoder.logits(z_BDhw, noise) if decode else None
+            out.emb_BDhw = self.g_seg(z_BDhw) if embed else None
+        return out
+
+    def scores(self, f4_BDhw: Tensor, boxes_B4: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Class scores of F4.
+
+        Args:
+            f4_BDhw: Last-stage features.
+            boxes_B4: Valid boxes in pixels of an image of ``size``, on the CPU; ``None`` pools every position.
+            size: ``(H, W)`` of the images, needed with boxes.
+
+        Returns:
+            logits_BF, float32 (float64 stays).
+        """
+        with torch.autocast(device_type=f4_BDhw.device.type, enabled=False):
+            x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
+            outside = None if boxes_B4 is None or size is None else _outside(boxes_B4, size, x.shape[-2:])
+            if outside is not None:
+                outside = outside.to(x.device, non_blocking=True)[:, None]
+            if self.pooling == "gmp":
+                pooled_BD = (x if outside is None else x.masked_fill(outside, -torch.inf)).amax((2, 3))
+            elif outside is None:
+                pooled_BD = x.mean((2, 3))
+            else:
+                pooled_BD = x.masked_fill(outside, 0).sum((2, 3)) / (~outside).sum((2, 3))
+            return F.linear(pooled_BD, self.classifier.weight.flatten(1).to(x.dtype))
+
+    def raw_from(self, f4_BDhw: Tensor) -> Tensor:
+        """Raw CAM: classifier weights · F4, (B, F, h, w), before ReLU; float32 (float64 stays)."""
+        with torch.autocast(device_type=f4_BDhw.device.type, enabled=False):
+            x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
+            return F.linear(x.permute(0, 2, 3, 1), self.classifier.weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
+
+    def cam(self, images: Tensor, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The CAM pass: no decoder, nothing dropped, no norm that keeps statistics (so the mode does not matter).
+
+        The caller switches gradients off.
+
+        Returns:
+            raw_BFhw, f4_BDhw, and affinity_BNN if asked for.
+        """
+        features, pairs = self.encoder(images)
+        f4_BDhw = features[3]
+        affinity_BNN = self.g_cls.from_pairs(pairs, self.heads) if affinity else None
+        return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
+
+    def segment(self, images: Tensor) -> Tensor:
+        """Segmentation logits (B, C, h, w) on F1's grid, for evaluation."""
+        features, _ = self.encoder(images)
+        return self.decoder(features)[1]
+
+    def parameter_groups(
+        self, lr: float, head_ratio: float, weight_decay: float, norm_lr_mult: float
+    ) -> list[dict[str, object]]:
+        """Optimiser groups; every parameter is in exactly one.
+
+        Args:
+            lr: Of the backbone.
+            head_ratio: Heads over backbone.
+            weight_decay: Of everything but norms and the heads' biases.
+            norm_lr_mult: Backbone norms over backbone; the public code has 0.
+
+        Returns:
+            Groups ``backbone``, ``backbone_norm``, ``head`` and ``head_no_decay``, with ``name``, ``params``, ``lr``
+            and ``weight_decay``.
+        """
+        norms = {id(p) for m in self.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+        members: dict[str, list[nn.Parameter]] = {
+            "backbone": [],
+            "backbone_norm": [],
+            "head": [],
+            "head_no_decay": [],
+        }
+        for name, p in self.named_parameters():
+            if name.startswith("encoder."):
+                members["backbone_norm" if id(p) in norms else "backbone"].append(p)
+            else:
+                members["head_no_decay" if id(p) in norms or name.endswith(".bias") else "head"].append(p)
+        settings = {
+            "backbone": (lr, weight_decay),
+            "backbone_norm": (lr * norm_lr_mult, 0.0),
+            "head": (lr * head_ratio, weight_decay),
+            "head_no_decay": (lr * head_ratio, 0.0),
+        }
+        return [
+            {"name": name, "params": params, "lr": settings[name][0], "weight_decay": settings[name][1]}
+            for name, params in members.items()
+        ]
+
+
+def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: torch.Size) -> Tensor | None:
+    """Which cells have their centre outside of the box, bool (B, h, w); ``None`` where no cell has."""
+    axes = []
+    for axis in (0, 1):
+        centre = ((torch.arange(grid[axis]) * 2 + 1) * size[axis]) // (2 * grid[axis])
+        axes.append((centre >= boxes_B4[:, 2 * axis, None]) & (centre < boxes_B4[:, 2 * axis + 1, None]))
+    inside = axes[0][:, :, None] & axes[1][:, None, :]
+    inside = inside | ~inside.flatten(1).any(1)[:, None, None]
+    return None if bool(inside.all()) else ~inside
