@@ -32,8 +32,8 @@ ENVIRONMENT = {
     # Paths in a configuration count from where the command was started, in every process.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DEDUP_LOGS": "1",
-    # Ray says in several places that it will look at fewer GPUs in a coming version.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Leave CUDA_VISIBLE_DEVICES alone in processes without a GPU: Ray's coming default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -204,6 +204,8 @@ def launch(
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _plain(error, out) from None
+    for leftover in (SNAPSHOT, ".validate_storage_marker"):
+        (out / leftover).unlink(missing_ok=True)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, int | float)}
     metrics.pop(EVALUATED, None)
     return metrics

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,13 +50,25 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     start = sum(SPLIT[:rank])
-    torch.save(run(slice(start, start + SPLIT[rank])), f"{folder}/{rank}.pt")
+    out = run(slice(start, start + SPLIT[rank]))
+    norm = SyncBatchNorm2d(2)
+    torch.manual_seed(rank)
+    out["far.x"] = torch.randn(8, 2, 16, 16) + 1000
+    for _ in range(60):
+        out["far.y"] = norm(out["far.x"]).detach()
+    torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_uneven_ranks_equal_one_process(tmp_path: Path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """What two real processes computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{r}.pt") for r in range(2)]
+
+
+def test_two_uneven_ranks_equal_one_process(ranks: list[dict[str, torch.Tensor]]):
     whole = run(slice(0, 5))
     for key, want in whole.items():
         if key.startswith(("buffer.", "after.")):
@@ -72,25 +82,11 @@ def test_two_uneven_ranks_equal_one_process(tmp_path: Path):
     assert whole["after.num_batches_tracked"] == 2
 
 
-def synchronised_float32(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init32", rank=rank, world_size=2)
-    norm = SyncBatchNorm2d(2)
-    torch.manual_seed(rank)
-    x = torch.randn(8, 2, 16, 16) + 1000
-    for _ in range(60):
-        y = norm(x)
-    torch.save((x, y.detach()), f"{folder}/f{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_large_means_do_not_cancel(tmp_path: Path):
-    mp.spawn(synchronised_float32, args=(str(tmp_path),), nprocs=2)
-    (x0, y0), (x1, y1) = (torch.load(tmp_path / f"f{r}.pt") for r in range(2))
-    x = torch.cat([x0, x1]).double()
+def test_large_means_do_not_cancel(ranks: list[dict[str, torch.Tensor]]):
+    x = torch.cat([r["far.x"] for r in ranks]).double()
     want = nn.BatchNorm2d(2).double()(x).detach()
     # float32 holds 1000 + ε to 6e-5; a variance from raw squares (1e6 ± 0.1) would be off by several per cent.
-    torch.testing.assert_close(torch.cat([y0, y1]).double(), want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.cat([r["far.y"] for r in ranks]).double(), want, rtol=0, atol=1e-3)
 
 
 def test_one_process_is_torch_batch_norm():

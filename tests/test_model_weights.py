@@ -101,7 +101,6 @@ def equal(a: MiT, b: MiT) -> bool:
 
 def test_names_of_a_block():
     state = make().state_dict()
-    assert [k for k in to_segformer(state) if k.startswith("block1.0.")].sort() == SEGFORMER_BLOCK.sort()
     assert {k for k in to_segformer(state) if k.startswith("block1.0.")} == set(SEGFORMER_BLOCK)
     assert {k for k in to_huggingface(state) if k.startswith("encoder.block.0.0.")} == set(HUGGINGFACE_BLOCK)
     ours = {k for k in state if k.startswith("stages.0.blocks.0.")}

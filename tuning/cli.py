@@ -132,8 +132,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
         if not args.quiet:
             console.print(
-                f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {side_by_side} at a time on {have}, "
-                f"objective {search.objective} on '{search.space.split}'",
+                f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {side_by_side} at a time on "
+                f"{have}, objective {search.objective} on '{search.space.split}'",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from optuna.trial import TrialState
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def history(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> 
     for r in rows:
         if r.state == "COMPLETE" and r.value is not None:
             so_far = max(so_far, r.value)
-        line.append((r.number, so_far if so_far > -math.inf else math.nan))
+        line.append((r.number, 100 * so_far if so_far > -math.inf else math.nan))
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], alpha=0.5, label="best so far")
     ax.set(xlabel="trial", ylabel=_label(search), title="Optimisation history")
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(ax)
     return fig
 
@@ -109,7 +110,7 @@ def curves(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> F
         name = f"best: trial {r.number}" if chosen else r.state.lower()
         ax.plot(
             x,
-            y,
+            [100 * v for v in y],
             color=color,
             lw=2.4 if chosen else 1.2,
             alpha=1 if chosen else 0.7,
@@ -146,6 +147,9 @@ def slices(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> F
             ax.set_xlim(-0.5, len(options) - 0.5)
         elif axis.log:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlim(axis.low / 1.15, axis.high * 1.15)
         else:
             margin = 0.05 * (axis.high - axis.low)
@@ -178,17 +182,24 @@ def importance_bars(ranking: dict[str, float], complete: int, objective: str) ->
 
 def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], best: TrialRow | None) -> None:
     for state, color in COLORS.items():
-        these = [(x, r.value) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
+        these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
         if these:
             marker = "x" if state == "FAIL" else "o"
-            ax.scatter(*zip(*these, strict=True), color=color, marker=marker, s=32, alpha=0.85, label=state.lower())
+            xs, ys = [x for x, _ in these], [_percent(r.value) for _, r in these]
+            ax.scatter(xs, ys, color=color, marker=marker, s=32, alpha=0.85, label=state.lower())
     for x, r in placed:
         if best is not None and r.number == best.number:
-            ax.scatter([x], [r.value], color=BEST, marker="*", s=150, zorder=4, label=f"best: trial {best.number}")
+            ax.scatter(
+                [x], [_percent(r.value)], color=BEST, marker="*", s=150, zorder=4, label=f"best: trial {best.number}"
+            )
+
+
+def _percent(value: float | None) -> float:
+    return math.nan if value is None else 100 * value
 
 
 def _label(search: Search) -> str:
-    return search.objective.replace("_", " ")
+    return search.objective.replace("_", " ").replace("miou", "mIoU").replace("map", "mAP").replace("f1", "F1") + ", %"
 
 
 def _legend(ax: Axes) -> None:

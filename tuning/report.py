@@ -44,6 +44,7 @@ class TrialRow:
         curve: (step, objective) of all validations.
         seconds: Wall time.
         error: Why it failed.
+        interrupted: Whether it ended with its search and not by itself.
     """
 
     number: int
@@ -55,6 +56,7 @@ class TrialRow:
     curve: tuple[tuple[int, float], ...] = ()
     seconds: float = math.nan
     error: str = ""
+    interrupted: bool = False
 
 
 def read_trials(study: optuna.Study) -> list[TrialRow]:
@@ -77,6 +79,7 @@ def read_trials(study: optuna.Study) -> list[TrialRow]:
                 curve=curve,
                 seconds=seconds,
                 error=str(trial.user_attrs.get("error", "")),
+                interrupted="interrupted" in trial.user_attrs,
             )
         )
     return rows
@@ -100,8 +103,11 @@ def write_report(search: Search, study: optuna.Study, console: Console) -> None:
     write_csv(search, rows)
     print_table(search, rows, best, console)
     notes = draw(search, study, rows, best, search.out / "plots")
+    stopped = [str(r.number) for r in rows if r.interrupted]
+    if stopped:
+        console.print(f"interrupted, and their points queued again: trials {', '.join(stopped)}", highlight=False)
     for row in rows:
-        if row.state == "FAIL":
+        if row.state == "FAIL" and not row.interrupted:
             console.print(f"trial {row.number} failed: {row.error}", highlight=False, soft_wrap=True, markup=False)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)

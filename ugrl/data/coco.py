@@ -189,18 +189,17 @@ def _read_json(path: Path) -> tuple[dict[int, _Image], dict[int, str]]:
             int(i["id"]): _Image(int(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]), [])
             for i in tree["images"]
         }
-        annotations = tree["annotations"]
+        for a in tree["annotations"]:
+            if not isinstance(a, _Annotation):
+                raise DataError(f"{path}: an annotation without image_id or category_id")
+            if a.image_id not in images:
+                raise DataError(f"{path}: annotation {a.id} names image_id {a.image_id}, which is not among the images")
+            if a.category_id not in categories:
+                raise DataError(f"{path}: annotation {a.id} names category_id {a.category_id}, which is not a category")
+            images[a.image_id].annotations.append(a)
     except (KeyError, TypeError, ValueError) as error:
         what = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path}: not an instances JSON ({what}); expected images, annotations, categories") from None
     if not 1 <= len(categories) < IGNORE:
         raise DataError(f"{path}: {len(categories)} categories; expected 1…{IGNORE - 1}")
-    for a in annotations:
-        if not isinstance(a, _Annotation):
-            raise DataError(f"{path}: an annotation without image_id or category_id")
-        if a.image_id not in images:
-            raise DataError(f"{path}: annotation {a.id} names image_id {a.image_id}, which is not among the images")
-        if a.category_id not in categories:
-            raise DataError(f"{path}: annotation {a.id} names category_id {a.category_id}, which is not a category")
-        images[a.image_id].annotations.append(a)
     return images, categories

@@ -26,8 +26,8 @@ from ugrl.errors import DataError
 from ugrl.types import IGNORE, Row
 
 CLASS_NAMES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 LABELS = ("xml", "mask")
 _INDEX = {name: i + 1 for i, name in enumerate(CLASS_NAMES)}

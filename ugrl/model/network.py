@@ -130,9 +130,10 @@ class UGRLNet(nn.Module):
         """
         with torch.autocast(device_type=f4_BDhw.device.type, enabled=False):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
-            outside = None if boxes_B4 is None or size is None else _outside(boxes_B4, size, x.shape[-2:])
-            if outside is not None:
-                outside = outside.to(x.device, non_blocking=True)[:, None]
+            outside = None
+            if boxes_B4 is not None and size is not None:
+                grid = (x.shape[-2], x.shape[-1])
+                outside = _outside(boxes_B4, size, grid).to(x.device, non_blocking=True)[:, None]
             if self.pooling == "gmp":
                 pooled_BD = (x if outside is None else x.masked_fill(outside, -torch.inf)).amax((2, 3))
             elif outside is None:
@@ -204,12 +205,11 @@ class UGRLNet(nn.Module):
         ]
 
 
-def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: torch.Size) -> Tensor | None:
-    """Which cells have their centre outside of the box, bool (B, h, w); ``None`` where no cell has."""
+def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Which cells have their centre outside of the box, bool (B, h, w); none where all would have."""
     axes = []
     for axis in (0, 1):
         centre = ((torch.arange(grid[axis]) * 2 + 1) * size[axis]) // (2 * grid[axis])
         axes.append((centre >= boxes_B4[:, 2 * axis, None]) & (centre < boxes_B4[:, 2 * axis + 1, None]))
     inside = axes[0][:, :, None] & axes[1][:, None, :]
-    inside = inside | ~inside.flatten(1).any(1)[:, None, None]
-    return None if bool(inside.all()) else ~inside
+    return ~(inside | ~inside.flatten(1).any(1)[:, None, None])

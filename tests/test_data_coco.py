@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as official
+from pycocotools.coco import COCO
+
+from ugrl.data.coco import CocoSource
+from ugrl.data.coco_masks import decode_counts, spans
+from ugrl.data.prepare import prepare
+from ugrl.data.source import RowError, open_source
+from ugrl.errors import DataError
+
+COCO100 = Path(__file__).parents[2] / "shared" / "data" / "coco100"
+needs_coco100 = pytest.mark.skipif(not COCO100.is_dir(), reason="the 100-image COCO excerpt is not beside the checkout")
+
+
+def painted(segmentation, height, width):
+    flat = np.zeros(height * width, np.uint8)
+    for start, inside in spans(segmentation, height, width):
+        flat[start : start + len(inside)] |= inside
+    return flat.reshape(width, height).T
+
+
+def labels_of(row):
+    return np.asarray(Image.open(io.BytesIO(row.mask)))
+
+
+# ---- masks, pixel for pixel ------------------------------------------------------------------------
+
+STYLES = {
+    "anywhere": lambda xy: xy,
+    "whole pixels": np.round,
+    "half pixels": lambda xy: np.round(2 * xy) / 2,
+    "fifths": lambda xy: np.round(5 * xy) / 5 + 0.1,
+    "repeated points": lambda xy: np.repeat(xy.reshape(-1, 2), 2, axis=0).ravel(),
+    "upright": lambda xy: np.stack([np.repeat(xy[0::2], 2), np.roll(np.repeat(xy[1::2], 2), 1)], 1).ravel(),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_polygons_equal_the_official_code(style):
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        height, width = (int(n) for n in rng.integers(1, 60, 2))
+        polygons = [
+            STYLES[style](rng.uniform(-10, 70, 2 * rng.integers(3, 12))).tolist() for _ in range(rng.integers(1, 4))
+        ]
+        expected = official.decode(official.merge(official.frPyObjects(polygons, height, width)))
+        np.testing.assert_array_equal(painted(polygons, height, width), expected)
+
+
+def test_both_rle_forms_equal_the_official_code():
+    rng = np.random.default_rng(0)
+    for share in np.linspace(0, 1, 100):
+        height, width = (int(n) for n in rng.integers(1, 50, 2))
+        mask = np.asfortranarray((rng.random((height, width)) < share).astype(np.uint8))
+        text = official.encode(mask)["counts"].decode()
+        for counts in (text, decode_counts(text)):
+            np.testing.assert_array_equal(painted({"size": [height, width], "counts": counts}, height, width), mask)
+
+
+def test_long_runs_survive_compression():
+    mask = np.zeros((700, 900), np.uint8, order="F")
+    mask[3:650, 200:890] = 1
+    text = official.encode(mask)["counts"].decode()
+    np.testing.assert_array_equal(painted({"size": [700, 900], "counts": text}, 700, 900), mask)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "words"),
+    [
+        ([], "no polygon and no RLE"),
+        (None, "no polygon and no RLE"),
+        ([[1, 2, 3, 4]], "a polygon of 4 numbers; expected x and y of at least 3 points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "a polygon of 6 numbers"),
+        ([["a", "b"]], "a polygon that is no list of numbers"),
+        ({"size": [4, 5], "counts": [3, 2]}, r"RLE runs that add up to 5; expected 5×4"),
+        ({"size": [5, 4], "counts": [20]}, r"RLE size \[5, 4\]; expected \[4, 5\]"),
+        ({"size": [4, 5], "counts": "\x01"}, "character .* in a compressed RLE"),
+        ({"size": [4, 5], "counts": "P"}, "a compressed RLE that ends within a number"),
+        ({"size": [4, 5], "counts": 3}, "RLE counts of type int"),
+    ],
+)
+def test_broken_segmentations_say_why(segmentation, words):
+    with pytest.raises(ValueError, match=words):
+        spans(segmentation, 4, 5)
+
+
+# ---- a generated data set --------------------------------------------------------------------------
+
+SQUARE = [2, 2, 10, 2, 10, 10, 2, 10]
+OVER = [6, 6, 14, 6, 14, 14, 6, 14]
+
+
+def rect(x0, y0, x1, y1, height=20, width=30):
+    mask = np.zeros((height, width), np.uint8, order="F")
+    mask[y0:y1, x0:x1] = 1
+    text = official.encode(mask)["counts"].decode()
+    return {"size": [height, width], "counts": text}
+
+
+def tree(annotations, images=(1,), year=2017, split="train"):
+    prefix = f"COCO_{split}2014_" if year == 2014 else ""
+    return {
+        "images": [{"id": i, "file_name": f"{prefix}{i:012d}.jpg", "width": 30, "height": 20} for i in images],
+        "annotations": [
+            {"id": k, "image_id": i, "category_id": c, "iscrowd": crowd, "segmentation": s}
+            for k, (i, c, crowd, s) in enumerate(annotations)
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}],
+    }
+
+
+def build(root, train, val=None, year=2017):
+    (root / "annotations").mkdir(parents=True)
+    for split, content in (("train", train), ("val", val or tree([(7, 1, 0, [SQUARE])], (7,), year, "val"))):
+        path = root / "annotations" / f"instances_{split}{year}.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        folder = root / f"{split}{year}"
+        folder.mkdir()
+        if isinstance(content, str):
+            continue
+        for image in content["images"]:
+            noise = np.random.default_rng(image["id"]).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / image["file_name"], quality=90)
+    return root
+
+
+def test_objects_are_painted_in_file_order_and_crowds_only_where_nothing_lies(tmp_path):
+    crowd = rect(0, 0, 30, 4)
+    source = CocoSource(
+        build(
+            tmp_path, tree([(1, 13, 1, crowd), (1, 90, 0, [SQUARE]), (1, 1, 0, [OVER]), (1, 13, 1, rect(4, 4, 8, 8))])
+        )
+    )
+    row = source.row("train", "000000000001")
+    first, second = (official.decode(official.frPyObjects([p], 20, 30))[..., 0] for p in (SQUARE, OVER))
+    expected = np.zeros((20, 30), np.uint8)
+    expected[first > 0] = 3  # ids 1, 13, 90 become 1, 2, 3
+    expected[second > 0] = 1
+    expected[:4][expected[:4] == 0] = 255
+    np.testing.assert_array_equal(labels_of(row), expected)
+    assert row.tags == (1, 2, 3)  # the crowd's class is among them
+    assert source.class_names == ("person", "stop sign", "toothbrush")
+
+
+@pytest.mark.parametrize("year", [2014, 2017])
+def test_both_layouts_are_found_and_ids_are_file_stems(tmp_path, year):
+    source = open_source("coco", build(tmp_path, tree([(1, 1, 0, [SQUARE])], year=year), year=year))
+    stem = "COCO_train2014_000000000001" if year == 2014 else "000000000001"
+    assert source.splits()["train"] == [stem] and source.options["year"] == year
+    path = tmp_path / f"train{year}" / f"{stem}.jpg"
+    assert source.row("train", stem).image == path.read_bytes()
+
+
+def test_two_layouts_in_one_root_need_a_choice(tmp_path):
+    build(tmp_path, tree([(1, 1, 0, [SQUARE])]))
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("{}")
+    with pytest.raises(DataError, match="holds both 2014 and 2017; choose one with --year"):
+        CocoSource(tmp_path)
+    assert CocoSource(tmp_path, year=2017).options["year"] == 2017
+
+
+def test_images_without_annotation_are_left_out_and_counted_unless_kept(tmp_path):
+    build(tmp_path / "coco", tree([(2, 1, 0, [SQUARE]), (4, 13, 1, rect(0, 0, 5, 5))], images=(1, 2, 3, 4)))
+    source = CocoSource(tmp_path / "coco")
+    assert source.splits()["train"] == ["000000000002", "000000000004"]
+    manifest = prepare(source, tmp_path / "out", tune_val=0)
+    assert manifest.splits["train"].left_out == {"unannotated": 2} and manifest.splits["val"].left_out == {}
+    kept = CocoSource(tmp_path / "coco", keep_unannotated=True)
+    assert len(kept.splits()["train"]) == 4 and kept.left_out == {}
+    row = kept.row("train", "000000000001")
+    assert row.tags == () and (labels_of(row) == 0).all()
+
+
+def test_a_missing_image_is_named_and_nothing_is_left(tmp_path):
+    build(tmp_path / "coco", tree([(1, 1, 0, [SQUARE]), (2, 1, 0, [SQUARE])], images=(1, 2)))
+    (tmp_path / "coco" / "train2017" / "000000000002.jpg").unlink()
+    source = CocoSource(tmp_path / "coco")
+    with pytest.raises(DataError) as caught:
+        prepare(source, tmp_path / "out", tune_val=0)
+    message = str(caught.value)
+    assert "000000000002.jpg (image id 2): missing image file that instances_train2017.json names" in message
+    assert "\n" not in message and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    manifest = prepare(source, tmp_path / "out", tune_val=0, on_error="skip")
+    assert manifest.splits["train"].left_out == {"missing file": 1}
+
+
+def changed(**changes):
+    return {**tree([(1, 1, 0, [SQUARE])]), **changes}
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ('{"images": [', r"instances_train2017\.json: broken JSON at line 1, column 13"),
+        ("[]", "not an instances JSON"),
+        (changed(annotations=None), "not an instances JSON"),
+        ({"images": [], "categories": []}, "not an instances JSON .no key 'annotations'"),
+        (changed(categories=[], annotations=[]), "0 categories; expected 1…254"),
+        (changed(images=[{"id": 1, "file_name": "x.jpg"}]), "not an instances JSON .no key 'width'"),
+        (tree([(5, 1, 0, [SQUARE])]), "annotation 0 names image_id 5, which is not among the images"),
+        (tree([([1], 1, 0, [SQUARE])]), "not an instances JSON .*unhashable"),
+        (tree([(1, 12, 0, [SQUARE])]), "annotation 0 names category_id 12, which is not a category"),
+        (changed(annotations=[{"id": 3}]), "an annotation without image_id or category_id"),
+        (changed(categories=[{"id": 1, "name": "person"}]), "its categories differ from those of the train split"),
+    ],
+)
+def test_broken_json_is_named(tmp_path, train, words):
+    if isinstance(train, dict) and not train.get("annotations"):
+        train = json.dumps(train)
+    with pytest.raises(DataError, match=words) as caught:
+        CocoSource(build(tmp_path, train))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_places_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such folder; expected the root of a coco data set"):
+        CocoSource(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no annotations/instances_train2014.json or …2017.json"):
+        CocoSource(tmp_path)
+    build(tmp_path / "coco", tree([(1, 1, 0, [SQUARE])]))
+    (tmp_path / "coco" / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"instances_val2017\.json: missing annotation file"):
+        CocoSource(tmp_path / "coco")
+
+
+def test_a_broken_annotation_and_another_size_are_named_with_their_row(tmp_path):
+    content = tree([(1, 1, 0, [[1, 2, 3, 4]]), (2, 1, 0, [SQUARE])], images=(1, 2))
+    source = CocoSource(build(tmp_path, content))
+    with pytest.raises(RowError, match=r"000000000001\.jpg \(image id 1\): annotation 0 has a polygon of 4 numbers"):
+        source.row("train", "000000000001")
+    Image.new("RGB", (31, 20)).save(tmp_path / "train2017" / "000000000002.jpg")
+    with pytest.raises(RowError, match="image id 2.*31×20; the JSON expects 30×20"):
+        source.row("train", "000000000002")
+
+
+# ---- the real thing --------------------------------------------------------------------------------
+
+
+@needs_coco100
+def test_the_excerpt_equals_masks_made_with_the_official_code():
+    source = CocoSource(COCO100)
+    assert {n: len(i) for n, i in source.splits().items()} == {"train": 73, "val": 25}
+    assert source.left_out == {"train": {"unannotated": 2}} and len(source.class_names) == 80
+    for split in ("train", "val"):
+        api = COCO(str(COCO100 / "annotations" / f"instances_{split}2017.json"))
+        index = {c: i + 1 for i, c in enumerate(sorted(api.getCatIds()))}
+        for id in source.splits()[split][::2]:
+            annotations = api.imgToAnns[int(id)]
+            info = api.imgs[int(id)]
+            expected = np.zeros((info["height"], info["width"]), np.uint8)
+            for a in annotations:
+                if not a["iscrowd"]:
+                    expected[api.annToMask(a) > 0] = index[a["category_id"]]
+            crowd = np.zeros(expected.shape, bool)
+            for a in annotations:
+                if a["iscrowd"]:
+                    crowd |= api.annToMask(a) > 0
+            expected[crowd & (expected == 0)] = 255
+            row = source.row(split, id)
+            np.testing.assert_array_equal(labels_of(row), expected, err_msg=id)
+            assert row.tags == tuple(sorted({index[a["category_id"]] for a in annotations}))
+            assert row.image == (COCO100 / f"{split}2017" / f"{id}.jpg").read_bytes()
