@@ -5,6 +5,10 @@ function of (seed, epoch, id); so these batches equal those of the local loader 
 number of workers and after any resume. One stream covers all steps that are left: no restart, and
 no stall, between epochs.
 
+Reading tasks ask for no logical CPU and are limited in number instead. Ray Data hands CPUs out by
+whole numbers: one free CPU between two workers' streams is none for either, and both wait for ever.
+That one CPU is free for them is checked before a run starts.
+
 What Ray Data adds is that shards are read by tasks on any node with a free CPU. They read the
 shards by path: the folder must be visible on every node. Only the bytes of JPEGs and PNGs go through
 the object store; decoded crops would be many times larger.
@@ -37,15 +41,14 @@ BLOCK_ROWS = (16, 256)
 BLOCKS = 1000
 
 
-def ray_loader(spec: LoaderSpec, *, cpus: float = 1.0) -> Iterator[Batch]:
+def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
     """Batches of one rank for steps ``start_step … total_steps - 1``.
 
     To be called where Ray is connected, once in each training worker.
 
     Args:
         spec: What the trainer asks for.
-        cpus: How many CPUs the reading tasks of this loader may hold together. Workers that share a
-            cluster get a share each, so that none starves another.
+        tasks: How many reading tasks this loader may run at a time.
 
     Yields:
         The batches, in order of steps. Closing the generator stops the tasks.
@@ -58,15 +61,13 @@ def ray_loader(spec: LoaderSpec, *, cpus: float = 1.0) -> Iterator[Batch]:
     if total <= 0:
         return
     _quiet()
-    share = min(1.0, cpus)
     block = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], local, total // BLOCKS))
-    positions = ray.data.range(total, override_num_blocks=max(1, -(-total // block)))
-    stream = positions.map_batches(
-        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=share, zero_copy_batch=True
+    spans = [pa.table({"start": [a], "stop": [min(a + block, total)]}) for a in range(0, total, block)]
+    stream = ray.data.from_arrow(spans).map_batches(
+        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=0, concurrency=max(1, tasks)
     )
     options = stream.context.execution_options
     options.preserve_order = True
-    options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(share, cpus))
     stream.context.enable_progress_bars = False
     # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
     stream.context.execution_no_progress_timeout_s = -1
@@ -93,7 +94,7 @@ def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
     """Bytes of the rows at some positions of a rank's stream; runs in Ray Data's tasks.
 
     Args:
-        batch: ``id``: positions (n,) counted from the stream's first row.
+        batch: ``start`` and ``stop`` (1,): a span of the stream's rows, counted from its first.
         spec: Whose stream.
 
     Returns:
@@ -104,7 +105,7 @@ def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
     rows: list[Row] = []
     steps: list[int] = []
     epochs: list[int] = []
-    for position in batch["id"].tolist():
+    for position in range(int(batch["start"][0]), int(batch["stop"][0])):
         step, slot = spec.start_step + position // local, position % local
         epoch, indices = batch_rows(
             step,

@@ -136,10 +136,10 @@ def check_fits(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) ->
         )
 
 
-def data_share(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) -> float:
-    """CPUs for the reading tasks of one worker: an equal share of what the workers leave free."""
+def data_tasks(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) -> int:
+    """Reading tasks that one worker may run at a time: its share of the CPUs that the workers leave free."""
     free = have.cpus - groups * workers * cfg.cluster.cpus_per_worker
-    return max(0.1, min(4.0, round(free / (groups * workers), 2)))
+    return max(1, min(4, int(free / (groups * workers))))
 
 
 def launch(
@@ -186,7 +186,7 @@ def launch(
             "config": configs.to_dict(cfg),
             "shards": str(shards),
             "out": str(out),
-            "data_cpus": data_share(cfg, workers, have, groups=groups),
+            "data_tasks": data_tasks(cfg, workers, have, groups=groups),
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(

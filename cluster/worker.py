@@ -30,14 +30,14 @@ def train_worker(config: dict[str, Any]) -> None:
     """Train as one rank of Ray Train's process group.
 
     Args:
-        config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_cpus`` (what
-            Ray Data may use for this worker). A checkpoint in ``out`` is continued.
+        config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_tasks``
+            (reading tasks at a time). A checkpoint in ``out`` is continued.
     """
     cfg = configs.build(config["config"])
     out = Path(config["out"])
 
     def loader(spec: LoaderSpec) -> Iterator[Batch]:
-        return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), cpus=config["data_cpus"])
+        return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), tasks=config["data_tasks"])
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         ray.train.report({**metrics, "step": float(step), EVALUATED: 1.0})

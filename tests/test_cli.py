@@ -58,7 +58,9 @@ def test_eval_prints_the_table_of_the_last_validation(
     wanted = float(re.search(r'"val/seg_miou": ([0-9.e-]+)', line).group(1))  # type: ignore[union-attr]
     assert re.search(rf"seg_miou\W+{100 * wanted:.1f}\b", text)
     assert "background" in text
-    assert main(["eval", str(trained), "--data", str(shards), "--split", "tune_val", "--mirror", "--device", "cpu"]) == 0
+    assert (
+        main(["eval", str(trained), "--data", str(shards), "--split", "tune_val", "--mirror", "--device", "cpu"]) == 0
+    )
 
 
 def test_predict_writes_palette_masks_of_any_size(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference_cam import ref_gaussian_filter
+from tests.reference_metrics import ref_gaussian_filter
 from ugrl.errors import UgrlError
 from ugrl.eval.crf import PermutohedralLattice, dense_crf, gaussian_filter
 from ugrl.eval.metrics import Confusion

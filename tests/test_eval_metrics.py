@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.reference_cam import ref_auroc, ref_average_precision
+from tests.reference_metrics import ref_auroc, ref_average_precision
 from ugrl.errors import UgrlError
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, auroc, average_precision
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.reference_cam import ref_multi_scale_cam, ref_normalise, ref_pseudo_labels, ref_random_walk
+from tests.reference import ref_multi_scale_cam, ref_normalise, ref_pseudo_labels, ref_random_walk
 from ugrl.errors import UgrlError
 from ugrl.method.cam import dense, inside_grid, inside_mask, multi_scale_cam, normalise, spans, to_grid
 from ugrl.method.pseudo import propagate_cam, pseudo_labels, random_walk

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contrast import LiveBytes, naive
-from tests.reference_losses import contrastive_loss_loops, numeric_gradient
+from tests.reference import contrastive_loss_loops, numeric_gradient
 from ugrl.errors import ConfigError
 from ugrl.method import contrast
 from ugrl.method.contrast import contrastive_loss

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contrast import LiveBytes
-from tests.reference_losses import (
+from tests.reference import (
     affinity_loss_loops,
     bilinear_loops,
     classification_loss_loops,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference_losses import reliable_pool_loops, stratified_quota_loops
+from tests.reference import reliable_pool_loops, stratified_quota_loops
 from ugrl.errors import ConfigError
 from ugrl.method.pool import reliable_pool, stratified_quota
 from ugrl.seeding import derive, hash_uniform

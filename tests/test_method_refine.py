@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.reference_cam import ref_par, ref_refine_labels
+from tests.reference import ref_par, ref_refine_labels
 from ugrl.errors import UgrlError
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import multiprocessing as mp
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tests import reference_uncertainty as ref
+from tests import reference as ref
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.method import prototypes
 from ugrl.method.prototypes import Prototypes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import reference_uncertainty as ref
+from tests import reference as ref
 from ugrl.errors import ConfigError
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.seeding import generator

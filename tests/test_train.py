@@ -82,9 +82,7 @@ def test_two_ranks_are_one_rank(setting: str, shards: Path, tmp_path: Path) -> N
         b = load_file(checkpoint.find(tmp_path / "two") / f"{part}.safetensors")
         assert a.keys() == b.keys()
         for key in a:
-            torch.testing.assert_close(
-                a[key], b[key], rtol=1e-8, atol=1e-11
-            )
+            torch.testing.assert_close(a[key], b[key], rtol=1e-8, atol=1e-11)
 
 
 def test_a_resumed_process_is_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class ContrastConfig:
     d_seg: int = _num(512, ge=2)
     pool: Literal["stratified", "ranked"] = "stratified"
     scope: Literal["image", "batch"] = "image"
-    tile: int = _num(1024, ge=1)
+    tile: int | None = _num(None, ge=1)
 
 
 @dataclass(frozen=True, slots=True)

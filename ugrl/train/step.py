@@ -204,11 +204,12 @@ class Step:
             loss = loss + lam.lambda1 * terms["seg"]
             stats["labelled"] = n_BC.sum() / labels_BHW.numel()
 
-            pool_Bhw = None
+            # Every coarser label is a sample of the next finer one, as its pool membership is.
+            coarse_of_BHW, pool_Bhw = labels_BHW, None
             if self.contrasts:
                 assert out.emb_BDhw is not None
                 grid4 = (out.emb_BDhw.shape[-2], out.emb_BDhw.shape[-1])
-                small_Bhw = sample_nearest(labels_BHW, grid4)
+                small_Bhw = coarse_of_BHW = sample_nearest(labels_BHW, grid4)
                 keys = torch.tensor([derive(cfg.seed, "pool", step, i) for i in batch.ids], device=device)
                 pool_Bhw = reliable_pool(
                     small_Bhw,
@@ -227,7 +228,7 @@ class Step:
             if self.uses_affinity:
                 assert out.affinity_BNN is not None
                 grid = (out.features[3].shape[-2], out.features[3].shape[-1])
-                coarse_Bhw = sample_nearest(labels_BHW, grid)
+                coarse_Bhw = sample_nearest(coarse_of_BHW, grid)
                 eligible = coarse_Bhw != IGNORE
                 if pool_Bhw is not None:
                     eligible = eligible & sample_nearest(pool_Bhw, grid)
