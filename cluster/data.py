@@ -63,8 +63,9 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
     _quiet()
     block = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], local, total // BLOCKS))
     spans = [pa.table({"start": [a], "stop": [min(a + block, total)]}) for a in range(0, total, block)]
+    pool = ray.data.TaskPoolStrategy(size=max(1, tasks))
     stream = ray.data.from_arrow(spans).map_batches(
-        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=0, concurrency=max(1, tasks)
+        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=0, compute=pool
     )
     options = stream.context.execution_options
     options.preserve_order = True
@@ -177,6 +178,6 @@ def _next(batches: Iterator[tuple[int, Batch]]) -> tuple[int, Batch]:
 
 
 def _quiet() -> None:
-    """Leave warnings; drop the plans and the bars."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    """Drop plans, bars and the line that says that there are no bars."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

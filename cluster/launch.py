@@ -77,8 +77,9 @@ def start_ray(address: str | None = None, *, cpus: int | None = None) -> Capacit
                 ray.init(address="local", num_cpus=cpus, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
+    # What goes wrong comes back as an exception, and Tune would also print it with its traceback.
     for name in ("ray.train", "ray.tune", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return capacity()
 
 

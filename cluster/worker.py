@@ -33,6 +33,8 @@ def train_worker(config: dict[str, Any]) -> None:
         config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_tasks``
             (reading tasks at a time). A checkpoint in ``out`` is continued.
     """
+    import faulthandler, os  # DEBUG
+    faulthandler.dump_traceback_later(60, repeat=True, file=open(f"/tmp/rt/stack_{os.getpid()}.txt","w"))  # DEBUG
     cfg = configs.build(config["config"])
     out = Path(config["out"])
 

@@ -186,16 +186,17 @@ class StudySearch(OptunaSearch):
         score = _float(result.get(self.metric)) if result else None
         step = int(result.get(STEP, 0)) if result else 0
         if error or score is None:
-            if not error:
-                reason = (
-                    "no validation was reported" if not result or self.metric not in result else "the objective is NaN"
-                )
-                trial.set_user_attr("error", reason)
+            trial.set_user_attr("error", self._reason(trial.number, result, error))
             self._ot_study.tell(trial, state=TrialState.FAIL)
         elif step < self._max_step:
             self._ot_study.tell(trial, state=TrialState.PRUNED)
         else:
             self._ot_study.tell(trial, score, state=TrialState.COMPLETE)
+
+    def _reason(self, number: int, result: Mapping[str, Any] | None, error: bool) -> str:
+        if error:
+            return why_failed(self._out, number)
+        return "the objective is not a number" if result and self.metric in result else "no validation was reported"
 
     def on_late_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Report the last result of a trial that is about to be told."""

@@ -155,7 +155,7 @@ def _compose(difficulty: float, rng: np.random.Generator) -> tuple[list[_Thing],
 
     things: list[_Thing] = []
     for label in [int(v) for v in labels] + [0] * clutter:
-        radius = rng.uniform(0.14, 0.26 if wanted < 3 else 0.21) * (1.0 if label else 0.7)
+        radius = rng.uniform(0.16, 0.28 if wanted < 3 else 0.22) * (1.0 if label else 0.7)
         angle = rng.uniform(0, 2 * np.pi)
         faint = rng.random() < 0.35 * difficulty
         contrast = rng.uniform(0.3, 0.5) if faint else 1.0
@@ -172,7 +172,7 @@ def _compose(difficulty: float, rng: np.random.Generator) -> tuple[list[_Thing],
 def _background(kind: int, spec: ShapesSpec, rng: np.random.Generator) -> np.ndarray:
     """float32 (size, size, 3): a tint, slow shading and one of three fine patterns."""
     size = spec.size
-    coarse = rng.normal(0, 18, (5, 5, 3)) * 0.5 + rng.normal(0, 18, (5, 5, 1))
+    coarse = rng.normal(0, 4, (5, 5, 3)) + rng.normal(0, 18, (5, 5, 1))
     shading = np.asarray(Image.fromarray(np.clip(coarse + 128, 0, 255).astype(np.uint8)).resize((size, size), 3), float)
     y, x = np.mgrid[0:size, 0:size] * (96 / size)
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 6.28)
@@ -247,13 +247,13 @@ def _paint(
 
         if thing.label:
             # The emblem sits towards one end of the body and stays inside the object.
-            reach = max(0.36, 4.0 / radius)
-            a, b = (u + 0.4 if thing.body == 2 else u - 0.45) / reach, v / reach
+            reach = max(0.42, 4.0 / radius)
+            a, b = (u + 0.35 if thing.body == 2 else u - 0.42) / reach, v / reach
             inside = a**2 + b**2 <= 1
-            jitter = rng.normal(0, 8 + 16 * spec.difficulty, 3)
+            jitter = rng.normal(0, 6 + 12 * spec.difficulty, 3)
             ink = _emblem(thing.label, a, b)[:, :, None]
             colour = np.where(ink, _INK[thing.label - 1], _GROUND[thing.label - 1] + jitter)
-            strength = 0.4 + 0.6 * thing.contrast
+            strength = 0.5 + 0.5 * thing.contrast
             view[inside] = (before + strength * (colour - before))[inside]
             shape = shape | inside
             marks[shape] = thing.label

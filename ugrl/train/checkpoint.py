@@ -74,9 +74,8 @@ def save(
     class_names: tuple[str, ...],
     metrics: Mapping[str, float],
     parts: Mapping[str, Mapping[str, Tensor]],
-    keep: int,
 ) -> Path:
-    """Write ``folder/step_…`` atomically and drop the oldest beyond ``keep`` (the best one stays).
+    """Write ``folder/step_…`` atomically.
 
     Args:
         folder: ``OUT/checkpoints``.
@@ -85,7 +84,6 @@ def save(
         class_names: Foreground classes.
         metrics: The last validation's.
         parts: Tensors by file name, see the module's text.
-        keep: How many to keep.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{step:08d}"
@@ -110,11 +108,15 @@ def save(
         shutil.rmtree(final)
     os.replace(tmp, final)
     _fsync(folder)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Drop the oldest checkpoints beyond ``keep``; the one marked best stays."""
     best = best_name(folder)
     for old in _all(folder)[:-keep]:
         if old.name != best:
             shutil.rmtree(old)
-    return final
 
 
 def _all(folder: Path) -> list[Path]:

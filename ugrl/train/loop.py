@@ -194,9 +194,9 @@ class Trainer:
                     "optimizer": self.optimizer.state(),
                     "random": checkpoint.random_state(),
                 },
-                keep=self.cfg.train.keep_checkpoints,
             )
             self._mark_best(path)
+            checkpoint.prune(path.parent, self.cfg.train.keep_checkpoints)
         self.hooks.on_checkpoint(self.done, path, dict(self.metrics))
         return path
 
