@@ -62,9 +62,9 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
         return
     _quiet()
     block = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], local, total // BLOCKS))
-    spans = [pa.table({"start": [a], "stop": [min(a + block, total)]}) for a in range(0, total, block)]
+    spans = [{"start": a, "stop": min(a + block, total)} for a in range(0, total, block)]
     pool = ray.data.TaskPoolStrategy(size=max(1, tasks))
-    stream = ray.data.from_arrow(spans).map_batches(
+    stream = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
         partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=0, compute=pool
     )
     options = stream.context.execution_options

@@ -174,7 +174,7 @@ def launch(
     Raises:
         UgrlError: What a worker raised as bad input, or one line on how the run failed.
     """
-    from cluster.worker import EVALUATED, train_worker
+    from cluster.worker import EVALUATED, PLACEMENT, train_worker
 
     have = capacity()
     out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def launch(
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _plain(error, out) from None
-    for leftover in (SNAPSHOT, ".validate_storage_marker"):
+    for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
         (out / leftover).unlink(missing_ok=True)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, int | float)}
     metrics.pop(EVALUATED, None)

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+import ray.util.placement_group
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.data import ray_loader
@@ -24,6 +26,7 @@ from ugrl.types import Batch
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
+PLACEMENT = ".placement_group"
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -33,10 +36,10 @@ def train_worker(config: dict[str, Any]) -> None:
         config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_tasks``
             (reading tasks at a time). A checkpoint in ``out`` is continued.
     """
-    import faulthandler, os  # DEBUG
-    faulthandler.dump_traceback_later(60, repeat=True, file=open(f"/tmp/rt/stack_{os.getpid()}.txt","w"))  # DEBUG
     cfg = configs.build(config["config"])
     out = Path(config["out"])
+    if ray.train.get_context().get_world_rank() == 0:
+        note_placement(out)
 
     def loader(spec: LoaderSpec) -> Iterator[Batch]:
         return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), tasks=config["data_tasks"])
@@ -61,6 +64,26 @@ def train_worker(config: dict[str, Any]) -> None:
         quiet=True,
         device=str(ray.train.torch.get_device()),
     ).fit()
+
+
+def note_placement(out: Path) -> None:
+    """Leave the id of the workers' placement group in the run's folder, for :func:`free_placement`."""
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        (out / PLACEMENT).write_text(group.id.hex(), encoding="utf-8")
+
+
+def free_placement(out: Path) -> None:
+    """Give back what the workers of a run hold, if its controller was killed before it could.
+
+    Ray Train's own cleaner asks the dashboard whether the controller lives. Without ``ray[default]``
+    there is none to ask, and the CPUs of a trial that Tune stopped would stay taken.
+    """
+    note = out / PLACEMENT
+    if note.is_file():
+        group = ray.util.placement_group.PlacementGroup(ray.PlacementGroupID.from_hex(note.read_text(encoding="utf-8")))
+        ray.util.remove_placement_group(group)
+        note.unlink()
 
 
 def _start(out: Path) -> Path | None:

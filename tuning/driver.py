@@ -119,6 +119,7 @@ def run_search(
     if left <= 0:
         return searcher
     side_by_side = concurrent_trials(search, have)
+    callbacks = [*callbacks, _Free(search.out)] if search.space.workers > 1 else callbacks
     for callback in callbacks:
         if hasattr(callback, "searcher"):
             callback.searcher = searcher
@@ -147,6 +148,30 @@ def run_search(
     )
     tuner.fit()
     return searcher
+
+
+class _Free(tune.Callback):
+    """Give back the workers of a trial that ended: a driver that Tune stops is killed, not asked."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.searcher: StudySearch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._free(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._free(trial.trial_id)
+
+    def _free(self, trial_id: str) -> None:
+        from cluster.worker import free_placement
+
+        number = self.searcher.number(trial_id) if self.searcher else None
+        if number is not None:
+            free_placement(trial_folder(self.out, number))
 
 
 def _placement(search: Search) -> dict[str, float] | tune.PlacementGroupFactory:

@@ -42,7 +42,7 @@ class ShapesConfig:
     train: int = _num(1200, ge=1)
     val: int = _num(200, ge=1)
     tune_val: float = _num(0.15, gt=0, lt=1)
-    size: int = _num(96, ge=32)
+    size: int = _num(64, ge=32)
     difficulty: float = _num(0.5, ge=0, le=1)
     seed: int = _num(0, ge=0)
 

@@ -155,7 +155,7 @@ def _compose(difficulty: float, rng: np.random.Generator) -> tuple[list[_Thing],
 
     things: list[_Thing] = []
     for label in [int(v) for v in labels] + [0] * clutter:
-        radius = rng.uniform(0.16, 0.28 if wanted < 3 else 0.22) * (1.0 if label else 0.7)
+        radius = rng.uniform(0.2, 0.34 if wanted < 3 else 0.26) * (1.0 if label else 0.7)
         angle = rng.uniform(0, 2 * np.pi)
         faint = rng.random() < 0.35 * difficulty
         contrast = rng.uniform(0.3, 0.5) if faint else 1.0
@@ -247,7 +247,7 @@ def _paint(
 
         if thing.label:
             # The emblem sits towards one end of the body and stays inside the object.
-            reach = max(0.42, 4.0 / radius)
+            reach = max(0.5, 4.0 / radius)
             a, b = (u + 0.35 if thing.body == 2 else u - 0.42) / reach, v / reach
             inside = a**2 + b**2 <= 1
             jitter = rng.normal(0, 6 + 12 * spec.difficulty, 3)
