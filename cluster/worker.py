@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
-import ray.util.placement_group
+from ray import PlacementGroupID
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from cluster.data import ray_loader
 from ugrl import config as configs
@@ -68,7 +68,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def note_placement(out: Path) -> None:
     """Leave the id of the workers' placement group in the run's folder, for :func:`free_placement`."""
-    group = ray.util.get_current_placement_group()
+    group = get_current_placement_group()
     if group is not None:
         (out / PLACEMENT).write_text(group.id.hex(), encoding="utf-8")
 
@@ -81,8 +81,8 @@ def free_placement(out: Path) -> None:
     """
     note = out / PLACEMENT
     if note.is_file():
-        group = ray.util.placement_group.PlacementGroup(ray.PlacementGroupID.from_hex(note.read_text(encoding="utf-8")))
-        ray.util.remove_placement_group(group)
+        group = PlacementGroup(PlacementGroupID.from_hex(note.read_text(encoding="utf-8")))
+        remove_placement_group(group)
         note.unlink()
 
 
