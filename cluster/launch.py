@@ -173,6 +173,7 @@ def launch(
 
     Raises:
         UgrlError: What a worker raised as bad input, or one line on how the run failed.
+        KeyboardInterrupt: After Ctrl-C; the workers have been stopped.
     """
     from cluster.worker import EVALUATED, PLACEMENT, train_worker
 
@@ -205,6 +206,8 @@ def launch(
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _plain(error, out) from None
+    except SystemExit:  # how Ray Train's own handler of Ctrl-C ends, after it has stopped the workers
+        raise KeyboardInterrupt from None
     for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
         (out / leftover).unlink(missing_ok=True)
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, int | float)}

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 from tests.tiny import tiny_tree
 from ugrl.config import build
+from ugrl.data.prepare import prepare
+from ugrl.data.shapes import ShapesSource, ShapesSpec
+from ugrl.data.source import open_source
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
@@ -180,3 +183,29 @@ def test_broken_checkpoints_are_named(shards: Path, tmp_path: Path) -> None:
         restore(folder, device=torch.device("cpu"))
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         restore(tmp_path / "nothing", device=torch.device("cpu"))
+
+
+def test_tags_without_masks_are_enough(tmp_path: Path) -> None:
+    """An engineer with tags and no masks trains, is judged by tags, and is told what the shards cannot supply."""
+    root = tmp_path / "own"
+    (root / "images").mkdir(parents=True)
+    source = ShapesSource(ShapesSpec(train=12, val=6, size=48, seed=5))
+    lines = ["file,split,tags"]
+    for split, ids in source.splits().items():
+        for name in ids:
+            row = source.row(split, name)
+            (root / "images" / f"{name}.jpg").write_bytes(row.image)
+            lines.append(f"{name}.jpg,{split},{';'.join(source.class_names[t - 1] for t in row.tags)}")
+    (root / "tags.csv").write_text("\n".join(lines) + "\n")
+    shards = tmp_path / "shards"
+    prepare(open_source("folder", root), shards, tune_val=0.2, seed=0, progress=False)
+
+    plan = plan_run(build(tiny_tree(steps=3)), data=shards, out=tmp_path / "run", resume=False)
+    metrics = Trainer(plan.cfg, shards=plan.shards, out=plan.out, quiet=True, device="cpu").fit()
+    assert {"tag_map", "tag_f1"} <= metrics.keys()
+    assert not {"seg_miou", "cam_miou"} & metrics.keys()
+    assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["objective"] == "tag_map"
+    wanted = build({**tiny_tree(), "eval": {"objective": "seg_miou"}})
+    with pytest.raises(ConfigError, match="'seg_miou': split 'val' has no masks; it can supply tag_map, tag_f1"):
+        plan_run(wanted, data=shards, out=tmp_path / "other", resume=False)
+    assert not (tmp_path / "other").exists()

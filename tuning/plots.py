@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 COLORS = {"COMPLETE": "#2563a8", "PRUNED": "#e08a1e", "FAIL": "#9a9a9a", "RUNNING": "#6aa84f"}
 BEST = "#c2185b"
-# Below this many complete trials an importance is noise: it is said and not drawn.
-ENOUGH = 6
+# Measured on synthetic objectives of nine values, one of which matters most: with the best third as
+# target PED-ANOVA ranks it first in 9 of 20 studies of 6 trials, 14 of 10, 20 of 20. (With Optuna's
+# default, the best tenth: 8, 9, 14.) Below ENOUGH it is said and not drawn, below SURE it is a hint.
+ENOUGH, SURE = 10, 20
+TARGET_QUANTILE = 1 / 3
 
 STYLE = {
     "font.size": 10,
@@ -75,8 +78,9 @@ def importance(study: optuna.Study) -> dict[str, float] | str:
     # Optuna would count the early scores of pruned trials too: give it the complete ones alone.
     whole = optuna.create_study(direction="maximize")
     whole.add_trials(complete)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=TARGET_QUANTILE)
     try:
-        return dict(optuna.importance.get_param_importances(whole))
+        return dict(optuna.importance.get_param_importances(whole, evaluator=evaluator))
     except (ValueError, RuntimeError) as error:
         return f"importance: cannot be told ({str(error).splitlines()[0]})"
 
@@ -174,7 +178,8 @@ def importance_bars(ranking: dict[str, float], complete: int, objective: str) ->
     fig, ax = plt.subplots(figsize=(7, 0.42 * len(names) + 1.4))
     bars = ax.barh([n.rsplit(".", 1)[-1] for n in names], values, color=COLORS["COMPLETE"], height=0.65)
     ax.bar_label(bars, [f"{100 * v:.0f} %" for v in values], padding=3)
-    ax.set(xlabel="share of importance", title=f"Importance for {objective}, from {complete} complete trials")
+    hint = "" if complete >= SURE else ": a hint"
+    ax.set(xlabel="share of importance", title=f"Importance for {objective}, from {complete} complete trials{hint}")
     ax.set_xlim(0, max([*values, 1e-9]) * 1.15)
     ax.grid(axis="y", visible=False)
     return fig

@@ -217,10 +217,7 @@ def build_space(
 
 
 def differences(a: SearchSpace, b: SearchSpace, ignore: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys in which two spaces differ, with both values.
-
-    >>> a = build_space({"config": "shapes", "search": {}, "seed": 1}) # doctest: +SKIP
-    """
+    """Dotted keys in which two spaces differ, with both values."""
     flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
     for key in [*flat_a, *(k for k in flat_b if k not in flat_a)]:
         if key.split(".")[0] not in ignore and flat_a.get(key) != flat_b.get(key):
@@ -344,12 +341,12 @@ def _check_search(space: SearchSpace) -> None:
     base = space.base()
     tree = configs.to_dict(base)
     for axis in space.search:
-        if axis.path in space.overrides:
-            raise ConfigError(f"space key 'overrides.{axis.path}' is also searched; expected it in one of the two")
         if axis.path in ("train.steps", "data.val_split", "train.eval_every"):
             raise ConfigError(
                 f"space key 'search.{axis.path}' makes trials that cannot be compared; expected another path"
             )
+        if axis.path in space.overrides:
+            raise ConfigError(f"space key 'overrides.{axis.path}' is also searched; expected it in one of the two")
         for value in axis.edges:
             try:
                 configs.build(configs.override(tree, {axis.path: value}))

@@ -1,0 +1,249 @@
+"""The trainer on Ray Train fed by Ray Data, with real worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import cli
+from cluster.launch import Capacity, check_fits, data_tasks
+from cluster.watch import Tail
+from ugrl import config as configs
+from ugrl.data.augment import Augment
+from ugrl.errors import ConfigError
+from ugrl.train import checkpoint
+from ugrl.train.loop import LoaderSpec, Trainer, local_loader
+from ugrl.train.run import ensure_shards
+
+MARK = "UGRL_TEST_MARK"
+TINY = {
+    "data.crop": 32,
+    "data.shapes.train": 40,
+    "data.shapes.val": 6,
+    "data.shapes.size": 32,
+    "data.threads": 1,
+    "train.steps": 24,
+    "train.global_batch": 4,
+    "train.lr_warmup_iters": 2,
+    "train.cls_warmup_iters": 6,
+    "train.eval_every": 24,
+    "train.checkpoint_every": 6,
+    "train.picture_every": 1000,
+    "train.log_every": 4,
+    "method.uncertainty.d_cls": 64,
+    "method.contrast.d_seg": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def cfg() -> configs.Config:
+    return configs.load("shapes", TINY)
+
+
+@pytest.fixture(scope="module")
+def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UGRL_DATA", str(tmp_path_factory.mktemp("data")))
+        yield ensure_shards(cfg, None)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Capacity]:
+    """A private cluster whose processes carry a mark in their environment."""
+    from cluster.launch import start_ray, stop_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv(MARK, uuid.uuid4().hex)
+        yield start_ray(cpus=2)
+        stop_ray()
+
+
+def spec(cfg: configs.Config, shards: Path, rank: int, start: int) -> LoaderSpec:
+    return LoaderSpec(
+        shards=shards,
+        split="train",
+        augment=Augment(crop=32, num_classes=6),
+        seed=3,
+        global_batch=6,
+        rank=rank,
+        world=2,
+        start_step=start,
+        total_steps=30,  # several epochs
+        threads=1,
+        prefetch=2,
+    )
+
+
+def test_batches_of_ray_data_are_those_of_the_local_loader(
+    cfg: configs.Config, shards: Path, cluster: Capacity
+) -> None:
+    from cluster.data import ray_loader
+
+    for rank, start in ((0, 0), (1, 13)):
+        asked = spec(cfg, shards, rank, start)
+        local = local_loader(asked)
+        steps = 0
+        for ray_batch in ray_loader(asked):
+            batch = next(local)
+            assert ray_batch.ids == batch.ids
+            for name in ("images_B3HW", "tags_BF", "boxes_B4", "masks_BHW", "pairs_P2"):
+                assert torch.equal(getattr(ray_batch, name), getattr(batch, name)), name
+            steps += 1
+        assert steps == 30 - start
+
+
+def worker_pids() -> list[int]:
+    """Training workers of this module's cluster, and of no other on the machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+                ours = os.environ[MARK].encode() in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if ours and b"RayTrainWorker" in title:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    cfg: configs.Config, shards: Path, cluster: Capacity, tmp_path: Path
+) -> None:
+    from cluster.launch import launch
+
+    Trainer(cfg, shards=shards, out=tmp_path / "alone", quiet=True).fit()
+    out, killed = tmp_path / "pair", []
+
+    def kill_one() -> None:
+        while checkpoint.latest(out) is None:
+            time.sleep(0.05)
+        killed.append(worker_pids()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    metrics = launch(cfg, shards=shards, out=out, workers=2)
+
+    assert killed
+    assert len(list((out / "tb").iterdir())) == 2  # one writer for each start of rank 0
+    assert metrics["step"] == 24
+    state = checkpoint.read_state(checkpoint.find(out))
+    assert state.step == 24
+    assert configs.build(configs.read_yaml(out / "config.yaml")) == cfg
+
+    def losses(folder: str) -> dict[int, float]:
+        lines = [json.loads(s) for s in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["total"] for line in lines if "total" in line}
+
+    alone, pair = losses("alone"), losses("pair")
+    assert sorted(pair) == sorted(alone)
+    # Two ranks sum gradients in another order; both runs see the same crops and the same masks.
+    assert pair[24] == pytest.approx(alone[24], rel=1e-2)
+
+
+def test_what_the_workers_of_a_killed_run_hold_is_given_back(cluster: Capacity, tmp_path: Path) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    from cluster.worker import PLACEMENT, free_placement
+
+    group = placement_group([{"CPU": 0.5}] * 2)
+    ray.get(group.ready())
+    (tmp_path / PLACEMENT).write_text(group.id.hex())
+    free_placement(tmp_path)
+    deadline = time.monotonic() + 30
+    while placement_group_table(group)["state"] != "REMOVED" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert placement_group_table(group)["state"] == "REMOVED"
+    free_placement(tmp_path)  # a run that gave everything back itself
+
+
+def test_one_process_never_imports_ray(shards: Path, tmp_path: Path) -> None:
+    words = [f"{k}={v}" for k, v in (TINY | {"train.steps": 7, "train.eval_every": 7}).items()]
+    code = (
+        "import sys; from cluster.cli import main; code = main(sys.argv[1:]);"
+        "assert not any(m == 'ray' or m.startswith('ray.') for m in sys.modules); sys.exit(code)"
+    )
+    args = ["--data", str(shards), "--out", str(tmp_path / "run"), "--quiet", *words]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).step == 7
+    assert f"run: {tmp_path / 'run'}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("have", "workers", "changes", "words"),
+    [
+        (Capacity(2, 0, 2), 2, {"cluster.cpus_per_worker": 1}, "2 workers × 1 CPU + 1 for reading data = 3 CPUs"),
+        (Capacity(2, 0, 2), 3, {"train.global_batch": 6}, "3 workers × 0.5 CPU + 1 for reading data = 2.5 CPUs"),
+        (Capacity(8, 0, 2), 1, {"cluster.cpus_per_worker": 4}, "the cluster has 8 CPUs"),
+        (Capacity(64, 1, 64), 2, {}, "2 workers × 1 GPU = 2 GPUs; the cluster has 64 CPUs and 1 GPUs"),
+        (Capacity(64, 0, 64), 3, {}, "train.global_batch is 4; expected a multiple of the 3 workers"),
+    ],
+)
+def test_what_the_cluster_cannot_place_is_refused_with_numbers(
+    have: Capacity, workers: int, changes: dict[str, float], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_fits(configs.load("shapes", TINY | changes), workers, have)
+    assert words in str(caught.value)
+
+
+def test_two_half_cpu_workers_fit_two_cores(cfg: configs.Config) -> None:
+    check_fits(cfg, 2, Capacity(2, 0, 2))
+    assert data_tasks(cfg, 2, Capacity(2, 0, 2)) == 1
+    assert data_tasks(cfg, 2, Capacity(64, 0, 64)) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--config", "shaeps"], "did you mean 'shapes'?"),
+        (["train.stpes=3"], "unknown config key 'train.stpes'; did you mean 'train.steps'?"),
+        (["method.contrast.keep=1.5"], "config key 'method.contrast.keep' is 1.5; expected > 0 and ≤ 1"),
+        (["--workers", "0"], "--workers is 0; expected at least 1"),
+        (["--workers", "2", "--config", "voc"], "no shards"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert cli.main(["--workers", "2", "--out", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "coco, coco100, shapes, voc" in capsys.readouterr().out
+
+
+def test_a_tail_reads_whole_lines_and_starts_over_when_the_file_shrinks(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert list(tail.lines()) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert list(tail.lines()) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n')
+    assert list(tail.lines()) == [{"step": 1}]

@@ -1,0 +1,152 @@
+"""Search spaces without Ray: what is accepted, and what is refused with which words."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuning.space import build_space, differences, load_space, trial_config
+from ugrl import config as configs
+from ugrl.errors import ConfigError
+
+SPACE: dict[str, Any] = {
+    "config": "shapes",
+    "overrides": {"train.steps": 100, "train.lr_warmup_iters": 5, "train.cls_warmup_iters": 20, "train.eval_every": 25},
+    "scheduler": {"grace_steps": 50},
+    "first": [{"method.contrast.keep": 0.35, "method.uncertainty.d_cls": 1024}],
+    "search": {
+        "method.uncertainty.alpha": {"loguniform": [1, 50]},
+        "method.contrast.keep": {"uniform": [0.05, 0.8]},
+        "method.uncertainty.d_cls": {"choice": [256, 1024]},
+        "method.uncertainty.radius": {"int": [4, 16]},
+    },
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The space with one value replaced; ``/`` separates keys, as paths have dots."""
+    tree = copy.deepcopy(SPACE)
+    node: Any = tree
+    *above, leaf = path.split("/")
+    for key in above:
+        node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+    node[leaf] = value
+    return tree
+
+
+def test_a_space_is_typed_and_survives_its_own_yaml() -> None:
+    space = build_space(SPACE)
+    assert [a.path for a in space.search] == list(SPACE["search"])
+    assert (space.axis("method.uncertainty.radius").low, space.axis("method.uncertainty.radius").high) == (4, 16)
+    assert build_space(yaml.safe_load(space.to_yaml())) == space
+
+
+def test_a_starting_point_is_completed_from_the_base() -> None:
+    (point,) = build_space(SPACE).first
+    assert point == {
+        "method.uncertainty.alpha": 5.0,
+        "method.contrast.keep": 0.35,
+        "method.uncertainty.d_cls": 1024,
+        "method.uncertainty.radius": 8,
+    }
+
+
+def test_a_trial_is_validated_on_the_tuning_split() -> None:
+    space = build_space(SPACE)
+    cfg = trial_config(space.base(), {"method.contrast.keep": 0.5}, space.split)
+    assert (cfg.data.val_split, cfg.method.contrast.keep, cfg.train.steps) == ("tune_val", 0.5, 100)
+    assert trial_config(space.base(), {}).data.val_split == "val"
+
+
+@pytest.mark.parametrize("name", ["shapes", "coco100", "voc", "coco"])
+def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: str) -> None:
+    space = load_space(name)
+    leaves = {a.path.rsplit(".", 1)[-1] for a in space.search}
+    assert leaves == {"alpha", "beta", "tau", "keep", "d_cls", "d_seg", "lambda1", "lambda2", "lambda3"}
+    published = {k: v for p in space.first for k, v in p.items()}
+    assert published["method.uncertainty.d_cls"] == 1024
+    assert published["method.contrast.d_seg"] == 512
+    assert published["method.contrast.keep"] == 0.35
+    base = space.base()
+    assert space.scheduler.grace_steps > max(base.train.lr_warmup_iters, base.train.cls_warmup_iters)
+    assert space.scheduler.grace_steps % base.train.eval_every == 0
+    assert base.train.steps % base.train.eval_every == 0
+    assert space.split == "tune_val"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("serach", {}, "unknown space key 'serach'; did you mean 'search'?"),
+        ("scheduler/grace_step", 5, "unknown space key 'scheduler.grace_step'; did you mean 'grace_steps'?"),
+        ("search/method.contrast.tua", {"uniform": [0, 1]}, "did you mean 'method.contrast.tau'?"),
+        ("overrides/train.stpes", 5, "did you mean 'train.steps'?"),
+        ("search/method.contrast.keep", {"unifrom": [0, 1]}, "unknown kind 'unifrom'; did you mean 'uniform'?"),
+        ("search/method.contrast.keep", {"uniform": [0.1, 1.2]}, "'method.contrast.keep' is 1.2; expected > 0 and ≤ 1"),
+        ("search/method.contrast.keep", {"uniform": [0.0, 0.5]}, "'method.contrast.keep' is 0.0; expected > 0 and ≤ 1"),
+        ("search/method.contrast.keep", {"choice": [0.5, 2]}, "'method.contrast.keep' is 2.0; expected > 0 and ≤ 1"),
+        ("search/method.contrast.keep", {"uniform": [0.5, 0.5]}, "expected [low, high] with low < high"),
+        ("search/method.contrast.keep", {"loguniform": [0, 0.5]}, "expected low > 0 on a log scale"),
+        ("search/method.contrast.keep", 0.3, "expected one of uniform, loguniform, int, logint, choice"),
+        ("search/method.uncertainty.radius", {"int": [1.5, 4]}, "expected integers"),
+        ("search/method.uncertainty.d_cls", {"choice": [256, 256]}, "two or more different values"),
+        ("search/train.steps", {"int": [100, 200]}, "trials that cannot be compared"),
+        ("search/train.lr", {"loguniform": [1e-5, "a"]}, "expected [low, high]"),
+        ("overrides/method.contrast.keep", 0.4, "'overrides.method.contrast.keep' is also searched"),
+        ("first/0/method.contrast.keep", 1.5, "'first[0].method.contrast.keep' is 1.5; expected it within [0.05, 0.8]"),
+        ("first/0/method.contrast.keep", 0.9, "'first[0].method.contrast.keep' is 0.9; expected it within [0.05, 0.8]"),
+        ("first/0/method.uncertainty.d_cls", 512, "expected it within {256, 1024}"),
+        ("first/0/method.contrast.kep", 0.5, "is not searched; did you mean 'method.contrast.keep'?"),
+        (
+            "search/method.contrast.tau",
+            {"uniform": [0.2, 0.5]},
+            "is 0.1 (from the base configuration); expected it within",
+        ),
+        (
+            "scheduler/grace_steps",
+            20,
+            "is 20; expected > both warm-ups (train.lr_warmup_iters 5, train.cls_warmup_iters 20)",
+        ),
+        ("scheduler/grace_steps", 101, "expected ≤ train.steps 100"),
+        ("scheduler/name", "hyperband", "expected one of asha, none"),
+        ("scheduler/reduction_factor", 1, "expected a number > 1"),
+        ("split", "train", "the training split; expected another"),
+        ("trials", 0, "'trials' is 0; expected an integer ≥ 1"),
+        ("workers", "two", "'workers' is 'two'; expected an integer ≥ 1"),
+        ("storage", "study.db", "expected journal or a URL"),
+        ("config", "shaeps", "no file 'shaeps', and no shipped one of that name; did you mean 'shapes'?"),
+        ("search", {}, "space key 'search' is empty"),
+    ],
+)
+def test_a_bad_space_is_refused_in_one_line(path: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_space(changed(path, value))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_differences_name_the_first_key() -> None:
+    a, b = build_space(SPACE), build_space(changed("search/method.contrast.keep", {"uniform": [0.1, 0.8]}))
+    found = list(differences(a, b))
+    assert found == [("search.method.contrast.keep.uniform", [0.05, 0.8], [0.1, 0.8])]
+    assert not list(differences(a, build_space(changed("trials", 3)), ignore=("trials",)))
+
+
+def test_a_file_that_is_not_there_is_looked_up_among_the_shipped_ones(tmp_path: Path) -> None:
+    assert load_space("tuning/shapes.yaml") == load_space("shapes")
+    with pytest.raises(ConfigError, match="did you mean 'shapes'"):
+        load_space("shaps.yaml")
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(changed("trails", 3)))
+    with pytest.raises(ConfigError, match=r"mine.yaml: unknown space key 'trails'; did you mean 'trials'\?"):
+        load_space(file)
+
+
+def test_the_command_line_changes_budget_and_base() -> None:
+    space = load_space("shapes", overrides={"train.steps": 300}, trials=3, workers=None)
+    assert (space.trials, space.workers, space.base().train.steps) == (3, 1, 300)
+    assert configs.get(space.base(), "train.eval_every") == 100
