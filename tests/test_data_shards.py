@@ -384,8 +384,7 @@ def test_random_access_equals_reading_in_order(tmp_path):
 
 def test_memory_is_bounded_by_a_row_group(tmp_path):
     source = ShapesSource(SPEC)
-    alive = 0
-    peak = 0
+    alive = peak = 0
 
     class Token(bytes):
         def __new__(cls, data):
@@ -475,19 +474,17 @@ def test_a_start_in_the_middle_of_an_epoch_sees_what_follows(whole):
     assert samples(whole, threads=2, steps=7, start=3) == expected
 
 
-def test_a_row_that_broke_after_preparation_reaches_the_consumer(whole, tmp_path):
+def test_a_row_that_broke_after_preparation_reaches_the_consumer(tmp_path):
     source = ShapesSource(ShapesSpec(train=8, val=1, size=32))
     manifest = prepare(source, tmp_path / "out", tune_val=0)
     rows = [source.row("train", id) for id in source.splits()["train"]]
     rows[3] = replace(rows[3], image=rows[3].image[:-50])
-    path = tmp_path / "out" / "train-00000.parquet"
-    write_rows(path, iter(rows))
+    write_rows(tmp_path / "out" / "train-00000.parquet", iter(rows))
     for threads in (0, 2):
         reader = ShardReader(manifest, "train")
         with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=8, threads=threads) as loader:
-            with pytest.raises(
-                DataError, match=r"train-00000\.parquet: row train_000003: truncated image \(\d+ bytes\)$"
-            ):
+            words = r"train-00000\.parquet: row train_000003: truncated image \(\d+ bytes\)$"
+            with pytest.raises(DataError, match=words):
                 next(loader)
 
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = parser.add_argument_group("shapes")
     shapes.add_argument("--train", type=int, metavar="N", help="training images (default 1200)")
     shapes.add_argument("--val", type=int, metavar="N", help="validation images (default 200)")
-    shapes.add_argument("--size", type=int, metavar="PX", help="side (default 96)")
+    shapes.add_argument("--size", type=int, metavar="PX", help="side (default 64)")
     shapes.add_argument("--difficulty", type=float, metavar="X", help="0 clear … 1 hard (default 0.5)")
 
 

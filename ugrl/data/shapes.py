@@ -51,7 +51,7 @@ class ShapesSpec:
 
     train: int = 1200
     val: int = 200
-    size: int = 96
+    size: int = 64
     difficulty: float = 0.5
     seed: int = 0
 
@@ -128,7 +128,7 @@ class ShapesSource:
 
 
 def open_shapes(
-    train: int = 1200, val: int = 200, size: int = 96, difficulty: float = 0.5, seed: int = 0
+    train: int = 1200, val: int = 200, size: int = 64, difficulty: float = 0.5, seed: int = 0
 ) -> ShapesSource:
     """A source from the fields of :class:`ShapesSpec`.
 

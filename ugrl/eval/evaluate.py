@@ -18,11 +18,11 @@ from ugrl.distributed import rank, world_size
 from ugrl.eval.crf import dense_crf
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
-from ugrl.method.cam import dense, inside_grid, multi_scale_cam, to_grid
+from ugrl.method.cam import multi_scale_cam
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
-from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
+from ugrl.method.vectors import batch_vectors
 from ugrl.model.network import UGRLNet
 from ugrl.types import Batch, Sample, collate
 
@@ -148,8 +148,7 @@ def evaluate(
 
     for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
         batch = batch_cpu.to(device, dtype)
-        images = batch.images_B3HW
-        b, _, h, w = images.shape
+        images, b = batch.images_B3HW, len(batch.ids)
         out = net(images, decode=True, affinity=False, embed=False)
         tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
         if masks:
@@ -186,15 +185,7 @@ def evaluate(
                 )
                 refined.add(fine.where(fine != 255, torch.zeros_like(fine)), labels)
             if prototypes is not None:
-                grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
-                inside = inside_grid(batch.boxes_B4, (h, w), grid).to(cam.cam_PHW)
-                m = class_positions(dense(to_grid(cam.cam_PHW, grid), batch.pairs_P2, b, num).flatten(2), inside)
-                ahat = None
-                if cam.affinity_BNN is not None:
-                    ahat = local_affinity(
-                        cam.affinity_BNN, grid=grid, radius=cfg.method.uncertainty.radius, inside_BN=inside
-                    )
-                r, present = class_vectors(cam.f4_BDhw.flatten(2), m, batch.tags_BF, ahat)
+                r, present = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=affinity_trained)
                 u_BC, known_BC = prototypes.uncertainty(r, present)
                 pb, pf = batch.pairs_P2.to(device).unbind(1)
                 hot = cam.cam_PHW > cfg.eval.cam_background

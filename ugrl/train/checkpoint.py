@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ugrl.config import Config, build
+from ugrl.data.shards import sync, write_text
 from ugrl.errors import CheckpointError, ConfigError
 
 FORMAT = 1
@@ -50,20 +51,9 @@ class State:
     metrics: dict[str, float]
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _fsync(tmp)
-    os.replace(tmp, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save(
@@ -93,7 +83,7 @@ def save(
     for name, tensors in parts.items():
         # Contiguous copies: safetensors refuses views that share storage.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, tmp / f"{name}.safetensors")
-        _fsync(tmp / f"{name}.safetensors")
+        sync(tmp / f"{name}.safetensors")
     write_json(
         tmp / "state.json",
         {
@@ -107,7 +97,7 @@ def save(
     if final.exists():
         shutil.rmtree(final)
     os.replace(tmp, final)
-    _fsync(folder)
+    sync(folder)
     return final
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
-from ugrl.method.cam import CamOutput, dense, inside_grid, multi_scale_cam, to_grid
+from ugrl.method.cam import CamOutput, multi_scale_cam
 from ugrl.method.contrast import contrastive_loss
 from ugrl.method.losses import affinity_loss, classification_loss, sample_nearest, segmentation_loss
 from ugrl.method.pool import reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
-from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
+from ugrl.method.vectors import batch_vectors
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.model.network import UGRLNet
 from ugrl.model.noise import sample_noise
@@ -29,6 +29,7 @@ from ugrl.types import IGNORE, Batch, StepOutput
 WEIGHS_CLS = {"I", "II", "III", "IV"}
 WEIGHS_SEG = {"II", "IV"}
 CONTRASTS = {"III", "IV"}
+CONF_STEPS = 2.0**16
 
 
 def pixel_counts(labels_BHW: Tensor, num_classes: int) -> Tensor:
@@ -80,7 +81,7 @@ class Step:
                 batch.pairs_P2,
                 out.affinity_BNN,
                 batch.boxes_B4,
-                grid=tuple(out.f4_BDhw.shape[-2:]),
+                grid=(out.f4_BDhw.shape[-2], out.f4_BDhw.shape[-1]),
                 radius=self.cfg.method.uncertainty.radius,
             )
             out = CamOutput(cam, out.f4_BDhw, out.affinity_BNN)
@@ -102,21 +103,6 @@ class Step:
             high=c.high,
             low=c.low,
         )
-
-    def vectors(self, batch: Batch, cam: CamOutput, *, local: bool) -> tuple[Tensor, Tensor]:
-        """Class vectors r (B, C, D) and which of them exist (B, C)."""
-        grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
-        size = (batch.images_B3HW.shape[-2], batch.images_B3HW.shape[-1])
-        b, f = batch.tags_BF.shape
-        inside_BN = inside_grid(batch.boxes_B4, size, grid).to(cam.cam_PHW)
-        cam_BFN = dense(to_grid(cam.cam_PHW, grid), batch.pairs_P2, b, f).flatten(2)
-        m_BCN = class_positions(cam_BFN, inside_BN)
-        ahat = None
-        if local and cam.affinity_BNN is not None:
-            ahat = local_affinity(
-                cam.affinity_BNN, grid=grid, radius=self.cfg.method.uncertainty.radius, inside_BN=inside_BN
-            )
-        return class_vectors(cam.f4_BDhw.flatten(2), m_BCN, batch.tags_BF, ahat)
 
     def __call__(self, batch: Batch, step: int, *, model: nn.Module | None = None, views: bool = False) -> StepOutput:
         """Losses of one batch at one step; moves the prototypes.
@@ -143,7 +129,7 @@ class Step:
         # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
         cam = self.cam(batch, (1.0,) if warm else method.cam.scales, propagate=propagate)
         with torch.no_grad():
-            r_BCD, present_BC = self.vectors(batch, cam, local=self.uses_affinity and not warm)
+            r_BCD, present_BC = batch_vectors(batch, cam, radius=u_cfg.radius, local=self.uses_affinity and not warm)
             u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
             self.prototypes.update(r_BCD, present_BC)
 
@@ -214,7 +200,9 @@ class Step:
                 pool_Bhw = reliable_pool(
                     small_Bhw,
                     u_BC,
-                    sample_nearest(conf_BHW, grid4),
+                    # In steps: confidences that differ by rounding alone are ties, and the hash decides
+                    # them; otherwise the batch's split over ranks would.
+                    (sample_nearest(conf_BHW, grid4) * CONF_STEPS).round(),
                     keep=k_cfg.keep,
                     kind="random" if method.setting == "III" else k_cfg.pool,
                     keys_B=keys,
