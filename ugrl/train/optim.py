@@ -21,7 +21,7 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     (1e-06, 0.9, 0.5)
     """
     if step < cfg.lr_warmup_iters:
-        return 1.0 - (1.0 - step / cfg.lr_warmup_iters) * (1.0 - cfg.lr_warmup_ratio)
+        return cfg.lr_warmup_ratio + (1.0 - cfg.lr_warmup_ratio) * step / cfg.lr_warmup_iters
     return float((1.0 - step / cfg.steps) ** cfg.power)
 
 
