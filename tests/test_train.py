@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_tree
@@ -209,3 +212,34 @@ def test_tags_without_masks_are_enough(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'seg_miou': split 'val' has no masks; it can supply tag_map, tag_f1"):
         plan_run(wanted, data=shards, out=tmp_path / "other", resume=False)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(number: signal.Signals, shards: Path, tmp_path: Path) -> None:
+    """`ugrl-train` itself, stopped in the middle and started again with --resume."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(steps=30, checkpoint_every=4)))
+    words = [sys.executable, "-m", "cluster.cli", "--config", str(config), "--data", str(shards), "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*words, "--out", str(tmp_path / "whole")], check=True, env=env, capture_output=True)
+
+    out = tmp_path / "cut"
+    started = subprocess.Popen([*words, "--out", str(out)], env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints/step_00000008").is_dir():
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(number)
+    err = started.communicate(timeout=60)[1]
+    assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert ("continue with: ugrl-train" in err) == (number == signal.SIGINT)
+    assert losses(out)[-1]["step"] < 30
+
+    again = subprocess.run([*words, "--out", str(out)], env=env, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "run 'cut' exists already" in again.stderr
+    subprocess.run([*words, "--out", str(out), "--resume"], check=True, env=env, capture_output=True)
+    whole, cut = losses(tmp_path / "whole"), losses(out)
+    assert [line["step"] for line in cut] == [line["step"] for line in whole]
+    for a, b in zip(whole, cut, strict=True):
+        close(a, b, rel=1e-5, floor=1e-7)

@@ -35,6 +35,7 @@ from ugrl.method.build import build_par, build_prototypes
 from ugrl.model.build import build_net
 from ugrl.train import checkpoint
 from ugrl.train.board import Board
+from ugrl.train.interrupt import StopRequest
 from ugrl.train.objective import resolve_objective
 from ugrl.train.optim import Optimizer
 from ugrl.train.progress import Progress
@@ -217,7 +218,8 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to ``train.steps``; returns the metrics of the last validation.
 
-        A keyboard interrupt writes a checkpoint first (one process only) and is raised again.
+        The first Ctrl-C or SIGTERM ends the step, writes a checkpoint (one process only) and raises
+        KeyboardInterrupt; the second one acts at once.
         """
         cfg = self.cfg
         if self.out is not None and is_main():
@@ -240,7 +242,8 @@ class Trainer:
         window: list[dict[str, Tensor]] = []
         since = time.perf_counter()
         try:
-            with Progress(self.console, cfg.train.steps, self.done, enabled=not self.quiet) as progress:
+            bar = Progress(self.console, cfg.train.steps, self.done, enabled=not self.quiet)
+            with bar as progress, StopRequest() as stop:
                 while self.done < cfg.train.steps:
                     step = self.done
                     batch = next(batches).to(self.device, self.dtype)
@@ -280,11 +283,10 @@ class Trainer:
                     if evaluated:
                         self.hooks.on_eval(self.done, dict(self.metrics))
                         since = time.perf_counter()
-        except KeyboardInterrupt:
-            if world_size() == 1 and self.out is not None:
-                self.optimizer.zero_grad()
-                self.save()
-            raise
+                    if stop.requested and self.done < cfg.train.steps:
+                        if world_size() == 1:  # other ranks may be a step behind
+                            self.save()
+                        raise KeyboardInterrupt
         finally:
             close = getattr(batches, "close", None)
             if close:
