@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ugrl import config as configs
+from ugrl.cli import enter
 from ugrl.errors import UgrlError
 from ugrl.train.run import RunPlan, plan_run
 
@@ -118,21 +119,7 @@ def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``ugrl-train``: 0, 2 for bad input, 130 after an interrupt."""
-    parser = build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    if not words:
-        parser.print_help()
-        return 0
-    args = parser.parse_intermixed_args(words)
-    console = Console(stderr=True)
-    try:
-        return run(args, console)
-    except UgrlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before training started", file=sys.stderr)
-        return 130
+    return enter(build_parser(), argv, run, "interrupted before training started")
 
 
 if __name__ == "__main__":

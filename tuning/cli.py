@@ -14,8 +14,9 @@ from rich.console import Console
 from cluster.cli import shipped
 from tuning.space import SearchSpace, differences, load_space
 from ugrl import config as configs
+from ugrl.cli import enter
 from ugrl.data.shards import Manifest
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError
 from ugrl.train.objective import resolve_objective
 from ugrl.train.run import ensure_shards
 
@@ -161,21 +162,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after an interrupt."""
-    parser = build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    if not words:
-        parser.print_help()
-        return 0
-    args = parser.parse_intermixed_args(words)
-    console = Console(stderr=True)
-    try:
-        return run(args, console)
-    except UgrlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before the search started", file=sys.stderr)
-        return 130
+    return enter(build_parser(), argv, run, "interrupted before the search started")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def run_predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def guarded(run: Callable[[], int]) -> int:
+def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command: bad input is one line and status 2, an interrupt is status 130."""
     try:
         return run()
@@ -151,8 +151,23 @@ def guarded(run: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
+
+
+def enter(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    run: Callable[[argparse.Namespace, Console], int],
+    interrupted: str,
+) -> int:
+    """The main of a command that takes ``section.key=value`` among its options; a bare run prints the help."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help()
+        return 0
+    args = parser.parse_intermixed_args(words)
+    return guarded(lambda: run(args, Console(stderr=True)), interrupted)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -251,8 +251,8 @@ class Trainer:
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
                         out = self.step_fn(batch, step, model=model, views=pictures)
                     out.loss.backward()
-                    if self.device.type == "cpu":
-                        self._finite(out.terms, step)
+                    if self.device.type == "cpu":  # where reading a value waits for nothing
+                        self._finite(self._means([out.terms]), step)
                     lr = self.optimizer.step(step)
                     self.optimizer.zero_grad()
                     self.done += 1
@@ -332,17 +332,23 @@ class Trainer:
         )
 
     def _flush(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of each named value over the steps that have it, over ranks; one transfer."""
-        names = sorted({k for w in window for k in w})
-        means = torch.stack([torch.stack([w[k].double() for w in window if k in w]).mean() for k in names])
-        values = dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
+        values = self._means(window)
         self._finite(values, self.done - 1)
         return values
 
-    def _finite(self, terms: dict[str, Tensor] | dict[str, float], step: int) -> None:
-        bad = [k for k, v in terms.items() if not math.isfinite(float(v))]
+    @staticmethod
+    def _means(window: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Mean of each named value over the steps that have it, over ranks; one transfer."""
+        names = sorted({k for w in window for k in w})
+        means = torch.stack([torch.stack([w[k].double() for w in window if k in w]).mean() for k in names])
+        return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
+
+    @staticmethod
+    def _finite(values: dict[str, float], step: int) -> None:
+        """Stop at a NaN or an infinity; the values are global, so every rank stops."""
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
-            raise UgrlError(f"step {step}: loss '{bad[0]}' is {float(terms[bad[0]])}; nothing was saved after it")
+            raise UgrlError(f"step {step}: loss '{bad[0]}' is {values[bad[0]]}; nothing was saved after it")
 
     def _record(self, line: dict[str, float]) -> None:
         if self.out is not None and is_main():
