@@ -116,7 +116,7 @@ class ContrastConfig:
     tau: float = _num(0.1, gt=0)
     keep: float = _num(0.35, gt=0, le=1)
     d_seg: int = _num(512, ge=2)
-    pool: Literal["stratified", "ranked"] = "stratified"
+    pool: Literal["stratified", "ranked", "random"] = "stratified"
     scope: Literal["image", "batch"] = "image"
     tile: int | None = _num(None, ge=1)
 
