@@ -66,7 +66,7 @@ def test_numbers_as_yaml_reads_them() -> None:
 
 
 def test_defaults_are_the_methods() -> None:
-    """METHOD's defaults and the paper's published values."""
+    """The published values, and the documented defaults of the others."""
     defaults = config.paths()
     expected = {
         "method.uncertainty.alpha": 5.0,

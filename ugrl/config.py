@@ -66,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The network (METHOD: forward pass)."""
+    """The network."""
 
     backbone: Literal["tiny", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"] = "mit_b1"
     weights: str | None = None

@@ -12,7 +12,7 @@ from ugrl.types import Batch
 
 @torch.no_grad()
 def batch_vectors(batch: Batch, cam: CamOutput, *, radius: int, local: bool) -> tuple[Tensor, Tensor]:
-    """Class vectors r of a batch (METHOD's repair of Eq. 2).
+    """Class vectors r of a batch (Eq. 2, repaired: a vector, not a scalar, per image and class).
 
     Args:
         batch: Tags, pairs and boxes are read.

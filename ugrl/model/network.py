@@ -19,7 +19,7 @@ _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
 
 class UGRLNet(nn.Module):
-    """Everything with learned weights (METHOD: forward pass).
+    """Everything with learned weights.
 
     Attributes:
         encoder: MiT.
