@@ -24,7 +24,7 @@ from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.vectors import batch_vectors
 from ugrl.model.network import UGRLNet
-from ugrl.types import Batch, Sample, collate
+from ugrl.types import Batch, ModelOutput, Sample, collate
 
 # Pixels that one evaluation batch may hold: images of one size are batched up to it.
 BATCH_PIXELS = 512 * 512 * 2
@@ -149,7 +149,7 @@ def evaluate(
     for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
         batch = batch_cpu.to(device, dtype)
         images, b = batch.images_B3HW, len(batch.ids)
-        out = net(images, decode=True, affinity=False, embed=False)
+        out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
         tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
         if masks:
             assert batch.masks_BHW is not None and out.seg_BChw is not None
@@ -164,8 +164,12 @@ def evaluate(
             assert batch.masks_BHW is not None
             labels = batch.masks_BHW.long()
 
-            def forward(x: Tensor, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-                return net.cam(x, affinity=affinity and affinity_trained)
+            def forward(
+                x: Tensor, affinity: bool, images: Tensor = images, out: ModelOutput = out
+            ) -> tuple[Tensor, Tensor, Tensor | None]:
+                if x is images:  # the plain pass at scale 1 has been made already
+                    return net.raw_from(out.features[3]), out.features[3], out.affinity_BNN
+                return net.cam(x, affinity=False)
 
             cam = multi_scale_cam(forward, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
             # One threshold, so every pixel inside the image is decided.
