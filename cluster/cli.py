@@ -40,8 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
-        default="shapes",
-        help="a shipped configuration or a YAML file (default: shapes)",
+        help="a shipped configuration or a YAML file (default: shapes; with --resume the run's own)",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards; shapes are generated without it")
     parser.add_argument("--out", type=Path, metavar="DIR", help="names the run (default: runs/<name of the config>)")
@@ -58,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Check everything, then train."""
     if args.workers is not None and args.workers < 1:
         raise UgrlError(f"--workers is {args.workers}; expected at least 1")
+    args.config = args.config or _own_config(args) or "shapes"
     cfg = configs.load(args.config, configs.parse_overrides(args.overrides))
     if args.workers is not None or args.address:
         return _on_ray(args, cfg, console)
@@ -80,6 +80,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return 130
     _ended(plan, console)
     return 0
+
+
+def _own_config(args: argparse.Namespace) -> str | None:
+    """The configuration that a resumed run was started with."""
+    stored = args.out / "config.yaml" if args.out and args.resume else None
+    return str(stored) if stored and stored.is_file() else None
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:

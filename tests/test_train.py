@@ -238,7 +238,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(number: signal.Signals, sha
     again = subprocess.run([*words, "--out", str(out)], env=env, capture_output=True, text=True)
     assert again.returncode == 2
     assert "run 'cut' exists already" in again.stderr
-    subprocess.run([*words, "--out", str(out), "--resume"], check=True, env=env, capture_output=True)
+    own = [sys.executable, "-m", "cluster.cli", "--out", str(out), "--resume", "--device", "cpu"]
+    subprocess.run(own, check=True, env=env, capture_output=True)  # configuration and shards are the run's own
     whole, cut = losses(tmp_path / "whole"), losses(out)
     assert [line["step"] for line in cut] == [line["step"] for line in whole]
     for a, b in zip(whole, cut, strict=True):
