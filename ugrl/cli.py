@@ -23,7 +23,6 @@ from ugrl.errors import CheckpointError, UgrlError
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.predict import find_images, predict
 from ugrl.method.build import build_par
-from ugrl.train.objective import resolve_objective
 from ugrl.train.progress import result_table
 from ugrl.train.restore import restore
 
@@ -106,7 +105,6 @@ def run_eval(args: argparse.Namespace) -> int:
     par = build_par(replace(cfg, method=replace(cfg.method, cam=replace(cfg.method.cam, refine="par"))))
     console = Console()
     console.print(f"step {got.step}, split '{args.split}': {len(reader)} images")
-    resolve_objective(cfg, reader.manifest, args.split, "auto")
     result = evaluate(
         got.net,
         reader,

@@ -329,10 +329,6 @@ def _check_together(cfg: Config) -> None:
             t.lr_warmup_iters < t.steps,
             f"train.lr_warmup_iters is {t.lr_warmup_iters}; expected < train.steps {t.steps}",
         ),
-        (
-            d.source != "shapes" or d.shapes.size >= 32,
-            f"data.shapes.size is {d.shapes.size}; expected ≥ 32",
-        ),
     ]
     for ok, message in rules:
         if not ok:
