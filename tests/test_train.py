@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,17 +12,21 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.data.prepare import prepare
+from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.source import open_source
 from ugrl.errors import CheckpointError, ConfigError
+from ugrl.eval.predict import predict_image
 from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
 from ugrl.train.restore import restore
@@ -240,3 +245,31 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(number: signal.Signals, sha
     assert [line["step"] for line in cut] == [line["step"] for line in whole]
     for a, b in zip(whole, cut, strict=True):
         close(a, b, rel=1e-5, floor=1e-7)
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, config={}, class_names=(), metrics={}, parts={"model": {"x": torch.ones(1)}})
+    checkpoint.write_json(tmp_path / "best.json", {"checkpoint": "step_00000002", "value": 1.0})
+    checkpoint.prune(tmp_path, keep=1)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"step_00000002", "step_00000004"}
+
+
+def test_validation_counts_what_the_network_predicts(shards: Path) -> None:
+    """mIoU of one pass over a split, against predictions made image by image and counted with NumPy."""
+    trainer = Trainer(build(tiny_tree()), shards=shards, out=None, quiet=True, device="cpu")
+    trainer.net.decoder.classify.weight.data *= 50  # all classes get predicted
+    got = trainer.validate().metrics["seg_miou"]
+    counts = np.zeros((7, 7), np.int64)
+    reader = ShardReader(shards, "val")
+    trainer.net.eval()
+    for i in range(len(reader)):
+        row = reader[i]
+        image = np.asarray(Image.open(io.BytesIO(row.image)).convert("RGB"))
+        labels = np.asarray(Image.open(io.BytesIO(row.mask or b"")))
+        predicted = predict_image(trainer.net, image, device=torch.device("cpu"))
+        np.add.at(counts, (labels[labels != 255], predicted[labels != 255]), 1)
+    hit = np.diag(counts)
+    iou = hit / (counts.sum(0) + counts.sum(1) - hit).clip(1)
+    assert (counts.sum(0) > 0).sum() > 2
+    assert got == pytest.approx(iou[counts.sum(1) > 0].mean(), abs=1e-9)
