@@ -84,6 +84,7 @@ class CamConfig:
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5)
     mirror: bool = True
+    share: Literal["exact", "warmup", "always", "never"] = "exact"
     high: float = _num(0.55, gt=0, lt=1)
     low: float = _num(0.35, gt=0, lt=1)
     refine: Literal["par", "none"] = "par"

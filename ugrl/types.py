@@ -118,6 +118,19 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """Where the losses will read the heads, so that they need not answer anywhere else; ``None``: everywhere.
+
+    Attributes:
+        embed_Bn: int64 positions of F1's grid, for the embeddings.
+        affinity_Bn: int64 positions of F4's grid, for the affinity.
+    """
+
+    embed_Bn: Tensor | None = None
+    affinity_Bn: Tensor | None = None
+
+
 @dataclass(slots=True)
 class ModelOutput:
     """What the network returns.
@@ -126,10 +139,11 @@ class ModelOutput:
         features: F1…F4, each (B, D_i, h_i, w_i).
         attn_BMNN: Pre-softmax, unscaled attention logits of the last two blocks of stage 4, or
             ``None`` when they were not asked for.
-        affinity_BNN: One logit per pair of positions (Eq. 1), or ``None``.
+        affinity_BNN: One logit per pair of positions (Eq. 1), of all or of those asked for, or ``None``.
         logits_BF: Class scores.
         seg_BChw: Decoder logits at stride 4, or ``None``.
-        emb_BDhw: Unit-length embeddings of g_seg (Eq. 9) at stride 4, float32, or ``None``.
+        emb_BDhw: Unit-length embeddings of g_seg (Eq. 9) at stride 4, float32, or ``None``; (B, D, 1, n) where they
+            were asked for at n positions.
     """
 
     features: tuple[Tensor, Tensor, Tensor, Tensor]

@@ -158,7 +158,14 @@ def segmentation_loss(
         return loss
 
 
-def affinity_loss(affinity_BNN: Tensor, labels_Bhw: Tensor, eligible_Bhw: Tensor, *, radius: int = 8) -> Tensor:
+def affinity_loss(
+    affinity_BNN: Tensor,
+    labels_Bhw: Tensor,
+    eligible_Bhw: Tensor,
+    *,
+    radius: int = 8,
+    tokens_Bn: Tensor | None = None,
+) -> Tensor:
     """½·mean(1 − σ(A) | same label) + ½·mean(σ(A) | different label) (Eq. 12 with AFA's sign).
 
     The means go over ordered pairs i ≠ j of one image, at most ``radius`` apart in rows and in
@@ -166,31 +173,65 @@ def affinity_loss(affinity_BNN: Tensor, labels_Bhw: Tensor, eligible_Bhw: Tensor
     no rank has is 0 and the other keeps its ½.
 
     Args:
-        affinity_BNN: Logits, N = h·w in row-major order.
+        affinity_BNN: Logits, N = h·w in row-major order, or of ``tokens_Bn``.
         labels_Bhw: Labels on the same grid, 255 is ignored.
         eligible_Bhw: bool, which positions may form pairs.
         radius: Chebyshev distance in grid cells.
+        tokens_Bn: :func:`eligible_tokens`: the positions that the logits belong to; pairs with another position are
+            not counted, so that all eligible ones must be among them. ``None``: all positions.
 
     Returns:
         Scalar. Minimising it raises the affinity of equal labels and lowers that of different ones.
 
     Raises:
-        ConfigError: The affinity's N is not h·w.
+        ConfigError: The affinity's N is neither h·w nor the number of tokens.
     """
     B, h, w = labels_Bhw.shape
-    if affinity_BNN.shape != (B, h * w, h * w):
-        raise ConfigError(f"affinity: shape {tuple(affinity_BNN.shape)}, expected {(B, h * w, h * w)}")
+    n = h * w if tokens_Bn is None else tokens_Bn.shape[1]
+    if affinity_BNN.shape != (B, n, n):
+        raise ConfigError(f"affinity: shape {tuple(affinity_BNN.shape)}, expected {(B, n, n)}")
     with torch.autocast(device_type=affinity_BNN.device.type, enabled=False):
         A_BNN = affinity_BNN if affinity_BNN.dtype == torch.float64 else affinity_BNN.float()
+        usable_BN = (eligible_Bhw & (labels_Bhw != IGNORE)).flatten(1)
         labels_BN = labels_Bhw.flatten(1)
-        usable_BN = eligible_Bhw.flatten(1) & (labels_BN != IGNORE)
-        pair_BNN = usable_BN[:, :, None] & usable_BN[:, None, :] & _near(h, w, radius, labels_Bhw.device)
+        if tokens_Bn is None:
+            near = _near(h, w, radius, labels_Bhw.device)
+        else:
+            # Padding repeats a token that the row has already (or one that is not usable): count each once.
+            first_Bn = torch.ones_like(tokens_Bn, dtype=torch.bool)
+            first_Bn[:, 1:] = tokens_Bn[:, 1:] > tokens_Bn[:, :-1]
+            usable_BN = usable_BN.gather(1, tokens_Bn) & first_Bn
+            labels_BN = labels_BN.gather(1, tokens_Bn)
+            near = _near_tokens(tokens_Bn, w, radius)
+        pair_BNN = usable_BN[:, :, None] & usable_BN[:, None, :] & near
         same_BNN = labels_BN[:, :, None] == labels_BN[:, None, :]
         n_same = (pair_BNN & same_BNN).sum()
         shares_2 = 0.5 * unit_shares(torch.stack([n_same, pair_BNN.sum() - n_same]), A_BNN.dtype)
         # 1 − σ(A) is σ(−A): one sigmoid serves both kinds and nothing cancels near 1.
         wrong_BNN = torch.where(same_BNN, -A_BNN, A_BNN).sigmoid()
         return (wrong_BNN * (torch.where(same_BNN, shares_2[0], shares_2[1]) * pair_BNN)).sum()
+
+
+def eligible_tokens(labels_Bhw: Tensor, eligible_Bhw: Tensor) -> Tensor:
+    """The positions that :func:`affinity_loss` will read, so that no other logit has to be computed.
+
+    The host waits for their number: cheap on a CPU, and the reason why the step does it there only.
+
+    Args:
+        labels_Bhw: Labels, 255 is ignored.
+        eligible_Bhw: bool, which positions may form pairs.
+
+    Returns:
+        int64 (B, n): ascending positions of each image; n is the largest number of an image (at least 1), and the
+        last position of a shorter one is repeated.
+    """
+    usable_BN = (eligible_Bhw & (labels_Bhw != IGNORE)).flatten(1)
+    count_B = usable_BN.sum(1)
+    n = max(1, int(count_B.max()))
+    # A stable sort of "not usable" keeps the usable positions in front, in order.
+    order_Bn = (~usable_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]
+    last_B1 = order_Bn.gather(1, (count_B - 1).clamp(min=0)[:, None])
+    return order_Bn.where(torch.arange(n, device=order_Bn.device) < count_B[:, None], last_B1)
 
 
 def _near(h: int, w: int, radius: int, device: torch.device) -> Tensor:
@@ -200,3 +241,12 @@ def _near(h: int, w: int, radius: int, device: torch.device) -> Tensor:
     cols_ww = (x_w[:, None] - x_w).abs() <= radius
     near_NN = (rows_hh[:, None, :, None] & cols_ww[None, :, None, :]).reshape(h * w, h * w)
     return near_NN.fill_diagonal_(False)
+
+
+def _near_tokens(tokens_Bn: Tensor, w: int, radius: int) -> Tensor:
+    """The same, bool (B, n, n), for chosen positions."""
+    y_Bn, x_Bn = tokens_Bn // w, tokens_Bn % w
+    near_Bnn = (y_Bn[:, :, None] - y_Bn[:, None, :]).abs() <= radius
+    near_Bnn &= (x_Bn[:, :, None] - x_Bn[:, None, :]).abs() <= radius
+    near_Bnn.diagonal(dim1=1, dim2=2).fill_(False)
+    return near_Bnn

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import ConfigError
-from ugrl.model.encoder import attention_logits
+from ugrl.model.encoder import attention_logits, rows
 
 
 class AffinityHead(nn.Module):
@@ -55,7 +55,9 @@ class AffinityHead(nn.Module):
             s = F.relu(s + s.transpose(-1, -2) + self.hidden.bias.to(s.dtype)[:, None, None])
             return torch.einsum("bmij,m->bij", s, self.out.weight[0].to(s.dtype)) + self.out.bias.to(s.dtype)
 
-    def from_pairs(self, pairs: tuple[tuple[Tensor, Tensor], ...], heads: int) -> Tensor:
+    def from_pairs(
+        self, pairs: tuple[tuple[Tensor, Tensor], ...], heads: int, tokens_Bn: Tensor | None = None
+    ) -> Tensor:
         """The same from queries and keys; the linear kind never builds the M maps.
 
         Σ_m w_m q_m·k_m is one product of all heads' channels, the queries scaled by their head's weight.
@@ -63,10 +65,14 @@ class AffinityHead(nn.Module):
         Args:
             pairs: Queries and keys (B, N, D) of each block, heads side by side.
             heads: Heads of a block, ``maps = heads · len(pairs)``.
+            tokens_Bn: int64 positions 0…N-1; only the logits between these are computed. They may repeat: a
+                position that is used as padding counts like any other.
 
         Returns:
-            Affinity logits (B, N, N).
+            Affinity logits (B, N, N), or (B, n, n) of the chosen positions.
         """
+        if tokens_Bn is not None:
+            pairs = tuple((rows(q, tokens_Bn), rows(k, tokens_Bn)) for q, k in pairs)
         if self.hidden is not None:
             return self(attention_logits(pairs, heads))
         per_block = self.out.weight.view(len(pairs), heads)

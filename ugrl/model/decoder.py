@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ugrl.model.encoder import Features, Four, init_weights
+from ugrl.model.encoder import Features, Four, init_weights, rows
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.norm import make_norm
 
@@ -103,10 +104,49 @@ class ProjectionHead(nn.Module):
         nn.init.kaiming_normal_(self.hidden.weight, mode="fan_out", nonlinearity="relu")
         _init_last(self.out, std=0.02)
 
-    def forward(self, z_BDhw: Tensor) -> Tensor:
-        """Unit embeddings (B, d_seg, h, w) of z, float32 (float64 stays); a zero vector stays zero."""
+    def forward(self, z_BDhw: Tensor, at_Bn: Tensor | None = None) -> Tensor:
+        """Unit embeddings of z, float32 (float64 stays); a zero vector stays zero.
+
+        Only the norm needs every position: what follows it is done at the positions asked for.
+
+        Args:
+            z_BDhw: The decoder's fused map.
+            at_Bn: int64 positions of its grid, or ``None`` for all.
+
+        Returns:
+            (B, d_seg, h, w), or (B, d_seg, 1, n).
+        """
         y_BDhw = F.relu(self.norm(per_position(z_BDhw, self.hidden.weight.flatten(1))))
-        e_BDhw = per_position(y_BDhw, self.out.weight.flatten(1), self.out.bias)
-        with torch.autocast(device_type=e_BDhw.device.type, enabled=False):
-            e_BDhw = e_BDhw if e_BDhw.dtype == torch.float64 else e_BDhw.float()
-            return F.normalize(e_BDhw, dim=1, eps=1e-6)
+        y_BhwD = y_BDhw.permute(0, 2, 3, 1)
+        if at_Bn is not None:
+            y_BhwD = rows(y_BhwD.flatten(1, 2), at_Bn)[:, None]
+        e_BhwD = F.linear(y_BhwD, self.out.weight.flatten(1), self.out.bias)
+        with torch.autocast(device_type=e_BhwD.device.type, enabled=False):
+            e_BhwD = e_BhwD if e_BhwD.dtype == torch.float64 else e_BhwD.float()
+            return unit(e_BhwD).permute(0, 3, 1, 2)
+
+
+class _Unit(torch.autograd.Function):
+    """x / max(‖x‖, eps) over the last axis, keeping the result and the norms instead of five maps of their size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=eps).reciprocal_()
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        # Below eps the factor is a constant, and no direction is projected out.
+        along = (grad * y).sum(-1, keepdim=True).masked_fill_(inverse >= 1.0 / ctx.eps, 0.0)
+        return torch.addcmul(grad, y, along, value=-1.0).mul_(inverse), None
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Unit length over the last axis (Eq. 9), as :func:`torch.nn.functional.normalize`; zero stays zero."""
+    y: Tensor = _Unit.apply(x, eps)
+    return y

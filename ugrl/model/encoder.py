@@ -78,6 +78,12 @@ def to_grid(x_BND: Tensor, size: tuple[int, int]) -> Tensor:
     return x_BND.unflatten(1, size).permute(0, 3, 1, 2)
 
 
+def rows(x_BND: Tensor, at_Bn: Tensor) -> Tensor:
+    """Chosen positions (B, n, D) of (B, N, D)."""
+    flat_n = (at_Bn + torch.arange(x_BND.shape[0], device=at_Bn.device)[:, None] * x_BND.shape[1]).flatten()
+    return x_BND.flatten(0, 1).index_select(0, flat_n).unflatten(0, (x_BND.shape[0], -1))
+
+
 class PatchEmbed(nn.Module):
     """Overlapping patches: strided convolution, then LayerNorm (eps 1e-5, as published)."""
 

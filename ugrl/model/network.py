@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,9 @@ from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import Decoder, ProjectionHead
 from ugrl.model.encoder import SPECS, MiT, attention_logits
 from ugrl.model.noise import Noise
-from ugrl.types import ModelOutput
+from ugrl.types import Focus, ModelOutput
 
+Pairs = tuple[tuple[Tensor, Tensor], ...]
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
 
@@ -88,6 +90,7 @@ class UGRLNet(nn.Module):
         embed: bool = True,
         boxes: Tensor | None = None,
         attention: bool = False,
+        focus: Callable[[Tensor, Pairs], Focus] | None = None,
     ) -> ModelOutput:
         """The training pass.
 
@@ -100,21 +103,27 @@ class UGRLNet(nn.Module):
             boxes: int64 (B, 4) on the CPU, half-open ``(y0, y1, x0, x1)``: class scores pool only the positions whose
                 centre lies in the box. An image whose box holds no centre pools all of them.
             attention: Whether the attention logits themselves are wanted: M·N² numbers an image.
+            focus: Told F4 and the queries and keys of the last two blocks, without gradients, once the encoder is
+                through; says where affinity and embeddings are wanted.
 
         Returns:
-            What was asked for; ``seg_BChw`` and ``emb_BDhw`` on F1's grid.
+            What was asked for; ``seg_BChw`` and ``emb_BDhw`` on F1's grid, unless ``focus`` named positions.
         """
         features, pairs = self.encoder(images, noise)
+        where = Focus()
+        if focus is not None:
+            with torch.no_grad():
+                where = focus(features[3].detach(), tuple((q.detach(), k.detach()) for q, k in pairs))
         size = (images.shape[-2], images.shape[-1])
         out = ModelOutput(features=features, logits_BF=self.scores(features[3], boxes, size))
         if attention:
             out.attn_BMNN = attention_logits(pairs, self.heads)
         if affinity:
-            out.affinity_BNN = self.g_cls.from_pairs(pairs, self.heads)
+            out.affinity_BNN = self.g_cls.from_pairs(pairs, self.heads, where.affinity_Bn)
         if decode or embed:
             z_BDhw = self.decoder.fused(features)
             out.seg_BChw = self.decoder.logits(z_BDhw, noise) if decode else None
-            out.emb_BDhw = self.g_seg(z_BDhw) if embed else None
+            out.emb_BDhw = self.g_seg(z_BDhw, where.embed_Bn) if embed else None
         return out
 
     def scores(self, f4_BDhw: Tensor, boxes_B4: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:

@@ -1,11 +1,14 @@
 """One training step: a batch goes in, named losses come out.
 
-The walk of a batch: CAM (no gradient) → class vectors → uncertainty → pseudo-labels → the training
-pass → weights made of the uncertainty → four losses → their weighted sum (Eq. 13). The prototypes
-are the only state, and they move after they were read.
+The walk of a batch: CAM (no gradient) → class vectors → uncertainty → pseudo-labels → reliable pool → the
+training pass, whose heads answer only where a loss will read them → weights made of the uncertainty → four
+losses → their weighted sum (Eq. 13). The prototypes are the only state, and they move after they were read.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +17,23 @@ from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.method.cam import CamOutput, multi_scale_cam
 from ugrl.method.contrast import contrastive_loss
-from ugrl.method.losses import affinity_loss, classification_loss, sample_nearest, segmentation_loss
-from ugrl.method.pool import reliable_pool
+from ugrl.method.losses import (
+    affinity_loss,
+    classification_loss,
+    eligible_tokens,
+    sample_nearest,
+    segmentation_loss,
+)
+from ugrl.method.pool import MIN_PER_CLASS, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.vectors import batch_vectors
 from ugrl.method.weighting import effective_share, modulation_weights
-from ugrl.model.network import UGRLNet
+from ugrl.model.network import Pairs, UGRLNet
 from ugrl.model.noise import sample_noise
 from ugrl.seeding import derive
-from ugrl.types import IGNORE, Batch, StepOutput
+from ugrl.types import IGNORE, Batch, Focus, StepOutput
 
 WEIGHS_CLS = {"I", "II", "III", "IV"}
 WEIGHS_SEG = {"II", "IV"}
@@ -42,6 +51,71 @@ def pixel_counts(labels_BHW: Tensor, num_classes: int) -> Tensor:
     valid = flat != IGNORE
     out = torch.zeros(flat.shape[0], num_classes, device=flat.device)
     return out.scatter_add_(1, flat.where(valid, torch.zeros_like(flat)), valid.to(out.dtype))
+
+
+def pool_bound(cells: int, classes: int, keep: float) -> int:
+    """The most pixels that an image's pool can hold, known without looking: K's share, or two of every class.
+
+    >>> pool_bound(16384, 21, 0.35), pool_bound(16, 21, 0.1)
+    (5734, 16)
+    """
+    return min(cells, max(1, int(keep * cells + 0.5), MIN_PER_CLASS * classes))
+
+
+def positions(mask_Bhw: Tensor, most: int) -> Tensor:
+    """Where a mask is set: int64 (B, most), ascending; a shorter row goes on with positions where it is not.
+
+    >>> positions(torch.tensor([[[False, True], [True, True]], [[True, False], [False, False]]]), 3).tolist()
+    [[1, 2, 3], [0, 1, 2]]
+    """
+    return (~mask_Bhw.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
+
+def chosen(mask_Bhw: Tensor, at_Bn: Tensor) -> Tensor:
+    """The mask at some positions, bool (B, n)."""
+    return mask_Bhw.flatten(1).gather(1, at_Bn)
+
+
+class _Zero(torch.autograd.Function):
+    """A zero to which every given parameter belongs, with gradient zero; nothing of them is read."""
+
+    @staticmethod
+    def forward(ctx: Any, *params: Tensor) -> Tensor:
+        ctx.params = params
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(p) for p in ctx.params)
+
+
+@dataclass(slots=True)
+class Targets:
+    """What the losses are told, without gradients; ``None`` where this step has no use for it.
+
+    Attributes:
+        cam_PHW: Normalised maps.
+        u_BC: Uncertainty.
+        known_BC: bool, which entries have one.
+        labels_BHW: Pseudo-labels.
+        small_Bhw: The same on F1's grid.
+        pool_Bhw: bool, the reliable pool on F1's grid.
+        embed_Bn: Positions of the pool, and some others where an image has fewer than the most.
+        coarse_Bhw: Pseudo-labels on F4's grid.
+        eligible_Bhw: bool, the positions that the affinity loss may pair.
+        affinity_Bn: Those positions, where the host knows their number.
+    """
+
+    cam_PHW: Tensor
+    u_BC: Tensor
+    known_BC: Tensor
+    labels_BHW: Tensor | None = None
+    small_Bhw: Tensor | None = None
+    pool_Bhw: Tensor | None = None
+    embed_Bn: Tensor | None = None
+    coarse_Bhw: Tensor | None = None
+    eligible_Bhw: Tensor | None = None
+    affinity_Bn: Tensor | None = None
 
 
 def _share(x: Tensor, where: Tensor) -> Tensor:
@@ -64,17 +138,38 @@ class Step:
         self.contrasts = method.setting in CONTRASTS and method.loss.lambda2 > 0
         self.uses_affinity = method.loss.lambda3 > 0
 
-    def cam(self, batch: Batch, scales: tuple[float, ...], *, propagate: bool) -> CamOutput:
-        """CAM of the present pairs, from the bare network in eval mode: no drop-path, no decoder."""
-        c = self.cfg.method.cam
-        out = multi_scale_cam(
-            lambda images, affinity: self.net.cam(images, affinity=affinity),
-            batch.images_B3HW,
-            batch.pairs_P2,
-            batch.boxes_B4,
-            scales=scales,
-            mirror=c.mirror,
-        )
+    def cam(
+        self,
+        batch: Batch,
+        scales: tuple[float, ...],
+        *,
+        propagate: bool,
+        mirror: bool,
+        affinity: bool,
+        plain: tuple[Tensor, Pairs] | None,
+    ) -> CamOutput:
+        """CAM of the present pairs, from the bare network: no drop-path, no decoder.
+
+        Args:
+            batch: This rank's samples.
+            scales: Of the images.
+            propagate: Whether the CAM walks along the affinity.
+            mirror: Whether mirror images take part.
+            affinity: Whether somebody reads the affinity.
+            plain: F4, queries and keys of the plain images, where they are known already.
+        """
+
+        def forward(images: Tensor, first: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+            if plain is None or images is not batch.images_B3HW:
+                return self.net.cam(images, affinity=first and affinity)
+            f4_BDhw, pairs = plain
+            return (
+                self.net.raw_from(f4_BDhw),
+                f4_BDhw,
+                self.net.g_cls.from_pairs(pairs, self.net.heads) if affinity else None,
+            )
+
+        out = multi_scale_cam(forward, batch.images_B3HW, batch.pairs_P2, batch.boxes_B4, scales=scales, mirror=mirror)
         if propagate and out.affinity_BNN is not None:
             cam = propagate_cam(
                 out.cam_PHW,
@@ -104,6 +199,80 @@ class Step:
             low=c.low,
         )
 
+    def shares(self, step: int) -> bool:
+        """Whether the training pass stands in for the plain CAM pass at a step (``method.cam.share``)."""
+        share = self.cfg.method.cam.share
+        if share == "exact":  # nothing is dropped: the two passes are one
+            return not self.cfg.train.stochastic or self.cfg.model.drop_path == 0
+        return share == "always" or (share == "warmup" and step < self.cfg.train.cls_warmup_iters)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, step: int, plain: tuple[Tensor, Pairs] | None = None) -> Targets:
+        """Everything that has no gradient: CAM, uncertainty, pseudo-labels, pool. Moves the prototypes.
+
+        Args:
+            batch: This rank's samples, on the network's device.
+            step: Counted from 0.
+            plain: F4, queries and keys of the training pass, where it stands in for the plain CAM pass.
+        """
+        cfg, method = self.cfg, self.cfg.method
+        c, u_cfg, k_cfg = method.cam, method.uncertainty, method.contrast
+        warm = step < cfg.train.cls_warmup_iters
+        if step == cfg.train.cls_warmup_iters:
+            self.prototypes.freeze()
+        propagate = c.propagate == "affinity" and step >= max(c.propagate_after, cfg.train.cls_warmup_iters)
+        local = self.uses_affinity and not warm
+        cam = self.cam(
+            batch,
+            # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
+            (1.0,) if warm else c.scales,
+            propagate=propagate,
+            mirror=c.mirror and not (warm and c.share == "warmup"),
+            affinity=local or propagate,
+            plain=plain,
+        )
+        r_BCD, present_BC = batch_vectors(batch, cam, radius=u_cfg.radius, local=local)
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
+        self.prototypes.update(r_BCD, present_BC)
+        out = Targets(cam.cam_PHW, u_BC, known_BC)
+        if warm:
+            return out
+
+        out.labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
+        # Every coarser label is a sample of the next finer one, as its pool membership is.
+        coarse_of = out.labels_BHW
+        first = self.net.encoder.spec.strides[0]
+        if self.contrasts:
+            height, width = batch.images_B3HW.shape[-2:]
+            grid4 = ((height - 1) // first + 1, (width - 1) // first + 1)
+            out.small_Bhw = coarse_of = sample_nearest(out.labels_BHW, grid4)
+            keys = torch.tensor([derive(cfg.seed, "pool", step, i) for i in batch.ids]).to(
+                u_BC.device, non_blocking=True
+            )
+            out.pool_Bhw = reliable_pool(
+                out.small_Bhw,
+                u_BC,
+                # In steps: confidences that differ by rounding alone are ties, and the hash decides
+                # them; otherwise the batch's split over ranks would.
+                (sample_nearest(conf_BHW, grid4) * CONF_STEPS).round(),
+                keep=k_cfg.keep,
+                kind="random" if method.setting == "III" else k_cfg.pool,
+                keys_B=keys,
+            )
+            most = pool_bound(out.small_Bhw[0].numel(), u_BC.shape[1], k_cfg.keep)
+            if u_BC.device.type == "cpu":  # the number itself, which only a CPU has at hand
+                most = max(1, int(out.pool_Bhw.flatten(1).sum(1).max()))
+            out.embed_Bn = positions(out.pool_Bhw, most)
+        if self.uses_affinity:
+            grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
+            out.coarse_Bhw = sample_nearest(coarse_of, grid)
+            out.eligible_Bhw = out.coarse_Bhw != IGNORE
+            if out.pool_Bhw is not None:
+                out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid)
+            if u_BC.device.type == "cpu":
+                out.affinity_Bn = eligible_tokens(out.coarse_Bhw, out.eligible_Bhw)
+        return out
+
     def __call__(self, batch: Batch, step: int, *, model: nn.Module | None = None, views: bool = False) -> StepOutput:
         """Losses of one batch at one step; moves the prototypes.
 
@@ -117,27 +286,23 @@ class Step:
         u_cfg, k_cfg, lam = method.uncertainty, method.contrast, method.loss
         model = model or self.net
         num_classes = batch.tags_BF.shape[1] + 1
-        b = len(batch.ids)
         device = batch.images_B3HW.device
         warm = step < cfg.train.cls_warmup_iters
-        if step == cfg.train.cls_warmup_iters:
-            self.prototypes.freeze()
-        propagate = method.cam.propagate == "affinity" and step >= max(
-            method.cam.propagate_after, cfg.train.cls_warmup_iters
-        )
-
-        # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
-        cam = self.cam(batch, (1.0,) if warm else method.cam.scales, propagate=propagate)
-        with torch.no_grad():
-            r_BCD, present_BC = batch_vectors(batch, cam, radius=u_cfg.radius, local=self.uses_affinity and not warm)
-            u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
-            self.prototypes.update(r_BCD, present_BC)
-
         noise = None
         if cfg.train.stochastic:
             noise = sample_noise(
                 cfg.seed, step, batch.ids, layers=self.net.layers, channels=cfg.model.decoder_dim, device=device
             )
+
+        # The targets come first, so that their passes do not share the memory with the training pass's activations;
+        # where the training pass is one of them, they are made between its encoder and its heads.
+        made = [] if self.shares(step) else [self.targets(batch, step)]
+
+        def focus(f4_BDhw: Tensor, pairs: Pairs) -> Focus:
+            if not made:
+                made.append(self.targets(batch, step, (f4_BDhw, pairs)))
+            return Focus(made[0].embed_Bn, made[0].affinity_Bn)
+
         out = model(
             batch.images_B3HW,
             noise=noise,
@@ -145,7 +310,10 @@ class Step:
             decode=not warm,
             affinity=self.uses_affinity and not warm,
             embed=self.contrasts and not warm,
+            focus=focus,
         )
+        t = made[0]
+        u_BC, known_BC = t.u_BC, t.known_BC
 
         terms: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
@@ -169,9 +337,8 @@ class Step:
         stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
 
         keep: dict[str, Tensor] = {}
-        if not warm:
-            labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
-            n_BC = pixel_counts(labels_BHW, num_classes).to(u_BC)
+        if t.labels_BHW is not None:
+            n_BC = pixel_counts(t.labels_BHW, num_classes).to(u_BC)
             w_BC = torch.ones_like(u_BC)
             if self.weighs_seg:
                 w_BC = modulation_weights(
@@ -186,51 +353,39 @@ class Step:
                 )
                 stats["share_seg"] = effective_share(w_BC, known_BC, n_BC, per_class=True)
             assert out.seg_BChw is not None
-            terms["seg"] = segmentation_loss(out.seg_BChw, labels_BHW, w_BC, balance=lam.balance)
+            terms["seg"] = segmentation_loss(out.seg_BChw, t.labels_BHW, w_BC, balance=lam.balance)
             loss = loss + lam.lambda1 * terms["seg"]
-            stats["labelled"] = n_BC.sum() / labels_BHW.numel()
+            stats["labelled"] = n_BC.sum() / t.labels_BHW.numel()
 
-            # Every coarser label is a sample of the next finer one, as its pool membership is.
-            coarse_of_BHW, pool_Bhw = labels_BHW, None
-            if self.contrasts:
-                assert out.emb_BDhw is not None
-                grid4 = (out.emb_BDhw.shape[-2], out.emb_BDhw.shape[-1])
-                small_Bhw = coarse_of_BHW = sample_nearest(labels_BHW, grid4)
-                keys = torch.tensor([derive(cfg.seed, "pool", step, i) for i in batch.ids], device=device)
-                pool_Bhw = reliable_pool(
-                    small_Bhw,
-                    u_BC,
-                    # In steps: confidences that differ by rounding alone are ties, and the hash decides
-                    # them; otherwise the batch's split over ranks would.
-                    (sample_nearest(conf_BHW, grid4) * CONF_STEPS).round(),
-                    keep=k_cfg.keep,
-                    kind="random" if method.setting == "III" else k_cfg.pool,
-                    keys_B=keys,
-                )
+            if t.embed_Bn is not None:
+                assert out.emb_BDhw is not None and t.small_Bhw is not None and t.pool_Bhw is not None
                 terms["ucl"] = contrastive_loss(
-                    out.emb_BDhw, small_Bhw, pool_Bhw, tau=k_cfg.tau, scope=k_cfg.scope, tile=k_cfg.tile
+                    out.emb_BDhw,
+                    t.small_Bhw.flatten(1).gather(1, t.embed_Bn)[:, None],
+                    chosen(t.pool_Bhw, t.embed_Bn)[:, None],
+                    tau=k_cfg.tau,
+                    scope=k_cfg.scope,
+                    tile=k_cfg.tile,
                 )
                 loss = loss + lam.lambda2 * terms["ucl"]
-                stats["pool"] = pool_Bhw.to(u_BC).mean()
+                stats["pool"] = t.pool_Bhw.to(u_BC).mean()
 
-            if self.uses_affinity:
-                assert out.affinity_BNN is not None
-                grid = (out.features[3].shape[-2], out.features[3].shape[-1])
-                coarse_Bhw = sample_nearest(coarse_of_BHW, grid)
-                eligible = coarse_Bhw != IGNORE
-                if pool_Bhw is not None:
-                    eligible = eligible & sample_nearest(pool_Bhw, grid)
-                terms["aux"] = affinity_loss(out.affinity_BNN, coarse_Bhw, eligible, radius=u_cfg.radius)
+            if t.coarse_Bhw is not None:
+                assert out.affinity_BNN is not None and t.eligible_Bhw is not None
+                terms["aux"] = affinity_loss(
+                    out.affinity_BNN, t.coarse_Bhw, t.eligible_Bhw, radius=u_cfg.radius, tokens_Bn=t.affinity_Bn
+                )
                 loss = loss + lam.lambda3 * terms["aux"]
 
             if views:
                 assert out.seg_BChw is not None
-                u_pixel = torch.gather(u_BC, 1, labels_BHW.where(labels_BHW != IGNORE, 0).flatten(1))
-                keep["labels"] = labels_BHW
+                labelled = t.labels_BHW != IGNORE
+                u_pixel = torch.gather(u_BC, 1, t.labels_BHW.where(labelled, 0).flatten(1)).view_as(t.labels_BHW)
+                keep["labels"] = t.labels_BHW
                 keep["prediction"] = out.seg_BChw.detach()
-                keep["u"] = u_pixel.view(b, *labels_BHW.shape[1:]).where(labels_BHW != IGNORE, torch.zeros(()).to(u_BC))
+                keep["u"] = u_pixel.where(labelled, torch.zeros(()).to(u_BC))
         if views:
-            keep["cam"] = cam.cam_PHW
+            keep["cam"] = t.cam_PHW
 
         # Parameters without a role this step still take part, with a zero: DDP waits for all of them.
         loss = loss + self._idle(warm)
@@ -250,8 +405,5 @@ class Step:
             heads.append(self.net.g_seg)
         if warm or not self.uses_affinity:
             heads.append(self.net.g_cls)
-        zero = self.net.classifier.weight.sum() * 0.0
-        for head in heads:
-            for p in head.parameters():
-                zero = zero + p.sum() * 0.0
+        zero: Tensor = _Zero.apply(*(p for head in heads for p in head.parameters()), self.net.classifier.weight)
         return zero
