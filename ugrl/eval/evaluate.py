@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from ugrl.distributed import rank, world_size
 from ugrl.eval.crf import dense_crf
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
-from ugrl.method.cam import multi_scale_cam
+from ugrl.method.cam import multi_scale_cam, passes
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
@@ -74,8 +74,17 @@ def shape_batches(reader: ShardReader, indices: list[int], threads: int) -> Iter
         yield from walk(s for chunk in chunks for s in pool.map(load, chunk))
 
 
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Sides of a rescaled image, at least the 32 px that the encoder needs."""
+    return max(32, round(size[0] * scale)), max(32, round(size[1] * scale))
+
+
 def seg_scores(
-    net: UGRLNet, images_B3HW: Tensor, scales: tuple[float, ...], mirror: bool, first: Tensor | None = None
+    net: UGRLNet,
+    images_B3HW: Tensor,
+    scales: tuple[float, ...],
+    mirror: bool,
+    known: Mapping[tuple[float, bool], Tensor] | None = None,
 ) -> Tensor:
     """Class probabilities (B, C, H, W), averaged over scales and mirror images.
 
@@ -84,25 +93,67 @@ def seg_scores(
         images_B3HW: Normalised images of any size.
         scales: Of the input.
         mirror: Whether to add each scale's mirror image.
-        first: Logits of scale 1 if they are known already.
+        known: Logits by (scale, mirrored) of passes that were made already.
     """
     size = (images_B3HW.shape[-2], images_B3HW.shape[-1])
     total: Tensor | None = None
     for scale in scales:
-        x = images_B3HW
-        if scale != 1.0:
-            to = [max(32, round(n * scale)) for n in size]
-            x = F.interpolate(x, size=to, mode="bilinear", align_corners=False)
+        x: Tensor | None = None
         for flip in (False, True) if mirror else (False,):
-            if first is not None and scale == 1.0 and not flip:
-                logits = first
-            else:
+            logits = (known or {}).get((scale, flip))
+            if logits is None:
+                if x is None:
+                    x = images_B3HW
+                    if scale != 1.0:
+                        x = F.interpolate(x, size=scaled(size, scale), mode="bilinear", align_corners=False)
                 logits = net.segment(x.flip(-1) if flip else x)
             p = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).softmax(1)
             p = p.flip(-1) if flip else p
             total = p if total is None else total + p
     assert total is not None
     return total / (len(scales) * (2 if mirror else 1))
+
+
+class SharedPasses:
+    """The CAM's passes over one batch, which also give the segmentation logits of the scales that both want.
+
+    Args:
+        net: In eval mode.
+        images_B3HW: The batch.
+        plain: What the plain pass at scale 1 has given already.
+        order: Of :func:`ugrl.method.cam.passes`.
+        wanted: (scale, mirrored) of the segmentation.
+
+    Attributes:
+        logits: Decoder logits by (scale, mirrored), of the passes that were made and are wanted.
+    """
+
+    def __init__(
+        self,
+        net: UGRLNet,
+        images_B3HW: Tensor,
+        plain: ModelOutput,
+        order: list[tuple[float, bool]],
+        wanted: set[tuple[float, bool]],
+    ) -> None:
+        self.net, self.plain, self.wanted = net, plain, wanted
+        self.size = (int(images_B3HW.shape[-2]), int(images_B3HW.shape[-1]))
+        self.order = iter(order)
+        self.logits: dict[tuple[float, bool], Tensor] = {}
+        if plain.seg_BChw is not None:
+            self.logits[1.0, False] = plain.seg_BChw
+
+    def __call__(self, images_B3HW: Tensor, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :func:`ugrl.method.cam.multi_scale_cam` asks for, in its order."""
+        key = next(self.order)
+        if key == (1.0, False):
+            features = self.plain.features
+            return self.net.raw_from(features[3]), features[3], self.plain.affinity_BNN
+        features, _ = self.net.encoder(images_B3HW)
+        same = tuple(images_B3HW.shape[-2:]) == scaled(self.size, key[0])  # but for images that are tiny
+        if key in self.wanted and same:
+            self.logits[key] = self.net.decoder(features)[1]
+        return self.net.raw_from(features[3]), features[3], None
 
 
 @torch.no_grad()
@@ -145,33 +196,19 @@ def evaluate(
     seg, cam_c, refined, crf_c = (Confusion(num + 1, device=device) for _ in range(4))
     tags_m, u_m = TagMetrics(num), UncertaintyMetrics()
     c = cfg.method.cam
+    flips = (False, True) if cfg.eval.mirror else (False,)
+    seg_passes = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if masks else set()
 
     for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
         batch = batch_cpu.to(device, dtype)
         images, b = batch.images_B3HW, len(batch.ids)
         out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
         tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
-        if masks:
-            assert batch.masks_BHW is not None and out.seg_BChw is not None
-            labels = batch.masks_BHW.long()
-            probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, first=out.seg_BChw)
-            seg.add(probs.argmax(1), labels)
-            if cfg.eval.crf:
-                for k in range(b):
-                    sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
-                    crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
+        shared = SharedPasses(net, images, out, passes(c.scales, c.mirror), seg_passes)
         if want_cam:
             assert batch.masks_BHW is not None
             labels = batch.masks_BHW.long()
-
-            def forward(
-                x: Tensor, affinity: bool, images: Tensor = images, out: ModelOutput = out
-            ) -> tuple[Tensor, Tensor, Tensor | None]:
-                if x is images:  # the plain pass at scale 1 has been made already
-                    return net.raw_from(out.features[3]), out.features[3], out.affinity_BNN
-                return net.cam(x, affinity=False)
-
-            cam = multi_scale_cam(forward, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
+            cam = multi_scale_cam(shared, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
             # One threshold, so every pixel inside the image is decided.
             t = cfg.eval.cam_background
             decided, _ = pseudo_labels(cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=t, low=t)
@@ -203,6 +240,15 @@ def evaluate(
                     (inter / union.clamp_min(1))[ok],
                     out.logits_BF.float().sigmoid()[pb, pf][ok],
                 )
+        if masks:
+            assert batch.masks_BHW is not None
+            labels = batch.masks_BHW.long()
+            probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, known=shared.logits)
+            seg.add(probs.argmax(1), labels)
+            if cfg.eval.crf:
+                for k in range(b):
+                    sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
+                    crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
         if on_batch:
             on_batch(b)
 

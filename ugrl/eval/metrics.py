@@ -61,6 +61,7 @@ class Confusion:
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.classes = num_classes
         self.matrix_CC = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+        self._impossible = torch.zeros((), dtype=torch.int64, device=device)
         self._reduced = False
 
     def add(self, pred_HW: Tensor, label_HW: Tensor) -> None:
@@ -69,6 +70,8 @@ class Confusion:
         Args:
             pred_HW: Integer predictions 0…C-1, of any shape.
             label_HW: Integer labels 0…C-1 or 255, of the same shape.
+
+        On a GPU the host does not wait: a value that cannot be is then reported by :meth:`reduce`.
 
         Raises:
             UgrlError: Shapes differ, or a counted pixel holds a value outside 0…C-1 (nothing is counted then); or
@@ -84,19 +87,34 @@ class Confusion:
         # Two bins more than cells: masking would have to wait for the device to know how many pixels are left.
         cell = torch.where(good, label * c + pred, c * c + 1)
         cell = torch.where(label == IGNORE, c * c, cell)
-        counts = torch.bincount(cell, minlength=c * c + 2)
-        if int(counts[-1]):
-            row = int((cell == c * c + 1).nonzero()[0])
-            raise UgrlError(
-                f"confusion: pixel {row} has prediction {int(pred[row])} and label {int(label[row])}, "
-                f"expected 0 to {c - 1} (label {IGNORE} is dropped)"
-            )
+        if cell.device.type == "cpu":
+            counts = torch.bincount(cell, minlength=c * c + 2)
+            if int(counts[-1]):
+                row = int((cell == c * c + 1).nonzero()[0])
+                raise UgrlError(
+                    f"confusion: pixel {row} has prediction {int(pred[row])} and label {int(label[row])}, "
+                    f"expected 0 to {c - 1} (label {IGNORE} is dropped)"
+                )
+        else:  # bincount asks the device for the largest value
+            counts = torch.zeros(c * c + 2, dtype=torch.int64, device=cell.device)
+            counts.scatter_add_(0, cell, torch.ones_like(cell))
+            self._impossible += counts[-1]
         self.matrix_CC += counts[:-2].view(c, c)
 
     def reduce(self) -> None:
-        """Sum the matrix over ranks, in place; a collective call."""
+        """Sum the matrix over ranks, in place; a collective call.
+
+        Raises:
+            UgrlError: On a GPU, that an added pixel held a value outside 0…C-1.
+        """
         if not self._reduced:
             self.matrix_CC = all_reduce_sum(self.matrix_CC)
+            impossible = int(all_reduce_sum(self._impossible))
+            if impossible:
+                raise UgrlError(
+                    f"confusion: {impossible} pixels have a prediction or label outside 0 to {self.classes - 1} "
+                    f"(label {IGNORE} is dropped)"
+                )
             self._reduced = True
 
     @property

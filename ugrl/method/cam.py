@@ -183,6 +183,22 @@ def resize(maps_PHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps_PHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
+def _others(scales: Sequence[float]) -> list[float]:
+    rest = list(scales)
+    rest.remove(1.0)
+    return rest
+
+
+def passes(scales: Sequence[float], mirror: bool) -> list[tuple[float, bool]]:
+    """The order in which :func:`multi_scale_cam` asks for (scale, mirrored); the affinity is wanted of the first.
+
+    >>> passes((0.5, 1.0), mirror=True)
+    [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
+    """
+    flips = (False, True) if mirror else (False,)
+    return [(scale, flip) for scale in (1.0, *_others(scales)) for flip in flips]
+
+
 @torch.no_grad()
 def multi_scale_cam(
     forward: Forward,
@@ -196,7 +212,7 @@ def multi_scale_cam(
     """CAM of the present pairs from several scales and mirror images.
 
     The passes run one by one and in the same number on every rank, whatever P is: the affinity's attention maps then
-    exist for one pass only, and a network that communicates cannot hang.
+    exist for one pass only, and a network that communicates cannot hang. Their order is that of :func:`passes`.
 
     Args:
         forward: Takes images (B, 3, H', W') and whether the affinity is wanted; returns raw class scores per position
@@ -233,9 +249,7 @@ def multi_scale_cam(
 
     raw_BFhw, f4_BDhw, affinity_BNN = forward(images_B3HW, True)
     total_PHW = both(images_B3HW, raw_BFhw)
-    rest = list(scales)
-    rest.remove(1.0)
-    for scale in rest:
+    for scale in _others(scales):
         size = max(1, round(height * scale)), max(1, round(width * scale))
         images = F.interpolate(images_B3HW, size=size, mode="bilinear", align_corners=False)
         total_PHW = total_PHW + both(images, forward(images, False)[0])

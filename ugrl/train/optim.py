@@ -30,7 +30,9 @@ class Optimizer:
 
     def __init__(self, net: nn.Module, groups: list[dict], cfg: TrainConfig) -> None:
         self.cfg = cfg
-        self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999))
+        # One kernel for all parameters where there is one that needs no copy of them.
+        self.fused = all(p.device.type == "cuda" for p in net.parameters())
+        self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=self.fused)
         self.base = [float(g["lr"]) for g in self.adamw.param_groups]
         self.names = {id(p): name for name, p in net.named_parameters()}
 
@@ -69,5 +71,8 @@ class Optimizer:
             if name not in params:
                 raise CheckpointError(f"optimizer state names parameter '{name}', which this network does not have")
             p = params[name]
-            on = value.clone() if kind == "step" else value.to(p.device, p.dtype).clone()
+            if kind == "step":  # the fused kernel reads it on the device, the others on the host
+                on = value.to(p.device if self.fused else "cpu").clone()
+            else:
+                on = value.to(p.device, p.dtype).clone()
             self.adamw.state[p][kind] = on
