@@ -27,6 +27,7 @@ from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.source import open_source
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.predict import predict_image
+from ugrl.model.noise import sample_noise
 from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
 from ugrl.train.restore import restore
@@ -255,21 +256,92 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"step_00000002", "step_00000004"}
 
 
-def test_validation_counts_what_the_network_predicts(shards: Path) -> None:
-    """mIoU of one pass over a split, against predictions made image by image and counted with NumPy."""
-    trainer = Trainer(build(tiny_tree()), shards=shards, out=None, quiet=True, device="cpu")
+@pytest.mark.parametrize("scales, mirror, encoder_passes", [((1.0,), False, 4), ((0.5, 1.0, 1.5), True, 6)])
+def test_validation_counts_what_the_network_predicts(
+    scales: tuple[float, ...], mirror: bool, encoder_passes: int, shards: Path
+) -> None:
+    """mIoU of one pass over a split, against predictions made image by image and counted with NumPy.
+
+    The CAM's passes (scales 1 and 1.5, mirrored) serve the segmentation too: each batch sees no pass twice.
+    """
+    tree = tiny_tree() | {"eval": {"seg_scales": list(scales), "mirror": mirror}}
+    tree["method"]["cam"]["scales"] = [1.0, 1.5]
+    trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu")
     trainer.net.decoder.classify.weight.data *= 50  # all classes get predicted
+    calls: list[torch.Size] = []
+    handle = trainer.net.encoder.register_forward_hook(lambda _, args, __: calls.append(args[0].shape))
     got = trainer.validate().metrics["seg_miou"]
-    counts = np.zeros((7, 7), np.int64)
+    handle.remove()
     reader = ShardReader(shards, "val")
+    images = sum(shape[0] for shape in calls)
+    assert images == encoder_passes * len(reader)
+    counts = np.zeros((7, 7), np.int64)
     trainer.net.eval()
     for i in range(len(reader)):
         row = reader[i]
         image = np.asarray(Image.open(io.BytesIO(row.image)).convert("RGB"))
         labels = np.asarray(Image.open(io.BytesIO(row.mask or b"")))
-        predicted = predict_image(trainer.net, image, device=torch.device("cpu"))
+        predicted = predict_image(trainer.net, image, device=torch.device("cpu"), scales=scales, mirror=mirror)
         np.add.at(counts, (labels[labels != 255], predicted[labels != 255]), 1)
     hit = np.diag(counts)
     iou = hit / (counts.sum(0) + counts.sum(1) - hit).clip(1)
     assert (counts.sum(0) > 0).sum() > 2
-    assert got == pytest.approx(iou[counts.sum(1) > 0].mean(), abs=1e-9)
+    # Batches are computed in another order than single images: a pixel on the edge may fall to the other side.
+    assert got == pytest.approx(iou[counts.sum(1) > 0].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("share", ["always", "warmup", "exact"])
+def test_sharing_the_plain_pass_changes_nothing_where_nothing_is_dropped(share: str, shards: Path) -> None:
+    """``method.cam.share``: the training pass is the plain CAM pass, to the last bit that the order of sums allows."""
+    kept = {}
+    for mode in ("never", share):
+        tree = tiny_tree()
+        tree["model"]["drop_path"] = 0.0
+        tree["method"]["cam"]["share"] = mode
+        if share == "warmup":  # where the mirror image is left out, which the comparison must leave out as well
+            tree["method"]["cam"]["mirror"] = False
+        trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu", dtype=torch.float64)
+        calls: list[int] = []
+        trainer.net.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.net.train()
+        batches = trainer.loader(trainer._spec())
+        losses = []
+        for step in range(5):
+            out = trainer.step_fn(next(batches).to("cpu", torch.float64), step)
+            out.loss.backward()
+            trainer.optimizer.step(step)
+            trainer.optimizer.zero_grad()
+            losses.append([out.terms[k].item() for k in sorted(out.terms)])
+        kept[mode] = losses, trainer.prototypes.prototypes_Cd.clone(), len(calls)
+    assert kept[share][2] < kept["never"][2]
+    for one, two in zip(kept[share][0], kept["never"][0], strict=True):
+        assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(kept[share][1], kept["never"][1], rtol=1e-6, atol=1e-7)
+
+
+def test_dropped_branches_keep_the_plain_pass_apart(shards: Path) -> None:
+    """With drop-path, ``exact`` shares nothing, ``warmup`` shares until the warm-up ends, ``always`` shares."""
+    for share, expected in (("exact", [False, False]), ("warmup", [True, False]), ("always", [True, True])):
+        tree = tiny_tree()
+        tree["method"]["cam"]["share"] = share
+        step = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu").step_fn
+        assert [step.shares(1), step.shares(2)] == expected
+
+
+def test_the_encoder_is_one_graph(shards: Path) -> None:
+    """What ``train.compile`` relies on: traced without a break, and the same numbers through autograd's tracer."""
+    net = Trainer(build(tiny_tree()), shards=shards, out=None, quiet=True, device="cpu").net
+    names = list(net.state_dict())
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    noise = sample_noise(0, 1, ["a", "b"], layers=net.layers, channels=16, device="cpu")
+    weight = net.encoder.stages[0].embed.proj.weight
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        features, pairs = net.encoder(x, noise)
+        loss = features[3].square().sum() + (pairs[0][0] * pairs[1][1]).sum()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    plain = run()
+    net.encoder.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(), plain, rtol=1e-5, atol=1e-6)
+    assert list(net.state_dict()) == names

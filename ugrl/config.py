@@ -61,6 +61,8 @@ class DataConfig:
     mirror: bool = True
     threads: int = _num(4, ge=0)
     prefetch: int = _num(4, ge=1)
+    on_device: Literal["none", "normalize", "augment"] = "none"
+    cache_mb: int = _num(0, ge=0)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
@@ -159,6 +161,7 @@ class TrainConfig:
     cls_warmup_iters: int = _num(2000, ge=0)
     grad_clip: float = _num(0.0, ge=0)
     amp: Literal["auto", "off"] = "auto"
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     stochastic: bool = True
     cpu_threads: int = _num(0, ge=0)
     log_every: int = _num(20, ge=1)
@@ -178,6 +181,7 @@ class EvalConfig:
     seg_scales: tuple[float, ...] = (1.0,)
     mirror: bool = False
     crf: bool = False
+    amp: Literal["off", "auto"] = "off"
     limit: int = _num(0, ge=0)
     objective: str = "auto"
 

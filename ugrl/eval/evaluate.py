@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +71,22 @@ def shape_batches(reader: ShardReader, indices: list[int], threads: int) -> Iter
         yield from walk(load(i) for i in indices)
         return
     with ThreadPoolExecutor(threads) as pool:
-        # In slices, so that a large split is not decoded ahead of the model.
-        chunks = (indices[k : k + 4 * threads] for k in range(0, len(indices), 4 * threads))
-        yield from walk(s for chunk in chunks for s in pool.map(load, chunk))
+        yield from walk(_ahead(pool, load, indices, 8 * threads))
+
+
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[int], Sample], indices: list[int], most: int) -> Iterator[Sample]:
+    """Samples in order, a bounded number of them ahead: threads decode while the model works."""
+    queue: deque[Future[Sample]] = deque()
+    rest = iter(indices)
+    try:
+        while True:
+            queue.extend(pool.submit(load, i) for i in islice(rest, most - len(queue)))
+            if not queue:
+                return
+            yield queue.popleft().result()
+    finally:
+        for future in queue:
+            future.cancel()
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -199,58 +214,58 @@ def evaluate(
     flips = (False, True) if cfg.eval.mirror else (False,)
     seg_passes = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if masks else set()
 
-    for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
-        batch = batch_cpu.to(device, dtype)
-        images, b = batch.images_B3HW, len(batch.ids)
-        out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
-        tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
-        shared = SharedPasses(net, images, out, passes(c.scales, c.mirror), seg_passes)
-        if want_cam:
-            assert batch.masks_BHW is not None
-            labels = batch.masks_BHW.long()
-            cam = multi_scale_cam(shared, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
-            # One threshold, so every pixel inside the image is decided.
-            t = cfg.eval.cam_background
-            decided, _ = pseudo_labels(cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=t, low=t)
-            cam_c.add(decided, labels)
-            if cfg.eval.refined_cam and par is not None:
-                fine, _ = refine_labels(
-                    cam.cam_PHW,
-                    batch.pairs_P2,
-                    batch.boxes_B4,
-                    images,
-                    batch=b,
-                    par=par,
-                    high=t,
-                    low=t,
-                )
-                refined.add(fine.where(fine != 255, torch.zeros_like(fine)), labels)
-            if prototypes is not None:
-                r, present = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=affinity_trained)
-                u_BC, known_BC = prototypes.uncertainty(r, present)
-                pb, pf = batch.pairs_P2.to(device).unbind(1)
-                hot = cam.cam_PHW > cfg.eval.cam_background
-                truth = labels[pb] == (pf + 1)[:, None, None]
-                valid = labels[pb] != 255
-                inter = (hot & truth & valid).flatten(1).sum(1)
-                union = ((hot | truth) & valid).flatten(1).sum(1)
-                ok = known_BC[pb, pf + 1] & (union > 0)
-                u_m.add(
-                    u_BC[pb, pf + 1][ok],
-                    (inter / union.clamp_min(1))[ok],
-                    out.logits_BF.float().sigmoid()[pb, pf][ok],
-                )
-        if masks:
-            assert batch.masks_BHW is not None
-            labels = batch.masks_BHW.long()
-            probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, known=shared.logits)
-            seg.add(probs.argmax(1), labels)
-            if cfg.eval.crf:
-                for k in range(b):
-                    sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
-                    crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
-        if on_batch:
-            on_batch(b)
+    amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
+            batch = batch_cpu.to(device, dtype)
+            images, b = batch.images_B3HW, len(batch.ids)
+            out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
+            tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
+            shared = SharedPasses(net, images, out, passes(c.scales, c.mirror), seg_passes)
+            if want_cam:
+                assert batch.masks_BHW is not None
+                labels = batch.masks_BHW.long()
+                cam = multi_scale_cam(shared, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
+                # One threshold, so every pixel inside the image is decided.
+                t = cfg.eval.cam_background
+                decided, _ = pseudo_labels(cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=t, low=t)
+                cam_c.add(decided, labels)
+                if cfg.eval.refined_cam and par is not None:
+                    fine, _ = refine_labels(
+                        cam.cam_PHW,
+                        batch.pairs_P2,
+                        batch.boxes_B4,
+                        images,
+                        batch=b,
+                        par=par,
+                        high=t,
+                        low=t,
+                    )
+                    refined.add(fine.where(fine != 255, torch.zeros_like(fine)), labels)
+                if prototypes is not None:
+                    r, present = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=affinity_trained)
+                    u_BC, known_BC = prototypes.uncertainty(r, present)
+                    pb, pf = batch.pairs_P2.to(device).unbind(1)
+                    hot = cam.cam_PHW > cfg.eval.cam_background
+                    truth = labels[pb] == (pf + 1)[:, None, None]
+                    valid = labels[pb] != 255
+                    inter = (hot & truth & valid).flatten(1).sum(1)
+                    union = ((hot | truth) & valid).flatten(1).sum(1)
+                    ok = known_BC[pb, pf + 1] & (union > 0)
+                    # A NaN is left out by the collector; masking would have to wait for the device.
+                    iou = (inter / union.clamp_min(1)).where(ok, torch.nan)
+                    u_m.add(u_BC[pb, pf + 1], iou, out.logits_BF.float().sigmoid()[pb, pf])
+            if masks:
+                assert batch.masks_BHW is not None
+                labels = batch.masks_BHW.long()
+                probs = seg_scores(net, images, cfg.eval.seg_scales, cfg.eval.mirror, known=shared.logits)
+                seg.add(probs.argmax(1), labels)
+                if cfg.eval.crf:
+                    for k in range(b):
+                        sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
+                        crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
+            if on_batch:
+                on_batch(b)
 
     metrics: dict[str, float] = {}
     classes: dict[str, dict[str, float]] = {}
