@@ -178,3 +178,18 @@ def test_dropped_branches_are_skipped():
     tokens, size = stage.embed(features[0])
     torch.testing.assert_close(features[1], to_grid(stage.norm(tokens), size), rtol=0, atol=1e-12)
     assert net.rates_L.tolist() == pytest.approx([0, 0, 0.125, 0.125, 0.25, 0.25, 0.375, 0.375, 0.5, 0.5])
+
+
+def test_passes_without_gradients_compute_the_same() -> None:
+    """oneDNN's products (where this torch has them) against the training pass's, for every backbone width."""
+    torch.manual_seed(0)
+    for name in ("tiny", "mit_b0"):
+        net = MiT(SPECS[name])
+        x = torch.randn(2, 3, 64, 96)
+        features, pairs = net(x)
+        with torch.no_grad():
+            plain_features, plain_pairs = net(x)
+        for a, b in zip(
+            (*features, *pairs[0], *pairs[1]), (*plain_features, *plain_pairs[0], *plain_pairs[1]), strict=True
+        ):
+            torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))

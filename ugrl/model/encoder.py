@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import UgrlError
+from ugrl.model.linear import linear
 from ugrl.model.noise import Noise, keep_scale
 
 #: The last two blocks of the last stage: the affinity reads their attention logits (AFA).
@@ -114,13 +115,13 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens → attended tokens (B, N, D), and the queries (B, N, D) and keys (B, N', D) of all heads."""
-        q_BND = self.q(x_BND)
+        q_BND = linear(x_BND, self.q)
         if self.sr is not None:
             x_BND = self.norm(to_tokens(self.sr(to_grid(x_BND, size))))
-        k_BND, v_BND = self.kv(x_BND).chunk(2, dim=-1)
+        k_BND, v_BND = linear(x_BND, self.kv).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_BND, k_BND, v_BND))
         y_BND = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(y_BND), q_BND, k_BND
+        return linear(y_BND, self.proj), q_BND, k_BND
 
 
 class MixFFN(nn.Module):
@@ -134,8 +135,8 @@ class MixFFN(nn.Module):
 
     def forward(self, x_BND: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens → tokens."""
-        y_BDhw = self.dwconv(to_grid(self.fc1(x_BND), size))
-        return self.fc2(F.gelu(to_tokens(y_BDhw)))
+        y_BDhw = self.dwconv(to_grid(linear(x_BND, self.fc1), size))
+        return linear(F.gelu(to_tokens(y_BDhw)), self.fc2)
 
 
 class Block(nn.Module):
