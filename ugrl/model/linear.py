@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def _find() -> Any:
-    """oneDNN's linear operator, if this torch has it and it answers as expected."""
+    """The linear operator of oneDNN, if this torch has it and it answers as expected."""
     try:
         operator = torch.ops.mkldnn._linear_pointwise
         x, w, b = torch.ones(2, 3), torch.full((4, 3), 0.5), torch.ones(4)

@@ -125,7 +125,12 @@ def _share(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Step:
-    """The method's training step for one configuration (Table 3's settings included)."""
+    """The method's training step for one configuration (Table 3's settings included).
+
+    Attributes:
+        counts_on_host: Whether the host may wait to learn how large the pool is, to cut the heads' work to it; by
+            default (``None``) on a CPU, where it costs nothing. Elsewhere an upper bound serves, for the same losses.
+    """
 
     def __init__(self, cfg: Config, net: UGRLNet, prototypes: Prototypes, par: PAR | None) -> None:
         self.cfg = cfg
@@ -137,6 +142,7 @@ class Step:
         self.weighs_seg = method.setting in WEIGHS_SEG
         self.contrasts = method.setting in CONTRASTS and method.loss.lambda2 > 0
         self.uses_affinity = method.loss.lambda3 > 0
+        self.counts_on_host: bool | None = None
 
     def cam(
         self,
@@ -237,6 +243,7 @@ class Step:
         out = Targets(cam.cam_PHW, u_BC, known_BC)
         if warm:
             return out
+        counts = u_BC.device.type == "cpu" if self.counts_on_host is None else self.counts_on_host
 
         out.labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
         # Every coarser label is a sample of the next finer one, as its pool membership is.
@@ -260,7 +267,7 @@ class Step:
                 keys_B=keys,
             )
             most = pool_bound(out.small_Bhw[0].numel(), u_BC.shape[1], k_cfg.keep)
-            if u_BC.device.type == "cpu":  # the number itself, which only a CPU has at hand
+            if counts:
                 most = max(1, int(out.pool_Bhw.flatten(1).sum(1).max()))
             out.embed_Bn = positions(out.pool_Bhw, most)
         if self.uses_affinity:
@@ -269,7 +276,7 @@ class Step:
             out.eligible_Bhw = out.coarse_Bhw != IGNORE
             if out.pool_Bhw is not None:
                 out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid)
-            if u_BC.device.type == "cpu":
+            if counts:
                 out.affinity_Bn = eligible_tokens(out.coarse_Bhw, out.eligible_Bhw)
         return out
 
