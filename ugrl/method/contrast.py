@@ -281,8 +281,8 @@ def contrastive_loss(
         multiplicity_Bhw: Integers: a pixel stands for this many identical ones, for values and gradients as if it were
             repeated (so that a pixel of 2 has a positive); with 0 it is no anchor. None: 1 everywhere, at no cost.
         most: Upper bound on an image's anchors that the host knows, as from the pool's budget; None: h·w. It sizes
-            tensors and grids of the Triton form. Where an image has more, the torch form raises and the other
-            returns NaN, which needs no wait.
+            tensors and grids of the Triton form. Where an image (in ``batch`` scope all those of a rank together) has
+            more, the torch form raises and the other returns NaN, which needs no wait.
         kernel: ``auto``: Triton for float32, bfloat16 and float16 on CUDA from compute capability 8.0 where it can be
             imported, else torch. ``triton`` also runs on a CPU under Triton's interpreter.
 
@@ -332,11 +332,11 @@ def _wants_triton(emb_BDhw: Tensor, kernel: str) -> bool:
     if kernel == "torch":
         return False
     on_cuda = emb_BDhw.device.type == "cuda"
-    if kernel == "auto" and (not on_cuda or emb_BDhw.dtype == torch.float64):
+    if kernel == "auto" and not on_cuda:
         return False
-    if on_cuda and torch.cuda.get_device_capability(emb_BDhw.device) < (8, 0):  # no bfloat16, no TF32
+    if on_cuda and not _compiles(emb_BDhw):
         if kernel == "triton":
-            raise ConfigError("kernel: 'triton', expected a CUDA device of compute capability 8.0 or later")
+            raise ConfigError("kernel: 'triton', expected no float64 and an NVIDIA device of compute capability ≥ 8.0")
         return False
     try:
         from ugrl.method.contrast_triton import runs_on
@@ -347,6 +347,13 @@ def _wants_triton(emb_BDhw: Tensor, kernel: str) -> bool:
     if not runs_on(emb_BDhw.device):
         raise ConfigError(f"kernel: 'triton' for {emb_BDhw.device}, expected a CUDA tensor or TRITON_INTERPRET=1")
     return True
+
+
+def _compiles(emb_BDhw: Tensor) -> bool:
+    """Not for devices before 8.0 (no bfloat16, no TF32), ROCm (no threefold TF32 product) and float64."""
+    if emb_BDhw.dtype == torch.float64 or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(emb_BDhw.device) >= (8, 0)
 
 
 def _sum_of_losses(
@@ -365,9 +372,9 @@ def _counts(key_BN: Tensor, copies_BN: Tensor | None) -> Tensor:
     return torch.stack(kinds, 1)
 
 
-def _check_most(sizes: Sequence[int], most: int | None) -> None:
-    if most is not None and max(sizes, default=0) > most:
-        raise ConfigError(f"most: {most!r}, expected at least the {max(sizes)} anchors of an image")
+def _check_most(sizes: Sequence[int], most: int | None, images: int) -> None:
+    if most is not None and max(sizes, default=0) > most * images:
+        raise ConfigError(f"most: {most!r} for {images} image(s), expected room for their {max(sizes)} anchors")
 
 
 def _per_image(
@@ -377,7 +384,7 @@ def _per_image(
     both_BKL = _counts(key_BN, copies_BN).tolist()  # the host waits here
     counts_BL, copy_counts_BL = [kinds[0] for kinds in both_BKL], [kinds[-1] for kinds in both_BKL]
     sizes_B = [sum(counts[:IGNORE]) for counts in counts_BL]
-    _check_most(sizes_B, most)
+    _check_most(sizes_B, most, 1)
     longest = max(sizes_B, default=0)
     # Without a negative or without a positive there is nothing to compute.
     active = [b for b, counts in enumerate(copy_counts_BL) if _has_loss(counts)]
@@ -416,8 +423,7 @@ def _across_batch(
     both_RKL = all_gather_rows(_counts(key_BN.view(1, -1), copies_1N)).tolist()  # the host waits here
     counts_RL = [kinds[0] for kinds in both_RKL]
     sizes_R = [sum(counts[:IGNORE]) for counts in counts_RL]
-    if most is not None:
-        _check_most((key_BN != IGNORE).sum(1).tolist(), most)
+    _check_most(sizes_R, most, len(key_BN))
     totals_L = [sum(column) for column in zip(*(kinds[-1] for kinds in both_RKL), strict=True)]
     if not _has_loss(totals_L):
         return _zero(emb_BND)
