@@ -34,9 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.contrast
-	$(BIN)/python -m bench.par
-	$(BIN)/python -m bench.uncertainty
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,135 +1,140 @@
-"""Contrastive loss, forward and backward: the N×N matrix against tiles, in one run.
+"""Contrastive loss, forward and backward: the N×N matrix against tiles.
 
-    python -m bench.contrast --anchors 2048 5734 --dim 512 --threads 1 --device cpu
-
-One image of N anchors in ``--classes`` classes. Time is the best of ``--repeats`` alternating runs after a
-warm-up: process time on the CPU (the sum over threads), wall time on CUDA.
-Memory is the peak of live tensor bytes that the call adds to its inputs: on the CPU every storage
-an operator returns is counted until it is freed; on CUDA it is the allocator's own peak.
+One image of N anchors in three classes, d = 512, τ = 0.1, float32; 5,734 is the pool of a 512 px crop, 16,384 all of
+its stride-4 grid. Before anything is measured, loss and gradient are compared in float64 at 300 anchors, and the
+gradients of the very calls that are measured in float32.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-import weakref
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench.baseline.contrast import naive
+from bench.measure import Context, Entry, Skipped, compare, entry, same, seconds
 from ugrl.method.contrast import contrastive_loss
 
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators return while they live; ``peak`` and ``largest`` in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.now = self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Run the operator and book its results."""
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._book(x.untyped_storage(), known)
-        return out
-
-    def _book(self, storage: torch.UntypedStorage, known: set[int]) -> None:
-        key = storage._cdata
-        if key in self.live or key in known:
-            return
-        size = storage.nbytes()
-        self.live[key] = size
-        self.now += size
-        self.largest = max(self.largest, size)
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.live.pop(key, 0)
+DIM, CLASSES, TAU = 512, 3, 0.1
+#: N, gate in time, gate in memory.
+CASES = ((2048, None, None), (5734, 2.5, 25.0), (16384, 3.5, 80.0))
+NAMES = (*(f"contrast/{n}" for n, _, _ in CASES), "contrast/5734-cuda")
+#: Dense bf16 peak without sparsity, TFLOP/s, by a part of the device's name; the first that fits.
+BF16_PEAK = (("H200", 989.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("A100", 312.0))
+#: Matrices of N×N floats that live at once in the plain form, masks included.
+NAIVE_MATRICES = 6
 
 
-def naive(emb: Tensor, labels: Tensor, pool: Tensor, tau: float) -> Tensor:
-    """The loss of one image as one would write it: the whole matrix and masks."""
-    chosen = pool[0].flatten()
-    x, c = emb[0].flatten(1).T[chosen], labels[0].flatten()[chosen]
-    s = x @ x.T / tau
-    other = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
-    pos = (c[:, None] == c[None]) & other
-    everything = s.masked_fill(~other, float("-inf")).logsumexp(1)
-    return (everything - s.masked_fill(~pos, float("-inf")).logsumexp(1)).mean()
+def problem(n: int, device: torch.device, dtype: torch.dtype, images: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (leaf), labels and pool of images with ``n`` anchors each."""
+    g = torch.Generator().manual_seed(0)
+    emb = F.normalize(torch.randn(images, DIM, 1, n, generator=g, dtype=torch.float64), dim=1)
+    labels = torch.randint(0, CLASSES, (images, 1, n), generator=g).to(device)
+    return emb.to(device, dtype).requires_grad_(), labels, torch.ones_like(labels, dtype=torch.bool)
 
 
-def seconds(step: Callable[[], Tensor], device: str) -> float:
-    """Wall time on CUDA, process time on the CPU, which other processes disturb less."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    start = clock()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+def sides(emb: Tensor, labels: Tensor, pool: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Gradient by the embeddings: ours, and the plain form's."""
+
+    def tiled() -> Tensor:
+        return torch.autograd.grad(contrastive_loss(emb, labels, pool, tau=TAU), emb)[0]
+
+    def plain() -> Tensor:
+        return torch.autograd.grad(naive(emb, labels, pool, TAU), emb)[0]
+
+    return tiled, plain
 
 
-def peak_bytes(step: Callable[[], Tensor], device: str) -> int:
-    """Peak of what lives beyond what lived before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as book:
-        step()
-    return book.peak
+def entries(ctx: Context) -> Iterator[Entry | Skipped]:
+    """Three sizes; on CUDA also the share of the device's peak."""
+    exact = problem(300, ctx.device, torch.float64)
+    ours, plain = sides(*exact)
+    same("contrast, float64", (contrastive_loss(*exact, tau=TAU), ours()), (naive(*exact, TAU), plain()), 1e-12)
+    for n, gate, memory_gate in CASES:
+        name = f"contrast/{n}"
+        if not ctx.wants(name):
+            continue
+        needed = NAIVE_MATRICES * 4 * n * n
+        if needed > _free(ctx.device):
+            yield Skipped(name, f"the plain form needs about {needed / 1e9:.1f} GB of free memory")
+            continue
+        ours, plain = sides(*problem(n, ctx.device, torch.float32))
+        yield compare(
+            name,
+            ours,
+            plain,
+            ctx=ctx,
+            gate=gate,
+            memory_gate=memory_gate,
+            budget=15.0 if ctx.quick and n < 16384 else None,
+            check=lambda a, b, name=name: same(name, a, b, 1e-4),
+            note=f"{n} anchors, d {DIM}, {CLASSES} classes, float32, forward and backward; the N x N form",
+        )
+    if ctx.wants("contrast/5734-cuda"):
+        if ctx.device.type == "cuda":
+            yield share_of_peak(ctx)
+        else:
+            yield Skipped("contrast/5734-cuda", "needs a CUDA device (goal: 60 % of the bf16 peak)")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--anchors", type=int, nargs="+", default=[2048, 5734])
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--tau", type=float, default=0.1)
-    parser.add_argument("--tile", type=int, default=None)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    print(
-        f"dim {args.dim}, {args.classes} classes, tau {args.tau}, tile {args.tile or 'default'}, {args.device}, float32"
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------
+
+
+def share_of_peak(ctx: Context, images: int = 8, n: int = 5734) -> Entry:
+    """TFLOP/s of what the loss needs, 4N²d an image with its symmetry, as a share of the device's bf16 peak.
+
+    ``ours`` is the achieved rate, ``baseline`` the peak: ``ratio`` is the share.
+    """
+    check_bf16 = problem(n, ctx.device, torch.bfloat16)
+    got = sides(*check_bf16)[0]().float()
+    emb = check_bf16[0].detach().float().requires_grad_()
+    same("contrast/5734-cuda", got, sides(emb, *check_bf16[1:])[1](), 2e-2)
+    ours = sides(*problem(n, ctx.device, torch.bfloat16, images))[0]
+    name = torch.cuda.get_device_name(ctx.device)
+    known = next((peak for part, peak in BF16_PEAK if _fits(part, name)), None)
+    peak = known if known is not None else _gemm_peak(ctx)
+    for _ in range(3):
+        ours()
+    calls = 5
+    work = 4.0 * n * n * DIM * images * calls / 1e12
+    rates = [work / seconds(lambda: [ours() for _ in range(calls)], ctx) for _ in range(5 if ctx.quick else 15)]
+    middle = sorted(rates)[len(rates) // 2]
+    time = work / calls / middle
+    return entry(
+        "contrast/5734-cuda",
+        rates,
+        [peak] * len(rates),
+        unit="TFLOP/s",
+        gate=0.6,
+        note=(
+            f"{images} images of {n} anchors, bf16, {1e3 * time:.2f} ms: 4N²d FLOPs an image against {name}'s bf16 "
+            f"{'peak' if known is not None else 'rate of an 8,192² product'}; 6N²d, as without the symmetry, are "
+            f"{1.5 * middle / peak:.0%}"
+        ),
     )
-    names = ("N", "naive s", "tiled s", "time", "naive MB", "tiled MB", "memory", "grad diff")
-    print(" ".join(f"{name:>9}" for name in names))
-    for n in args.anchors:
-        emb = F.normalize(torch.randn(1, args.dim, 1, n, device=args.device), dim=1).requires_grad_()
-        labels = torch.randint(0, args.classes, (1, 1, n), device=args.device)
-        pool = torch.ones_like(labels, dtype=torch.bool)
-
-        def plain(emb: Tensor = emb, labels: Tensor = labels, pool: Tensor = pool) -> Tensor:
-            return torch.autograd.grad(naive(emb, labels, pool, args.tau), emb)[0]
-
-        def tiled(emb: Tensor = emb, labels: Tensor = labels, pool: Tensor = pool) -> Tensor:
-            loss = contrastive_loss(emb, labels, pool, tau=args.tau, tile=args.tile)
-            return torch.autograd.grad(loss, emb)[0]
-
-        g0, g1 = plain(), tiled()  # warm-up
-        diff = ((g0 - g1).abs().max() / g0.abs().max()).item()
-        del g0, g1
-        runs = [(seconds(plain, args.device), seconds(tiled, args.device)) for _ in range(args.repeats)]
-        t0, t1 = (min(column) for column in zip(*runs, strict=True))
-        m0, m1 = peak_bytes(plain, args.device), peak_bytes(tiled, args.device)
-        times, memory = f"{t0:9.4f} {t1:9.4f} {t0 / t1:8.2f}x", f"{m0 / 1e6:9.1f} {m1 / 1e6:9.1f} {m0 / m1:8.1f}x"
-        print(f"{n:9} {times} {memory} {diff:9.1e}")
 
 
-if __name__ == "__main__":
-    main()
+def _fits(part: str, name: str) -> bool:
+    return all(word in name for word in part.split())
+
+
+def _gemm_peak(ctx: Context, n: int = 8192) -> float:
+    """TFLOP/s of the library's own bf16 product."""
+    a, b = (torch.randn(n, n, device=ctx.device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return max(2.0 * n**3 / seconds(lambda: a @ b, ctx) / 1e12 for _ in range(10))

@@ -1,99 +1,115 @@
-"""PAR: one-hot convolutions, as AFA publishes it, against shifted views; same labels, one process.
+"""PAR: shifted views of one padded image against one-hot convolutions, as AFA publishes it.
 
-Run: ``python -m bench.par [--size 512] [--classes 1] [--images 4] [--threads 1]``. Prints one JSON line with seconds
-per image for a high and a low run, and the ratio.
+Crops of 512, refined at half size, ten iterations, one class an image. ``512`` is one run of one mask and its
+background; ``512-pair`` is what training needs: labels by both thresholds, exactly the same ones on both sides in
+float64. In float32 a pixel of equal scores may fall to either side; the entry's note says how many did.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ugrl.method.refine import AROUND, PAR, refine_labels
+from bench.baseline.par import naive_labels, naive_par
+from bench.measure import Context, Different, Entry, compare, same
+from ugrl.method.refine import PAR, refine_labels
+
+SIZE, HIGH, LOW = 512, 0.55, 0.35
+#: Share of pixels that rounding in float32 may give another label.
+TIES = 1e-5
+NAMES = ("par/512", "par/512-pair")
 
 
-def neighbours(x_BCHW: Tensor, kernel: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    b, c, h, w = x_BCHW.shape
-    out = []
-    for d in dilations:
-        padded = F.pad(x_BCHW, [d] * 4, mode="replicate").view(b * c, 1, h + 2 * d, w + 2 * d)
-        out.append(F.conv2d(padded, kernel, dilation=d).view(b, c, 8, h, w))
-    return torch.cat(out, 2)
-
-
-def naive_par(par: PAR, image: Tensor, masks: Tensor) -> Tensor:
-    """Every neighbour of every channel and mask materialised, the affinity computed by every call."""
-    kernel = image.new_zeros((8, 1, 3, 3))
-    for n, (dy, dx) in enumerate(AROUND):
-        kernel[n, 0, 1 + dy, 1 + dx] = 1
-    near = neighbours(image, kernel, par.dilations)
-    spread = near.std(2, keepdim=True)
-    energy = -(((near - image[:, :, None]).abs() / (spread + 1e-8) / par.w1) ** 2)
-    weight = energy.mean(1, keepdim=True).softmax(2) + image.new_tensor(par.position())[:, None, None]
-    for _ in range(par.iterations):
-        masks = (neighbours(masks, kernel, par.dilations) * weight).sum(2)
-    return masks
-
-
-@torch.no_grad()
-def naive_labels(par: PAR, image: Tensor, cam_nHW: Tensor, classes: Tensor, high: float, low: float) -> Tensor:
-    size = image.shape[-2:]
-    half = [n // 2 for n in size]
-    small = F.interpolate(image[None], half, mode="bilinear")
-    keys = torch.cat([classes.new_zeros(1), classes + 1])
-    won = []
-    for score in (high, low):
-        logits = torch.cat([torch.full_like(cam_nHW[:1], score), cam_nHW])[None]
-        masks = F.interpolate(logits, half, mode="bilinear").softmax(1)
-        won.append(keys[F.interpolate(naive_par(par, small, masks), size, mode="bilinear").argmax(1)[0]])
-    label = won[0].masked_fill(won[0] == 0, 255)
-    return label.masked_fill(won[0] + won[1] == 0, 0)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--classes", type=int, default=1, help="present classes per image")
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def crops(images: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Images of flat patches with some noise, and one smooth CAM for each."""
     g = torch.Generator().manual_seed(0)
-    n, s = args.images, args.size
-    coarse = torch.rand(n, 3, 24, 24, generator=g)
-    images = F.interpolate(coarse, (s, s), mode="nearest") + 0.05 * torch.rand(n, 3, s, s, generator=g)
-    cam = F.interpolate(torch.rand(n * args.classes, 1, 16, 16, generator=g), (s, s), mode="bilinear")[:, 0]
-    pairs = torch.tensor([[b, f] for b in range(n) for f in range(args.classes)])
-    boxes = torch.tensor([[0, s, 0, s]] * n)
+    coarse = torch.rand(images, 3, 24, 24, generator=g, dtype=torch.float64)
+    noise = torch.rand(images, 3, size, size, generator=g, dtype=torch.float64)
+    cam = F.interpolate(torch.rand(images, 1, 16, 16, generator=g, dtype=torch.float64), (size, size), mode="bilinear")
+    made = F.interpolate(coarse, (size, size), mode="nearest") + 0.05 * noise
+    return made.to(device, dtype), cam[:, 0].to(device, dtype)
+
+
+def one_run(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """One threshold's masks through PAR, at half size."""
     par = PAR()
+    image, cam = crops(1, size // 2, device, dtype)
+    masks = torch.stack([torch.full_like(cam, HIGH), cam], 1).softmax(1)
 
-    def fast() -> Tensor:
-        return refine_labels(cam, pairs, boxes, images, batch=n, par=par)[0]
+    def ours() -> Tensor:
+        # A background that is one minus the class needs no run of its own.
+        classes = par(image, masks[:, 1:])
+        return torch.cat([par.gain - classes, classes], 1)
 
-    def slow() -> Tensor:
-        own = [pairs[:, 0] == b for b in range(n)]
-        return torch.stack([naive_labels(par, images[b], cam[own[b]], pairs[own[b], 1], 0.55, 0.35) for b in range(n)])
-
-    same = float((fast() == slow()).double().mean())
-    times: dict[str, list[float]] = {"naive": [], "views": []}
-    for _ in range(args.repeats):
-        for name, run in (("naive", slow), ("views", fast)):
-            start = time.process_time() if args.threads == 1 else time.perf_counter()
-            run()
-            end = time.process_time() if args.threads == 1 else time.perf_counter()
-            times[name].append((end - start) / n)
-    best = {name: statistics.median(values) for name, values in times.items()}
-    report = {f"{name}_s_per_image": round(value, 4) for name, value in best.items()}
-    report |= {"ratio": round(best["naive"] / best["views"], 2), "same_labels": same, **vars(args)}
-    print(json.dumps(report))
+    return ours, lambda: naive_par(par, image, masks)
 
 
-if __name__ == "__main__":
-    main()
+def pair(
+    images: int, size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Labels by both thresholds."""
+    par = PAR()
+    image, cam = crops(images, size, device, dtype)
+    pairs_P2 = torch.tensor([[b, 0] for b in range(images)])
+    boxes_B4 = torch.tensor([[0, size, 0, size]] * images)
+    classes = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours() -> Tensor:
+        return refine_labels(cam, pairs_P2, boxes_B4, image, batch=images, par=par, high=HIGH, low=LOW)[0]
+
+    def plain() -> Tensor:
+        return torch.stack([naive_labels(par, image[b], cam[b : b + 1], classes, HIGH, LOW) for b in range(images)])
+
+    return ours, plain
+
+
+def same_labels(name: str, ours: Tensor, plain: Tensor, share: float = 0.0) -> int:
+    """Number of pixels whose labels differ.
+
+    Raises:
+        Different: They are more than ``share`` of all.
+    """
+    wrong = int((ours != plain).sum())
+    if wrong > share * plain.numel():
+        raise Different(f"{name}: {wrong} of {plain.numel()} labels differ")
+    return wrong
+
+
+def entries(ctx: Context) -> Iterator[Entry]:
+    """One run, and labels by both thresholds."""
+    for name in NAMES:
+        if not ctx.wants(name):
+            continue
+        if name == "par/512":
+            exact = one_run(128, ctx.device, torch.float64)
+            same(f"{name}, float64", exact[0](), exact[1](), 1e-6)
+            ours, plain = one_run(SIZE, ctx.device, torch.float32)
+            yield compare(
+                name,
+                ours,
+                plain,
+                ctx=ctx,
+                check=lambda a, b: same("par/512", a, b, 1e-4),
+                note="one run of 10 iterations on a crop of 512 at half size, one class and background, float32",
+            )
+            continue
+        exact = pair(1, SIZE, ctx.device, torch.float64)
+        same_labels(f"{name}, float64", exact[0](), exact[1]())
+        images = 2 if ctx.quick else 4
+        ours, plain = pair(images, SIZE, ctx.device, torch.float32)
+        off: list[int] = []
+        made = compare(
+            name,
+            ours,
+            plain,
+            ctx=ctx,
+            gate=5.0,
+            per=images,
+            check=lambda a, b, name=name, off=off: off.append(same_labels(name, a, b, TIES)),
+            note=f"labels of {images} crops of 512 by both thresholds, one class each, float32, seconds an image",
+        )
+        yield replace(made, note=f"{made.note}; {off[0]} of {images * SIZE * SIZE} labels differ, in float64 none")
