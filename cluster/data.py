@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -28,20 +29,21 @@ import ray.data
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.exceptions import RayError
 
-from ugrl.data.augment import Augment
-from ugrl.data.order import batch_rows, sample_rng
-from ugrl.data.reader import ShardReader
+from ugrl.data.cache import PixelCache
+from ugrl.data.make import BatchMaker, Loaded
+from ugrl.data.order import batch_rows
+from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shards import from_table, to_table
 from ugrl.errors import DataError, UgrlError
 from ugrl.train.loop import LoaderSpec
-from ugrl.types import Batch, Row, collate
+from ugrl.types import Row
 
 # Blocks of a few batches: the first is there soon, and a task has enough to do to pay for its start.
 BLOCK_ROWS = (16, 256)
 BLOCKS = 1000
 
 
-def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
+def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Any]:
     """Batches of one rank for steps ``start_step … total_steps - 1``.
 
     To be called where Ray is connected, once in each training worker.
@@ -51,7 +53,7 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
         tasks: How many reading tasks this loader may run at a time.
 
     Yields:
-        The batches, in order of steps. Closing the generator stops the tasks.
+        The batches (:class:`ugrl.data.make.Loaded`), in order of steps. Closing the generator stops the tasks.
 
     Raises:
         DataError: A broken shard or row.
@@ -72,7 +74,14 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Batch]:
     stream.context.enable_progress_bars = False
     # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
     stream.context.execution_no_progress_timeout_s = -1
-    decode = Decode(spec.augment, seed=spec.seed, threads=spec.threads)
+    maker = BatchMaker(
+        spec.augment,
+        seed=spec.seed,
+        on_device=spec.on_device,
+        cache=PixelCache(spec.cache_mb) if spec.cache_mb > 0 else None,
+        pin_memory=spec.pin_memory,
+    )
+    decode = Decode(maker, threads=spec.threads)
     batches = iter(
         stream.iterator().iter_torch_batches(
             batch_size=local, prefetch_batches=max(1, spec.prefetch), collate_fn=decode, device="cpu"
@@ -117,7 +126,8 @@ def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
             rank=spec.rank,
             world=spec.world,
         )
-        rows.append(reader[int(indices[slot])])
+        row = reader[int(indices[slot])]
+        rows.append(row if wants_masks(step, spec.masks_every) else replace(row, mask=None))
         steps.append(step)
         epochs.append(epoch)
     table = to_table(rows)
@@ -134,27 +144,28 @@ class Decode(ArrowBatchCollateFn):
     """Decode and augment a batch in the consumer.
 
     Args:
-        augment: Makes samples.
-        seed: Of the run.
+        maker: Makes batches.
         threads: Decoding threads; 0 works in Ray Data's prefetching thread.
     """
 
-    def __init__(self, augment: Augment, *, seed: int, threads: int) -> None:
-        self.augment, self.seed = augment, seed
+    def __init__(self, maker: BatchMaker, *, threads: int) -> None:
+        self.maker = maker
         self.pool = ThreadPoolExecutor(threads, "ugrl-decode") if threads > 0 else None
 
-    def __call__(self, batch: pa.Table) -> tuple[int, Batch]:
+    def __call__(self, batch: pa.Table) -> tuple[int, Loaded]:
         """The step, and its batch."""
         rows = from_table(batch)
         steps, epochs = batch.column("step").to_pylist(), batch.column("epoch").to_pylist()
         if len(set(steps)) != 1:
             raise DataError(f"Ray Data mixed the steps {steps[0]} and {steps[-1]} in one batch; expected one step")
+        draft = self.maker.start(len(rows))
 
-        def sample(row: Row, epoch: int) -> Any:
-            return self.augment(row, sample_rng(self.seed, epoch, row.id))
+        def fill(k: int) -> None:
+            self.maker.fill(draft, k, rows[k], epochs[k], self.maker.kept(rows[k].id))
 
-        made = self.pool.map(sample, rows, epochs) if self.pool else map(sample, rows, epochs)
-        return steps[0], collate(list(made))
+        for _ in (self.pool.map if self.pool else map)(fill, range(len(rows))):
+            pass  # raises what went wrong
+        return steps[0], self.maker.finish(draft)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -162,7 +173,7 @@ class Decode(ArrowBatchCollateFn):
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _next(batches: Iterator[tuple[int, Batch]]) -> tuple[int, Batch]:
+def _next(batches: Iterator[tuple[int, Loaded]]) -> tuple[int, Loaded]:
     """The next batch; an error that was ours inside a task is ours again."""
     try:
         return next(batches)

@@ -1,7 +1,7 @@
 """A row and a random state make a sample; nothing else goes in.
 
-The crop is taken before the resize: only the pixels that the crop shows are resampled, so the cost is
-bounded by the crop and not by the scaled image. JPEG's reduced-size decoding is not used: its pixels
+Only the pixels that the crop shows are resampled (:mod:`ugrl.data.warp`), so the cost is bounded by the
+image and the crop and not by the scaled image. JPEG's reduced-size decoding is not used: its pixels
 differ between decoder builds.
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ugrl.data.images import decode_labels, decode_rgb
+from ugrl.data.images import decode_labels, decode_pixels
+from ugrl.data.warp import Axis, nearest, opencv, resample
 from ugrl.errors import DataError
 from ugrl.types import IGNORE, Row, Sample
 
@@ -21,19 +22,21 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The same as one factor and one offset for values in 0…255.
-_FACTOR = (1 / (255 * np.array(IMAGENET_STD))).astype(np.float32)
-_OFFSET = (np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
+FACTOR = (1 / (255 * np.array(IMAGENET_STD))).astype(np.float32)
+OFFSET = (np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
 
 
 def normalize(pixels_HW3: np.ndarray, out_3HW: np.ndarray | None = None) -> np.ndarray:
     """uint8 RGB (H, W, 3) as ImageNet-normalised float32 (3, H, W), into ``out_3HW`` where given."""
     if out_3HW is None:
         out_3HW = np.empty((3, *pixels_HW3.shape[:2]), np.float32)
+    cv2 = opencv()
+    planes = cv2.split(pixels_HW3) if cv2 is not None else pixels_HW3.transpose(2, 0, 1)
     for c in range(3):
         plane_HW = out_3HW[c]  # a view: three passes in place are four times as fast as a table
-        plane_HW[...] = pixels_HW3[:, :, c]
-        plane_HW *= _FACTOR[c]
-        plane_HW -= _OFFSET[c]
+        plane_HW[...] = planes[c]
+        plane_HW *= FACTOR[c]
+        plane_HW -= OFFSET[c]
     return out_3HW
 
 
@@ -42,6 +45,30 @@ def tags_vector(tags: tuple[int, ...], num_classes: int) -> np.ndarray:
     tags_F = np.zeros(num_classes, np.float32)
     tags_F[[t - 1 for t in tags]] = 1
     return tags_F
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which part of the scaled image a sample shows, and where.
+
+    Attributes:
+        y: Rows.
+        x: Columns, before any mirroring.
+        top: First row of the crop that shows the image.
+        left: First column of the crop that shows the image, after any mirroring.
+        flip: Whether the sample is mirrored.
+    """
+
+    y: Axis
+    x: Axis
+    top: int
+    left: int
+    flip: bool
+
+    @property
+    def box_4(self) -> tuple[int, int, int, int]:
+        """``(y0, y1, x0, x1)`` in the crop."""
+        return self.top, self.top + self.y.size, self.left, self.left + self.x.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +92,6 @@ class Augment:
     def __call__(self, row: Row, rng: np.random.Generator) -> Sample:
         """Cut a sample.
 
-        Always four uniform draws, in this order: scale, mirror, row offset, column offset.
-
         Args:
             row: Image, tags and perhaps a mask.
             rng: See :func:`ugrl.data.order.sample_rng`.
@@ -78,51 +103,99 @@ class Augment:
         Raises:
             DataError: The image or mask is broken.
         """
-        u_scale, u_mirror, u_y, u_x = rng.random(4)
-        image = decode_rgb(row.image, f"row {row.id}")
-        scale = self.scale_min + (self.scale_max - self.scale_min) * u_scale
-        x0, x1, left, right = _place(image.width, scale, self.crop, u_x)
-        y0, y1, top, bottom = _place(image.height, scale, self.crop, u_y)
-        size, region = (x1 - x0, y1 - y0), (left, top, right, bottom)
-        flip = self.mirror and u_mirror < 0.5
-        if flip:
-            x0, x1 = self.crop - x1, self.crop - x0
-
-        step = -1 if flip else 1
-        pixels_HW3 = np.asarray(_resample(image, size, region, Image.Resampling.BILINEAR))[:, ::step]
-        image_3HW = np.zeros((3, self.crop, self.crop), np.float32)
-        normalize(pixels_HW3, image_3HW[:, y0:y1, x0:x1])
-        mask_HW = None
-        if row.mask is not None:
-            labels = _labels(row, image.size)
-            mask_HW = np.full((self.crop, self.crop), IGNORE, np.uint8)
-            nearest = _resample(labels, size, region, Image.Resampling.NEAREST)
-            mask_HW[y0:y1, x0:x1] = np.asarray(nearest)[:, ::step]
+        image_HW3 = decode_pixels(row.image, f"row {row.id}")
+        cut = self.cut(image_HW3.shape[0], image_HW3.shape[1], rng)
+        image_3HW = np.empty((3, self.crop, self.crop), np.float32)
+        self.floats(image_HW3, cut, image_3HW)
         return Sample(
             id=row.id,
             image_3HW=image_3HW,
             tags_F=tags_vector(row.tags, self.num_classes),
-            mask_HW=mask_HW,
-            box_4=np.array([y0, y1, x0, x1], np.int64),
+            mask_HW=self.mask(row, cut),
+            box_4=np.array(cut.box_4, np.int64),
         )
 
+    def cut(self, height: int, width: int, rng: np.random.Generator) -> Cut:
+        """Draw a cut of an image of that size.
 
-def _place(length: int, scale: float, crop: int, u: float) -> tuple[int, int, float, float]:
-    """One axis: where the image lies in the crop (two integers), and which of its pixels (two numbers)."""
+        Always four uniform draws, in this order: scale, mirror, row offset, column offset.
+        """
+        u_scale, u_mirror, u_y, u_x = (float(u) for u in rng.random(4))
+        scale = self.scale_min + (self.scale_max - self.scale_min) * u_scale
+        y, top = _place(height, scale, self.crop, u_y)
+        x, left = _place(width, scale, self.crop, u_x)
+        flip = self.mirror and u_mirror < 0.5
+        return Cut(y, x, top, self.crop - left - x.size if flip else left, flip)
+
+    def pixels(self, image_HW3: np.ndarray, cut: Cut, out_CC3: np.ndarray | None = None) -> np.ndarray:
+        """What a cut shows of an image, resampled and mirrored: uint8 (y.size, x.size, 3).
+
+        Args:
+            image_HW3: The whole image.
+            cut: See :meth:`cut`.
+            out_CC3: uint8 (crop, crop, 3) to write it into, zeros around it; then a view of it returns.
+        """
+        part_HW3 = resample(image_HW3, cut.y, cut.x)
+        if out_CC3 is None:
+            return mirrored(part_HW3) if cut.flip else part_HW3
+        clear_outside(out_CC3, cut)
+        y0, y1, x0, x1 = cut.box_4
+        box_HW3 = out_CC3[y0:y1, x0:x1]
+        if cut.flip:
+            mirrored(part_HW3, box_HW3)
+        else:
+            box_HW3[...] = part_HW3
+        return box_HW3
+
+    def floats(self, image_HW3: np.ndarray, cut: Cut, out_3CC: np.ndarray) -> None:
+        """What a cut shows, normalised, into float32 (3, crop, crop) of any content; zeros around it."""
+        clear_outside(out_3CC.transpose(1, 2, 0), cut)
+        y0, y1, x0, x1 = cut.box_4
+        normalize(self.pixels(image_HW3, cut), out_3CC[:, y0:y1, x0:x1])
+
+    def mask(self, row: Row, cut: Cut) -> np.ndarray | None:
+        """The row's labels under a cut, 255 around them: uint8 (crop, crop), ``None`` without a mask.
+
+        Raises:
+            DataError: The mask is broken, or of another size than the image.
+        """
+        if row.mask is None:
+            return None
+        labels = nearest(_labels(row, (cut.x.length, cut.y.length)), cut.y, cut.x)
+        mask_CC = np.full((self.crop, self.crop), IGNORE, np.uint8)
+        y0, y1, x0, x1 = cut.box_4
+        mask_CC[y0:y1, x0:x1] = labels[:, ::-1] if cut.flip else labels
+        return mask_CC
+
+
+def mirrored(image_HW3: np.ndarray, out_HW3: np.ndarray | None = None) -> np.ndarray:
+    """An image with left and right exchanged, into ``out_HW3`` where given; a view where nothing moves it faster."""
+    cv2 = opencv()
+    if cv2 is not None:
+        flipped: np.ndarray = cv2.flip(image_HW3, 1, dst=out_HW3)
+        return flipped
+    if out_HW3 is None:
+        return image_HW3[:, ::-1]
+    out_HW3[...] = image_HW3[:, ::-1]
+    return out_HW3
+
+
+def clear_outside(canvas: np.ndarray, cut: Cut) -> None:
+    """Zeros where a crop (crop, crop, 3) does not show the image."""
+    y0, y1, x0, x1 = cut.box_4
+    canvas[:y0] = 0
+    canvas[y1:] = 0
+    canvas[y0:y1, :x0] = 0
+    canvas[y0:y1, x1:] = 0
+
+
+def _place(length: int, scale: float, crop: int, u: float) -> tuple[Axis, int]:
+    """One axis: what is shown of the image, and where in the crop it begins."""
     scaled = max(1, round(length * scale))
     offset = int(u * (abs(scaled - crop) + 1))
     if scaled <= crop:
-        return offset, offset + scaled, 0.0, float(length)
-    ratio = length / scaled
-    return 0, crop, offset * ratio, min((offset + crop) * ratio, float(length))
-
-
-def _resample(
-    image: Image.Image, size: tuple[int, int], region: tuple[float, float, float, float], how: Image.Resampling
-) -> Image.Image:
-    if region == (0, 0, *image.size) and size == image.size:
-        return image
-    return image.resize(size, how, box=region)
+        return Axis(length, scaled, 0, scaled), offset
+    return Axis(length, scaled, offset, crop), 0
 
 
 def _labels(row: Row, size: tuple[int, int]) -> Image.Image:
@@ -144,11 +217,12 @@ def eval_sample(row: Row, num_classes: int) -> Sample:
     Raises:
         DataError: The image or mask is broken.
     """
-    image = decode_rgb(row.image, f"row {row.id}")
+    image_HW3 = decode_pixels(row.image, f"row {row.id}")
+    height, width = image_HW3.shape[:2]
     return Sample(
         id=row.id,
-        image_3HW=normalize(np.asarray(image)),
+        image_3HW=normalize(image_HW3),
         tags_F=tags_vector(row.tags, num_classes),
-        mask_HW=None if row.mask is None else np.array(_labels(row, image.size)),
-        box_4=np.array([0, image.height, 0, image.width], np.int64),
+        mask_HW=None if row.mask is None else np.array(_labels(row, (width, height))),
+        box_4=np.array([0, height, 0, width], np.int64),
     )

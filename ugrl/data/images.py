@@ -1,12 +1,18 @@
 """Image and label bytes to pixels and back, with errors that name the place.
 
 EXIF orientation is left alone, as the annotation files of VOC and COCO do.
+
+Pillow says what an image is. ``simplejpeg`` decodes the JPEGs of every day faster, to the same pixels
+(both are libjpeg-turbo, with its accurate transform and smooth chroma); whatever it does not like, down
+to a warning, goes to Pillow.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +41,37 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except BROKEN as error:
         raise DataError(f"{where}: {_cause(error, len(data))}") from None
+
+
+@cache
+def _simplejpeg() -> Any | None:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
+def decode_pixels(data: bytes, where: str) -> np.ndarray:
+    """The pixels of :func:`decode_rgb` as a writable uint8 array (H, W, 3), by the fastest way there is.
+
+    Args:
+        data: JPEG or PNG bytes.
+        where: Names the file or row in the error.
+
+    Raises:
+        DataError: The bytes are no image, or end too early.
+    """
+    decoder = _simplejpeg()
+    if decoder is not None and data.startswith(b"\xff\xd8"):
+        try:
+            height, width, space, _ = decoder.decode_jpeg_header(data)
+            if space in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
+                pixels: np.ndarray = decoder.decode_jpeg(data, "RGB")
+                return pixels
+        except ValueError:
+            pass  # cut off, damaged or of a rare kind: Pillow decides and words the error
+    return np.array(decode_rgb(data, where))
 
 
 def decode_labels(data: bytes, where: str) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ugrl.data.augment import Augment
-from ugrl.data.order import batch_rows, sample_rng
+from ugrl.data.cache import PixelCache
+from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice
+from ugrl.data.order import batch_rows
 from ugrl.data.shards import Manifest, from_table, open_shard
 from ugrl.errors import DataError
-from ugrl.types import Batch, Row, Sample, collate
+from ugrl.types import Row
+
+# Shards that a thread keeps open: opening one costs a fifth of reading a row, but hundreds of shards times
+# threads would exhaust handles.
+OPEN_SHARDS = 4
 
 
 class ShardReader:
@@ -64,7 +71,7 @@ class ShardReader:
         local = index - (self._ends[shard - 1] if shard else 0)
         _, ends = self._footer(shard)
         group = bisect.bisect_right(ends, local)
-        return self._group(shard, group)[local - (ends[group - 1] if group else 0)]
+        return from_table(self._group(shard, group).slice(local - (ends[group - 1] if group else 0), 1))[0]
 
     def rows(self, indices: Iterable[int]) -> list[Row]:
         """The rows at some positions, in their order."""
@@ -88,19 +95,36 @@ class ShardReader:
                 self._footers[shard] = meta, ends
             return self._footers[shard]
 
-    def _group(self, shard: int, group: int) -> list[Row]:
-        # Each thread keeps its last row group: reading in order then reads every group once. Files are
-        # opened anew (the footer is kept), as hundreds of shards times threads would exhaust handles.
+    def _group(self, shard: int, group: int) -> pa.Table:
+        # Each thread keeps its last row group: reading in order then reads every group once.
         if getattr(self._last, "key", None) != (shard, group):
-            path = self._paths[shard]
             try:
-                with open_shard(path, self._footer(shard)[0]) as file:
-                    rows = from_table(file.read_row_group(group, use_threads=False))
+                table = self._open(shard).read_row_group(group, use_threads=False)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{path}: row group {group} is unreadable ({str(error).splitlines()[0]})") from None
-            self._last.rows, self._last.key = rows, (shard, group)
-        found: list[Row] = self._last.rows
-        return found
+                words = str(error).splitlines()[0]
+                raise DataError(f"{self._paths[shard]}: row group {group} is unreadable ({words})") from None
+            self._last.table, self._last.key = table, (shard, group)
+        return self._last.table
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        if not hasattr(self._last, "files"):
+            self._last.files = OrderedDict()
+        files: OrderedDict[int, pq.ParquetFile] = self._last.files
+        if shard not in files:
+            files[shard] = open_shard(self._paths[shard], self._footer(shard)[0])
+        files.move_to_end(shard)
+        while len(files) > OPEN_SHARDS:
+            files.popitem(last=False)[1].close()
+        return files[shard]
+
+
+def wants_masks(step: int, every: int) -> bool:
+    """Whether the batch of a step has masks, where they are wanted at every n-th step.
+
+    >>> [wants_masks(step, 3) for step in range(6)]
+    [False, False, True, False, False, True]
+    """
+    return every > 0 and (step + 1) % every == 0
 
 
 class LocalLoader:
@@ -120,6 +144,9 @@ class LocalLoader:
         start_step: First step.
         prefetch: Batches prepared ahead.
         pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
+        on_device: What is left to the device, see :mod:`ugrl.data.device`.
+        cache_mb: Memory for decoded images, in 10⁶ bytes; 0 keeps none.
+        masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
 
     Raises:
         DataError: The batch does not divide by the ranks or is larger than the split; while iterating,
@@ -139,28 +166,36 @@ class LocalLoader:
         start_step: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
+        on_device: OnDevice = "none",
+        cache_mb: int = 0,
+        masks_every: int = 1,
     ) -> None:
-        self.reader, self.augment, self.seed = reader, augment, seed
+        self.reader, self.seed = reader, seed
+        self.cache = PixelCache(cache_mb) if cache_mb > 0 else None
+        self._maker = BatchMaker(augment, seed=seed, on_device=on_device, cache=self.cache, pin_memory=pin_memory)
         self.global_batch, self.rank, self.world = global_batch, rank, world
         self.step = start_step
         self._ahead = start_step
         self._prefetch = max(1, prefetch)
-        self._pin = pin_memory
+        self._masks_every = masks_every
         self._indices(start_step)  # refuse sizes that cannot work before any thread starts
         self._pool = ThreadPoolExecutor(threads, "ugrl-loader") if threads > 0 else None
-        self._queue: deque[tuple[list[Future[Sample]], Future[Batch]]] = deque()
+        self._queue: deque[Future[Loaded]] = deque()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Loaded:
         if self._pool is None:
             epoch, indices = self._indices(self.step)
-            batch = self._finish([self._sample(epoch, i) for i in indices])
+            draft = self._start(self.step, len(indices))
+            for k, index in enumerate(indices):
+                self._fill(draft, k, epoch, index)
+            batch = self._maker.finish(draft)
         else:
             while len(self._queue) < self._prefetch:
                 self._submit(self._pool)
-            batch = self._queue.popleft()[1].result()
+            batch = self._queue.popleft().result()
             self._submit(self._pool)
         self.step += 1
         return batch
@@ -179,30 +214,28 @@ class LocalLoader:
 
     def _submit(self, pool: ThreadPoolExecutor) -> None:
         epoch, indices = self._indices(self._ahead)
-        samples = [pool.submit(self._sample, epoch, i) for i in indices]
+        draft = self._start(self._ahead, len(indices))
+        filled = [pool.submit(self._fill, draft, k, epoch, index) for k, index in enumerate(indices)]
+
+        def finish() -> Loaded:
+            for sample in filled:
+                sample.result()
+            return self._maker.finish(draft)
+
         # The pool starts tasks in order, so all samples have been started when this one is: it may wait.
-        self._queue.append((samples, pool.submit(lambda: self._finish([s.result() for s in samples]))))
+        self._queue.append(pool.submit(finish))
         self._ahead += 1
 
-    def _sample(self, epoch: int, index: int) -> Sample:
-        row = self.reader[index]
+    def _start(self, step: int, count: int) -> Draft:
+        return self._maker.start(count, with_masks=wants_masks(step, self._masks_every))
+
+    def _fill(self, draft: Draft, k: int, epoch: int, index: int) -> None:
+        kept = self._maker.kept(self.reader.ids[index])
+        row = self.reader[index] if kept is None else kept.row
         try:
-            return self.augment(row, sample_rng(self.seed, epoch, row.id))
+            self._maker.fill(draft, k, row, epoch, kept)
         except DataError as error:
             raise DataError(f"{self.reader.where(index).rsplit(', row', 1)[0]}: {error}") from None
-
-    def _finish(self, samples: list[Sample]) -> Batch:
-        batch = collate(samples)
-        if self._pin:
-            batch = Batch(
-                ids=batch.ids,
-                images_B3HW=batch.images_B3HW.pin_memory(),
-                tags_BF=batch.tags_BF.pin_memory(),
-                boxes_B4=batch.boxes_B4,
-                masks_BHW=None if batch.masks_BHW is None else batch.masks_BHW.pin_memory(),
-                pairs_P2=batch.pairs_P2,
-            )
-        return batch
 
     def close(self) -> None:
         """Stop the threads; what was prepared ahead is dropped."""
