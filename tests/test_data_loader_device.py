@@ -243,7 +243,7 @@ def test_every_mode_trains(shards, tmp_path, threads):
 
 
 def test_other_values_are_refused():
-    with pytest.raises(ConfigError, match="data.on_device.*expected one of none, normalize, augment"):
+    with pytest.raises(ConfigError, match="data.on_device.*expected one of auto, none, normalize, augment"):
         configs.build({"data": {"on_device": "gpu"}})
     with pytest.raises(ConfigError, match="data.cache_mb.*≥ 0"):
         configs.build({"data": {"cache_mb": -1}})

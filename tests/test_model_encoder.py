@@ -7,7 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from ugrl.errors import UgrlError
+from ugrl.model import encoder, network
 from ugrl.model.encoder import SPECS, MiT, attention_logits, to_grid, to_tokens
+from ugrl.model.network import UGRLNet
 from ugrl.model.noise import Noise, keep_scale, sample_noise
 from ugrl.model.weights import convert
 
@@ -193,3 +195,26 @@ def test_passes_without_gradients_compute_the_same() -> None:
             (*features, *pairs[0], *pairs[1]), (*plain_features, *plain_pairs[0], *plain_pairs[1]), strict=True
         ):
             torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (40, 33)])
+def test_work_in_small_parts_is_exact(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of rows in the feed-forward part, and image by image, against everything at once, in float64."""
+    torch.manual_seed(0)
+    net = UGRLNet(num_classes=3, backbone="tiny").double()
+    x = torch.randn(3, 3, *size, dtype=torch.float64)
+    ffn = net.encoder.stages[0].blocks[0].mlp
+    calls: list[int] = []
+    ffn.dwconv.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        whole = net.cam(x, affinity=True)
+        assert len(calls) == 1
+        for module in (encoder, network):
+            monkeypatch.setattr(module, "CPU_BYTES", 2**13)
+        parts = net.cam(x, affinity=True)
+    assert len(calls) > 1 + 3  # each image by itself, and in strips
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    calls.clear()
+    net.encoder(x)  # with gradients nothing is cut
+    assert len(calls) == 1

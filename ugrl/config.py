@@ -61,7 +61,7 @@ class DataConfig:
     mirror: bool = True
     threads: int = _num(4, ge=0)
     prefetch: int = _num(4, ge=1)
-    on_device: Literal["none", "normalize", "augment"] = "none"
+    on_device: Literal["auto", "none", "normalize", "augment"] = "auto"
     cache_mb: int = _num(0, ge=0)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 

@@ -21,6 +21,10 @@ from ugrl.model.noise import Noise, keep_scale
 #: The last two blocks of the last stage: the affinity reads their attention logits (AFA).
 AFFINITY_BLOCKS = 2
 
+#: Largest map that a pass without gradients makes on a CPU, in bytes. Above twice this size the C library fetches fresh
+#: pages for every tensor; that took half of the time of the widest layers.
+CPU_BYTES = 2**24
+
 Four = tuple[int, int, int, int]
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 #: Drop-path factors (B, 1, 1) of a block's two branches.
@@ -135,8 +139,32 @@ class MixFFN(nn.Module):
 
     def forward(self, x_BND: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens → tokens."""
+        rows = self._strip(x_BND, size)
+        if rows < size[0]:
+            return self._in_strips(x_BND, size, rows)
         y_BDhw = self.dwconv(to_grid(linear(x_BND, self.fc1), size))
         return linear(F.gelu(to_tokens(y_BDhw)), self.fc2)
+
+    def _strip(self, x_BND: Tensor, size: tuple[int, int]) -> int:
+        """Rows of the grid to work on at a time: all, except where a CPU keeps nothing of the wide map."""
+        if x_BND.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return size[0]
+        row = x_BND.shape[0] * size[1] * self.fc1.out_features * x_BND.element_size()
+        strips = math.ceil(size[0] * row / CPU_BYTES)
+        return max(1, math.ceil(size[0] / max(1, strips)))
+
+    def _in_strips(self, x_BND: Tensor, size: tuple[int, int], rows: int) -> Tensor:
+        """The same in strips of rows; the convolution sees one row beyond a strip on either side."""
+        x_BhwD = x_BND.unflatten(1, size)
+        out_BhwD = torch.empty_like(x_BhwD)
+        for top in range(0, size[0], rows):
+            bottom = min(size[0], top + rows)
+            first, last = max(0, top - 1), min(size[0], bottom + 1)
+            part_BND = x_BhwD[:, first:last].flatten(1, 2)
+            y_BDhw = self.dwconv(to_grid(linear(part_BND, self.fc1), (last - first, size[1])))
+            y_BhwD = y_BDhw.permute(0, 2, 3, 1)[:, top - first : bottom - first]
+            out_BhwD[:, top:bottom] = linear(F.gelu(y_BhwD), self.fc2)
+        return out_BhwD.flatten(1, 2)
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ugrl.errors import ConfigError
 from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import Decoder, ProjectionHead
-from ugrl.model.encoder import SPECS, MiT, attention_logits
+from ugrl.model.encoder import CPU_BYTES, SPECS, MiT, attention_logits
 from ugrl.model.noise import Noise
 from ugrl.types import Focus, ModelOutput
 
@@ -165,10 +165,25 @@ class UGRLNet(nn.Module):
         Returns:
             raw_BFhw, f4_BDhw, and affinity_BNN if asked for.
         """
+        n = self._at_once(images)
+        if n < images.shape[0]:
+            raws, f4s, affinities = zip(*(self.cam(part, affinity=affinity) for part in images.split(n)), strict=True)
+            return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
         features, pairs = self.encoder(images)
         f4_BDhw = features[3]
         affinity_BNN = self.g_cls.from_pairs(pairs, self.heads) if affinity else None
         return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
+
+    def _at_once(self, images: Tensor) -> int:
+        """How many images the encoder should see at a time where no gradient binds them together.
+
+        On a CPU, few enough for the largest map to stay small (:data:`ugrl.model.encoder.CPU_BYTES`); a GPU takes all.
+        """
+        if images.device.type != "cpu":
+            return max(1, images.shape[0])
+        spec = self.encoder.spec
+        cells = images.shape[-2] * images.shape[-1] // spec.strides[0] ** 2
+        return max(1, CPU_BYTES // (cells * spec.dims[0] * spec.mlp_ratio * images.element_size()))
 
     def segment(self, images: Tensor) -> Tensor:
         """Segmentation logits (B, C, h, w) on F1's grid, for evaluation."""

@@ -351,11 +351,18 @@ class Trainer:
             threads=cfg.data.threads,
             prefetch=cfg.data.prefetch,
             pin_memory=self.device.type == "cuda",
-            on_device=cfg.data.on_device,
+            on_device=self._on_device(),
             cache_mb=cfg.data.cache_mb,
             # Only pictures show masks, and rank 0 draws them.
             masks_every=cfg.train.picture_every if self.out is not None and is_main() else 0,
         )
+
+    def _on_device(self) -> OnDevice:
+        """What the loader leaves to the device; a quarter of the bytes is enough for a GPU, a CPU gains nothing."""
+        wanted = self.cfg.data.on_device
+        if wanted == "auto":
+            return "normalize" if self.device.type == "cuda" else "none"
+        return wanted
 
     def _flush(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         values = self._means(window)
