@@ -1,6 +1,6 @@
 """Every comparison of the project with the plain way of computing the same, in one run.
 
-    python -m bench [--only NAME ...] [--quick] [--json FILE] [--plots DIR] [--threads N] [--device cpu|cuda] [--check]
+    python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N] [--device cpu|cuda] [--check]
 
 A NAME is a module (step, contrast, affinity, par, loader, validation, growth) or the beginning of an entry's name
 (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it has. The exit status
@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 from bench.measure import Context, Skip, Skipped, matches, threads
-from bench.report import Report, plot, show
+from bench.report import Report, markdown, plot, show
 
 MODULES = {
     "step": "bench.step",
@@ -60,6 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller: ten minutes on two cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables for a README")
     parser.add_argument("--plots", type=Path, default=Path("bench/out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="inside an operator; default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -100,6 +101,8 @@ def main(words: Sequence[str] | None = None) -> int:
     show(report, out)
     if args.json:
         report.write(args.json)
+    if args.markdown:
+        args.markdown.write_text(markdown(report), encoding="utf-8")
     if find_spec("matplotlib") is None:
         out.print("no plots: matplotlib is not installed")
     else:

@@ -221,6 +221,28 @@ def show(report: Report, console: Console) -> None:
     console.print(f"{report.seconds:.0f} s ({times})", markup=False, highlight=False)
 
 
+def markdown(report: Report) -> str:
+    """The same tables for a README."""
+    lines = ["| entry | ours | baseline | ratio (spread) | memory | gate | holds |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
+    for e in report.entries:
+        spread = f" ({e.spread[0]:.2f}–{e.spread[1]:.2f})" if e.rounds > 1 else ""
+        memory = "" if e.memory_ratio is None else f"{e.memory_ratio:.1f}×"
+        held = {None: "", True: "yes", False: "**no**"}[e.holds]
+        cells = (quantity(e.ours, e.unit), quantity(e.baseline, e.unit), f"{e.ratio:.2f}×{spread}", memory)
+        lines.append(f"| {e.name} | {' | '.join(cells)} | {gates(e)} | {held} |")
+    if report.growth:
+        lines += ["", "| growth of | with | first | last | time exponent | memory exponent |"]
+        lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+        for g in report.growth:
+            ends = [f"{quantity(p[1], 's')} at {p[0]:g}" for p in (g.points[0], g.points[-1])] if g.points else ["", ""]
+            exponents = ["" if x is None else f"{x:.2f}" for x in (g.time_exponent, g.memory_exponent)]
+            lines.append(f"| {g.name} | {g.x} | {' | '.join((*ends, *exponents))} |")
+    words = [f"{report.machine['cpu']}, {report.device}, {_threads(report.threads)}"]
+    words += [f"{name} {version}" for name, version in report.versions.items() if name in ("python", "torch")]
+    return "\n".join([*lines, "", f"({', '.join(words)}; {report.seconds:.0f} s)", ""])
+
+
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 

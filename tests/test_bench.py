@@ -358,6 +358,15 @@ def test_the_json_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     assert "step/b" in shown and "skipped step/cuda: needs a GPU" in shown
 
 
+def test_the_markdown_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "out.md"
+    run(monkeypatch, tmp_path, {"step": toy([GOOD, BAD]), "growth": toy([CURVE])}, "--markdown", str(path))
+    lines = path.read_text().splitlines()
+    assert "| step/a | 1 s | 4 s | 4.00× |  | 3x | yes |" in lines
+    assert "| step/b | 1 s | 2 s | 2.00× |  | 3x | **no** |" in lines
+    assert "| growth/x | n | 1 s at 1 | 2 s at 2 | 1.00 | 1.00 |" in lines
+
+
 def test_check_makes_a_missed_gate_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run(monkeypatch, tmp_path, {"step": toy([GOOD, BAD])}, "--only", "step", "--check")[0] == 1
     assert run(monkeypatch, tmp_path, {"step": toy([GOOD])}, "--only", "step", "--check")[0] == 0
