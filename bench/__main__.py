@@ -1,6 +1,7 @@
 """Every comparison of the project with the plain way of computing the same, in one run.
 
-    python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N] [--device cpu|cuda] [--check]
+    python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N]
+                    [--device cpu|cuda] [--check]
 
 A NAME is a module (step, contrast, affinity, par, loader, validation, growth) or the beginning of an entry's name
 (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it has. The exit status
