@@ -72,3 +72,29 @@ def test_ugrl_needs_neither_ray_nor_optuna() -> None:
         "import ugrl.cli, ugrl.train.loop, ugrl.train.board, cluster.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ALONE = """
+import importlib, pkgutil, sys
+ABSENT = {"ray", "optuna", "cv2", "simplejpeg", "matplotlib", "tensorboardX", "pandas", "transformers", "triton"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import bench, ugrl
+for package in (ugrl, bench):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.startswith("ugrl.method.contrast_"):  # imported on CUDA, and only where Triton is
+            importlib.import_module(module.name)
+print("all imported")
+"""
+
+
+def test_the_method_and_its_benchmarks_need_few_packages() -> None:
+    """torch, timm, numpy, pyarrow and rich (with what they bring) are enough for ``ugrl`` and ``bench``."""
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", ALONE], cwd=root, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "all imported", run.stderr[-2000:]
