@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,7 @@ BLOCK_ROWS = (16, 256)
 BLOCKS = 1000
 
 
-def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Any]:
+def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Loaded]:
     """Batches of one rank for steps ``start_step … total_steps - 1``.
 
     To be called where Ray is connected, once in each training worker.

@@ -20,9 +20,9 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from cluster.data import ray_loader
 from ugrl import config as configs
+from ugrl.data.make import Loaded
 from ugrl.train import checkpoint
 from ugrl.train.loop import Hooks, LoaderSpec, Trainer
-from ugrl.types import Batch
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
@@ -41,7 +41,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         note_placement(out)
 
-    def loader(spec: LoaderSpec) -> Iterator[Batch]:
+    def loader(spec: LoaderSpec) -> Iterator[Loaded]:
         return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), tasks=config["data_tasks"])
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
