@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.apart import Remote
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -126,13 +128,16 @@ def clock(ctx: Context) -> Callable[[], float]:
     return time.process_time if ctx.device.type == "cpu" and ctx.threads == 1 else time.perf_counter
 
 
-def seconds(step: Callable[[], object], ctx: Context) -> float:
-    """One call by ``clock``; on CUDA from an idle device to an idle device."""
+def seconds(step: Callable[[], object], ctx: Context, repeats: int = 1) -> float:
+    """Some calls by ``clock``; on CUDA from an idle device to an idle device."""
+    if isinstance(step, Remote):
+        return step.seconds(repeats)
     cuda, now = ctx.device.type == "cuda", clock(ctx)
     if cuda:
         torch.cuda.synchronize(ctx.device)
     start = now()
-    step()
+    for _ in range(repeats):
+        step()
     if cuda:
         torch.cuda.synchronize(ctx.device)
     return now() - start
@@ -187,6 +192,8 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(step: Callable[[], object], ctx: Context) -> tuple[int, object]:
     """Peak of what lives beyond what lived before, and what the call returned."""
+    if isinstance(step, Remote):
+        return step.peak()
     gc.collect()
     if ctx.device.type == "cuda":
         torch.cuda.synchronize(ctx.device)
@@ -291,7 +298,7 @@ def compare(
 
     Args:
         name: "module/what".
-        ours: One call of our side.
+        ours: One call of our side; a :class:`bench.apart.Remote` measures itself.
         baseline: One call of the other side.
         ctx: Device, threads, whether quick.
         rounds: Instead of the default number of rounds.
@@ -316,7 +323,7 @@ def compare(
         if memory:
             peaks[side], results[side] = peak_bytes(step, ctx)
         else:
-            seconds(lambda: results.__setitem__(side, step()), ctx)  # noqa: B023
+            results[side] = step()
         if time.perf_counter() - start < min(5.0, budget / 4):  # again: now caches are filled
             if memory:
                 peaks[side], results[side] = peak_bytes(step, ctx)
@@ -336,7 +343,7 @@ def compare(
             break
         ctx.log(f"{name}: round {k + 1} of {wanted}")
         for side in ("ours", "baseline") if k % 2 == 0 else ("baseline", "ours"):
-            spent = seconds(lambda: [sides[side]() for _ in range(repeats[side])] and None, ctx) / repeats[side]  # noqa: B023
+            spent = seconds(sides[side], ctx, repeats[side]) / repeats[side]
             taken[side].append(per / spent if unit.endswith("/s") else spent / per)
     return entry(
         name,

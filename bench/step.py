@@ -5,8 +5,8 @@
     python -m bench.step --train 200 --crop 512 --batch 8 --amp
 
 Both sides start from the same weights, see the same generated images (MiT-B1, 20 classes, one to three tags an image)
-and apply the same schedule; that their first losses agree is part of every entry. ``-base`` is the setting Base without
-refinement: encoder, decoder and CAM alone.
+and apply the same schedule; that their first losses agree is part of every entry. On the CPU each side has a process
+of its own (:mod:`bench.apart`). ``-base`` is the setting Base without refinement: encoder, decoder and CAM alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.apart import Remote
 from bench.baseline.step import PublicStep
 from bench.measure import Context, Different, Entry, Skipped, compare
 from ugrl.config import Config, build
@@ -160,7 +161,6 @@ class Side:
         self.adamw = torch.optim.AdamW(groups, lr=t.lr) if self.optimizer is None else self.optimizer.adamw
         self.base = [float(g["lr"]) for g in groups]
         self.step = 0
-        self.first: StepOutput | None = None
         # The moments live as long as the run: made now (zero gradients, rate 0), no measured step allocates them.
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
@@ -184,29 +184,43 @@ class Side:
             self.adamw.step()
         self.adamw.zero_grad()
         self.step += 1
-        out = replace(out, loss=out.loss.detach())
-        self.first = self.first or out
-        return out
+        return replace(out, loss=out.loss.detach())
 
 
-def check(ours: StepOutput | None, theirs: StepOutput | None, tolerance: float) -> float:
+def check(ours: dict[str, float], theirs: dict[str, float], tolerance: float) -> float:
     """Largest relative difference of a loss term that both have.
 
     Raises:
         Different: More than ``tolerance`` of it.
     """
-    assert ours is not None and theirs is not None
-    worst = 0.0
-    for name in ours.terms.keys() & theirs.terms.keys():
-        a, b = float(ours.terms[name]), float(theirs.terms[name])
-        worst = max(worst, abs(a - b) / max(abs(b), 1e-2))
+    worst = max(abs(ours[n] - theirs[n]) / max(abs(theirs[n]), 1e-2) for n in ours.keys() & theirs.keys())
     if not worst <= tolerance:
-        raise Different(f"losses {_terms(ours)} and {_terms(theirs)} differ by {worst:.1e}")
+        raise Different(f"losses {_words(ours)} and {_words(theirs)} differ by {worst:.1e}")
     return worst
 
 
+def _words(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(terms.items()))
+
+
 def _terms(out: StepOutput) -> str:
-    return ", ".join(f"{name} {float(value):.4f}" for name, value in sorted(out.terms.items()))
+    return _words({name: float(value) for name, value in out.terms.items()})
+
+
+def make(kind: str, cfg: Config, images: int, device: str, amp: bool, compile: str) -> Callable[[], dict[str, float]]:
+    """A side's step on the same weights and images; a call returns the losses of the side's first step."""
+    where = torch.device(device)
+    side = Side(Step if kind == "ours" else PublicStep, cfg, build_net(cfg, CLASSES), where, amp=amp, compile=compile)
+    data = generated_batch(0, cfg.data.crop, images).to(where)
+    first: dict[str, float] = {}
+
+    def step() -> dict[str, float]:
+        out = side(data)
+        if not first:
+            first.update({name: float(value) for name, value in out.terms.items()})
+        return first
+
+    return step
 
 
 def _measure(name: str, case: Case, batch: int, ctx: Context, **options: Any) -> Entry:
@@ -221,22 +235,22 @@ def _measure(name: str, case: Case, batch: int, ctx: Context, **options: Any) ->
         warm=999 if case.warm else 0,
         batch=batch,
     )
-    net = build_net(cfg, CLASSES)
-    ours = Side(Step, cfg, net, ctx.device, amp=amp, compile=mode)
-    theirs = Side(PublicStep, cfg, net, ctx.device)
-    data = generated_batch(0, case.crop, batch).to(ctx.device)
     # CAM from the training pass has another target, bf16 other digits.
     exact = case.share != "always" and not amp
     found: list[float] = []
 
-    def first_losses(*_: object) -> None:
-        found.append(check(ours.first, theirs.first, AGREE if exact else math.inf))
+    def first_losses(mine: dict[str, float], public: dict[str, float]) -> None:
+        found.append(check(mine, public, AGREE if exact else math.inf))
 
-    entry = compare(
-        name, lambda: ours(data), lambda: theirs(data), ctx=ctx, gate=case.gate, check=first_losses, **options
-    )
-    kind = ("bf16" if amp else "fp32") + (", encoder compiled" if mode != "none" else "")
-    words = f"{batch} crops of {case.crop}, setting {case.setting}, refine {case.refine}, {kind}"
+    with ExitStack() as stack:
+        sides: list[Callable[[], object]] = []
+        for kind in ("ours", "public"):
+            args = (kind, cfg, batch, str(ctx.device), amp and kind == "ours", mode if kind == "ours" else "none")
+            on_cpu = ctx.device.type == "cpu"
+            sides.append(stack.enter_context(Remote(make, *args, threads=ctx.threads)) if on_cpu else make(*args))
+        entry = compare(name, *sides, ctx=ctx, gate=case.gate, check=first_losses, **options)
+    form = ("bf16" if amp else "fp32") + (", encoder compiled" if mode != "none" else "")
+    words = f"{batch} crops of {case.crop}, setting {case.setting}, refine {case.refine}, {form}"
     agree = f"; losses agree to {found[0]:.0e}" if exact else ""
     return replace(entry, note=f"{words}{'; ' + case.note if case.note else ''}{agree}")
 
