@@ -74,11 +74,12 @@ def close(a: dict, b: dict, rel: float, floor: float) -> None:
         assert a[key] == pytest.approx(b[key], rel=rel, abs=floor), key
 
 
-@pytest.mark.parametrize("setting", ["IV", "Base"])
-def test_two_ranks_are_one_rank(setting: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting, share", [("IV", "exact"), ("IV", "always"), ("Base", "exact")])
+def test_two_ranks_are_one_rank(setting: str, share: str, shards: Path, tmp_path: Path) -> None:
     """Losses, prototypes and weights after several steps, drop-path, dropout and batch norm included."""
     tree = tiny_tree(steps=5)
     tree["method"]["setting"] = setting
+    tree["method"]["cam"]["share"] = share
     tree["method"]["contrast"]["scope"] = "batch" if setting == "IV" else "image"
     run(tree, shards, tmp_path / "one")
     run(tree, shards, tmp_path / "two", world=2)
