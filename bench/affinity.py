@@ -3,16 +3,19 @@
 ``full`` computes every logit (``full-forward`` without gradients, as a CAM pass does), ``pool`` those between the
 35 % of positions that the affinity loss pairs, both against 16 materialised maps. ``apply`` is A·f for 21 maps f
 without A, against the one product that makes A and then A·f; ``mlp`` is what a hidden layer over the maps costs: the
-linear form against it.
+linear form against it. On the CPU each side has a process of its own (:mod:`bench.apart`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.apart import Remote
 from bench.baseline.affinity import Pairs, public_affinity, public_hidden
 from bench.measure import Context, Entry, compare, same
 from ugrl.model.affinity import AffinityHead
@@ -139,6 +142,12 @@ class Problem:
         )
 
 
+def make(name: str, side: int, device: str) -> Callable[[], list[Any]]:
+    """One side of a comparison in float32; on a CPU its results are arrays, which go from process to process."""
+    run = Problem(torch.device(device), torch.float32).sides(name)[side]
+    return (lambda: [x.numpy() for x in run()]) if device == "cpu" else (lambda: list(run()))
+
+
 def entries(ctx: Context) -> Iterator[Entry]:
     """Each comparison, checked in float64 on a smaller grid and in float32 on its own."""
     gates = {"affinity/full": 6.0, "affinity/full-forward": 6.0, "affinity/pool": 20.0}
@@ -149,21 +158,29 @@ def entries(ctx: Context) -> Iterator[Entry]:
         "affinity/apply": "A·f of 21 maps without A; A by one product, then A·f",
         "affinity/mlp": "the linear form; the hidden form, which computes something else",
     }
-    small, large = Problem(ctx.device, torch.float64, 8), Problem(ctx.device, torch.float32)
+    small = Problem(ctx.device, torch.float64, 8)
     for name in NAMES:
         if not ctx.wants(name):
             continue
         hidden = name == "affinity/mlp"
         ours, plain = small.hidden() if hidden else small.sides(name)
         same(f"{name}, float64", ours(), plain(), 1e-12)
-        ours, plain = large.sides(name)
-        yield compare(
-            name,
-            ours,
-            plain,
-            ctx=ctx,
-            gate=gates.get(name),
-            budget=2.5 if ctx.quick else None,
-            check=None if hidden else lambda a, b, name=name: same(name, a, b, 2e-4),
-            note=f"{notes[name]}; float32, forward{'' if name == 'affinity/full-forward' else ' and backward'}",
-        )
+
+        def check(a: list[Any], b: list[Any], name: str = name) -> None:
+            same(name, [torch.as_tensor(x) for x in a], [torch.as_tensor(x) for x in b], 2e-4)
+
+        with ExitStack() as stack:
+            sides: list[Callable[[], object]] = []
+            for side in range(2):
+                args = (name, side, str(ctx.device))
+                on_cpu = ctx.device.type == "cpu"
+                sides.append(stack.enter_context(Remote(make, *args, threads=ctx.threads)) if on_cpu else make(*args))
+            yield compare(
+                name,
+                *sides,
+                ctx=ctx,
+                gate=gates.get(name),
+                budget=2.5 if ctx.quick else None,
+                check=None if hidden else check,
+                note=f"{notes[name]}; float32, forward{'' if name == 'affinity/full-forward' else ' and backward'}",
+            )
