@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bench import __main__ as program
 from bench import measure
-from bench.apart import Remote
 from bench.measure import (
     Context,
     Different,
@@ -478,35 +477,3 @@ def test_the_command_runs(tmp_path: Path) -> None:
         assert e["ours"] > 0 and e["baseline"] > 0 and e["spread"][0] <= e["ratio"] <= e["spread"][1]
         assert (e["holds"] is None) == (e["gate"] is None and e["memory_gate"] is None)
     assert "affinity/full" in done.stdout and not tree["failed"]
-
-
-# --- sides in processes of their own ------------------------------------------------------------------------------
-
-
-def squares(n: int) -> Callable[[], float]:
-    """Made in another process."""
-    if n < 0:
-        raise ValueError(f"no {n} squares")
-    x = torch.arange(float(n))
-    return lambda: float((x * x).sum())
-
-
-def test_a_remote_side_measures_itself(tmp_path: Path) -> None:
-    with Remote(squares, 100, threads=1) as a, Remote(squares, 400, threads=1) as b:
-        assert a() == 328350.0
-        assert a.seconds(3) > 0
-        assert a.peak()[0] == 404 and b.peak()[0] == 1604  # the squares and their sum
-        seen: list[object] = []
-        made = compare("x/remote", a, b, ctx=context(tmp_path), rounds=2, check=lambda *r: seen.extend(r))
-    assert seen[0] == 328350.0 and made.memory_ratio == pytest.approx(1604 / 404)
-    assert made.rounds == 2 and made.ours > 0
-
-
-def test_a_remote_side_that_fails_says_why() -> None:
-    with Remote(squares, -1, threads=1) as side, pytest.raises(RuntimeError, match="no -1 squares"):
-        side()
-    with Remote(squares, 4, threads=1) as side:
-        side()
-        side.process.kill()
-        with pytest.raises(RuntimeError, match="exit code -9"):
-            side()

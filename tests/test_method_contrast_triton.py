@@ -279,7 +279,7 @@ def test_the_host_waits_for_nothing(monkeypatch, scope):
 def test_a_cpu_without_the_interpreter_is_refused():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter is on")
+        pytest.skip("TRITON_INTERPRET is set: these kernels were made for the interpreter and cannot be compiled")
     raw, labels, pool = scene(0)
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
         contrastive_loss(raw, labels, pool, tau=0.1, kernel="triton")
@@ -293,12 +293,12 @@ def test_a_cpu_without_the_interpreter_is_refused():
 def test_kernels_compile_for_sm_90(monkeypatch, tmp_path, kind, dtype, tau, weighted, D, segments):
     triton = pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter is on")
+        pytest.skip("TRITON_INTERPRET is set: these kernels were made for the interpreter and cannot be compiled")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if "nvidia" not in triton.backends.backends:
-        pytest.skip("this triton has no compiler for CUDA")
+        pytest.skip("this build of triton has no CUDA compiler to make PTX with")
     from ugrl.method import contrast_kernels, contrast_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
