@@ -6,11 +6,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test test-full lint bench clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
 	@echo "make test   the tests"
+	@echo "make test-full  the tests and their longer forms"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
 
@@ -26,6 +27,10 @@ demo: $(STAMP)
 
 # One OpenMP thread a process: the tests start several processes on two cores.
 test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+
+# The longer forms as well: more kills, larger streams.
+test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)

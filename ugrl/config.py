@@ -63,6 +63,9 @@ class DataConfig:
     prefetch: int = _num(4, ge=1)
     on_device: Literal["auto", "none", "normalize", "augment"] = "auto"
     cache_mb: int = _num(0, ge=0)
+    cache_dir: str | None = None
+    cache_disk_mb: int = _num(0, ge=0)
+    storage_patience_s: float = _num(120.0, ge=0)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
@@ -163,12 +166,18 @@ class TrainConfig:
     amp: Literal["auto", "off"] = "auto"
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     stochastic: bool = True
+    micro_batch: int = _num(0, ge=0)
+    deterministic: bool = False
+    nan_patience: int = _num(3, ge=1)
+    record_ids: bool = False
+    mlflow: str | None = None
     cpu_threads: int = _num(0, ge=0)
     log_every: int = _num(20, ge=1)
     eval_every: int = _num(2000, ge=1)
     picture_every: int = _num(2000, ge=1)
     checkpoint_every: int = _num(1000, ge=1)
     keep_checkpoints: int = _num(2, ge=1)
+    keep_best: int = _num(1, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +197,20 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """How Ray places the training workers."""
+    """Where a run runs. Nothing here changes what is computed."""
 
+    workers: int = _num(0, ge=0)
+    min_workers: int = _num(0, ge=0)
     cpus_per_worker: float = _num(1.0, gt=0)
     gpus_per_worker: float = _num(1.0, ge=0)
+    data_cpus: float = _num(1.0, ge=0)
+    data_tasks: int = _num(0, ge=0)
     max_failures: int = _num(2, ge=0)
     prefetch_batches: int = _num(4, ge=1)
+    storage: str | None = None
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    start_timeout_s: float = _num(60.0, gt=0)
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

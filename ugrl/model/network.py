@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,30 @@ from ugrl.model.noise import Noise
 from ugrl.types import Focus, ModelOutput
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
+Features = tuple[Tensor, Tensor, Tensor, Tensor]
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives: F1…F4, and the queries and keys of its last two blocks."""
+
+    features: Features
+    pairs: Pairs
+
+    @property
+    def f4(self) -> Tensor:
+        """(B, D, h, w)."""
+        return self.features[3]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return [*self.features, *(x for pair in self.pairs for x in pair)]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Encoded:
+        """The inverse of :meth:`tensors`."""
+        f1, f2, f3, f4, *rest = tensors
+        return cls((f1, f2, f3, f4), tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
 class UGRLNet(nn.Module):
@@ -91,7 +115,8 @@ class UGRLNet(nn.Module):
         boxes: Tensor | None = None,
         attention: bool = False,
         focus: Callable[[Tensor, Pairs], Focus] | None = None,
-    ) -> ModelOutput:
+        encode_only: bool = False,
+    ) -> ModelOutput | Encoded:
         """The training pass.
 
         Args:
@@ -105,16 +130,47 @@ class UGRLNet(nn.Module):
             attention: Whether the attention logits themselves are wanted: M·N² numbers an image.
             focus: Told F4 and the queries and keys of the last two blocks, without gradients, once the encoder is
                 through; says where affinity and embeddings are wanted.
+            encode_only: Stop after the encoder and return its output, for :meth:`heads_of`.
 
         Returns:
             What was asked for; ``seg_BChw`` and ``emb_BDhw`` on F1's grid, unless ``focus`` named positions.
         """
-        features, pairs = self.encoder(images, noise)
+        encoded = Encoded(*self.encoder(images, noise))
+        if encode_only:
+            return encoded
         where = Focus()
         if focus is not None:
             with torch.no_grad():
-                where = focus(features[3].detach(), tuple((q.detach(), k.detach()) for q, k in pairs))
+                where = focus(encoded.f4.detach(), tuple((q.detach(), k.detach()) for q, k in encoded.pairs))
         size = (images.shape[-2], images.shape[-1])
+        return self.heads_of(
+            encoded,
+            size,
+            noise=noise,
+            decode=decode,
+            affinity=affinity,
+            embed=embed,
+            boxes=boxes,
+            attention=attention,
+            where=where,
+        )
+
+    def heads_of(
+        self,
+        encoded: Encoded,
+        size: tuple[int, int],
+        *,
+        noise: Noise | None = None,
+        decode: bool = True,
+        affinity: bool = True,
+        embed: bool = True,
+        boxes: Tensor | None = None,
+        attention: bool = False,
+        where: Focus | None = None,
+    ) -> ModelOutput:
+        """Everything behind the encoder; arguments as of :meth:`forward`, with ``size`` (H, W) of the images."""
+        features, pairs = encoded
+        where = where or Focus()
         out = ModelOutput(features=features, logits_BF=self.scores(features[3], boxes, size))
         if attention:
             out.attn_BMNN = attention_logits(pairs, self.heads)
@@ -157,17 +213,26 @@ class UGRLNet(nn.Module):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
             return F.linear(x.permute(0, 2, 3, 1), self.classifier.weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
 
-    def cam(self, images: Tensor, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def cam(
+        self, images: Tensor, *, affinity: bool, at_once: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The CAM pass: no decoder, nothing dropped, no norm that keeps statistics (so the mode does not matter).
 
         The caller switches gradients off.
+
+        Args:
+            images: Normalised (B, 3, H, W).
+            affinity: Whether the affinity is wanted.
+            at_once: Most images that pass at a time; 0: as many as suit the device.
 
         Returns:
             raw_BFhw, f4_BDhw, and affinity_BNN if asked for.
         """
         n = self._at_once(images)
+        n = min(n, at_once) if at_once > 0 else n
         if n < images.shape[0]:
-            raws, f4s, affinities = zip(*(self.cam(part, affinity=affinity) for part in images.split(n)), strict=True)
+            parts = (self.cam(part, affinity=affinity, at_once=n) for part in images.split(n))
+            raws, f4s, affinities = zip(*parts, strict=True)
             return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
         features, pairs = self.encoder(images)
         f4_BDhw = features[3]

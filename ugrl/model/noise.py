@@ -28,6 +28,11 @@ class Noise:
     drop_path_BL: Tensor | None
     dropout_BD: Tensor | None
 
+    def part(self, rows: slice) -> Noise:
+        """Of some of the samples."""
+        path, drop = self.drop_path_BL, self.dropout_BD
+        return Noise(None if path is None else path[rows], None if drop is None else drop[rows])
+
 
 def sample_noise(
     seed: int, step: int, ids: Sequence[str], *, layers: int, channels: int, device: torch.device | str

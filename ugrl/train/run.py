@@ -23,7 +23,9 @@ from ugrl.train import checkpoint
 from ugrl.train.objective import resolve_objective
 
 # May differ between a run and its resumption: nothing in them changes what is computed.
-FREE = ("name", "data.shards", "data.threads", "data.prefetch", "train.cpu_threads", "train.log_every")
+FREE: tuple[str, ...] = ("name", "data.shards", "data.threads", "data.prefetch", "data.cache_dir", "data.cache_disk_mb")
+FREE += ("train.cpu_threads", "train.log_every", "train.micro_batch", "train.nan_patience", "train.record_ids")
+FREE += ("train.mlflow", "train.keep_best", "data.storage_patience_s")
 FREE_SECTIONS = ("cluster.", "eval.", "train.keep_checkpoints", "train.picture_every", "train.checkpoint_every")
 
 

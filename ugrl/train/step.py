@@ -31,9 +31,9 @@ from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.vectors import batch_vectors
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.model.network import Pairs, UGRLNet
-from ugrl.model.noise import sample_noise
+from ugrl.model.noise import Noise, sample_noise
 from ugrl.seeding import derive
-from ugrl.types import IGNORE, Batch, Focus, StepOutput
+from ugrl.types import IGNORE, Batch, Focus, ModelOutput, StepOutput
 
 WEIGHS_CLS = {"I", "II", "III", "IV"}
 WEIGHS_SEG = {"II", "IV"}
@@ -89,6 +89,12 @@ class _Zero(torch.autograd.Function):
         return tuple(torch.zeros_like(p) for p in ctx.params)
 
 
+def zero_of(*modules: nn.Module) -> Tensor:
+    """A zero to which every parameter of some modules belongs."""
+    zero: Tensor = _Zero.apply(*(p for module in modules for p in module.parameters()))
+    return zero
+
+
 @dataclass(slots=True)
 class Targets:
     """What the losses are told, without gradients; ``None`` where this step has no use for it.
@@ -116,6 +122,10 @@ class Targets:
     coarse_Bhw: Tensor | None = None
     eligible_Bhw: Tensor | None = None
     affinity_Bn: Tensor | None = None
+
+    def focus(self) -> Focus:
+        """Where the losses will read the heads."""
+        return Focus(self.embed_Bn, self.affinity_Bn)
 
 
 def _share(x: Tensor, where: Tensor) -> Tensor:
@@ -167,7 +177,7 @@ class Step:
 
         def forward(images: Tensor, first: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             if plain is None or images is not batch.images_B3HW:
-                return self.net.cam(images, affinity=first and affinity)
+                return self.net.cam(images, affinity=first and affinity, at_once=self.cfg.train.micro_batch)
             f4_BDhw, pairs = plain
             return (
                 self.net.raw_from(f4_BDhw),
@@ -280,6 +290,28 @@ class Step:
                 out.affinity_Bn = eligible_tokens(out.coarse_Bhw, out.eligible_Bhw)
         return out
 
+    def noise(self, batch: Batch, step: int) -> Noise | None:
+        """What drop-path and dropout are decided by, or ``None`` where nothing is dropped."""
+        if not self.cfg.train.stochastic:
+            return None
+        return sample_noise(
+            self.cfg.seed,
+            step,
+            batch.ids,
+            layers=self.net.layers,
+            channels=self.cfg.model.decoder_dim,
+            device=batch.images_B3HW.device,
+        )
+
+    def wants(self, step: int) -> dict[str, bool]:
+        """Which heads a step's losses read."""
+        warm = step < self.cfg.train.cls_warmup_iters
+        return {
+            "decode": not warm,
+            "affinity": self.uses_affinity and not warm,
+            "embed": self.contrasts and not warm,
+        }
+
     def __call__(self, batch: Batch, step: int, *, model: nn.Module | None = None, views: bool = False) -> StepOutput:
         """Losses of one batch at one step; moves the prototypes.
 
@@ -289,18 +321,6 @@ class Step:
             model: The network as wrapped by DDP; the bare one by default.
             views: Whether to keep tensors for pictures.
         """
-        cfg, method = self.cfg, self.cfg.method
-        u_cfg, k_cfg, lam = method.uncertainty, method.contrast, method.loss
-        model = model or self.net
-        num_classes = batch.tags_BF.shape[1] + 1
-        device = batch.images_B3HW.device
-        warm = step < cfg.train.cls_warmup_iters
-        noise = None
-        if cfg.train.stochastic:
-            noise = sample_noise(
-                cfg.seed, step, batch.ids, layers=self.net.layers, channels=cfg.model.decoder_dim, device=device
-            )
-
         # The targets come first, so that their passes do not share the memory with the training pass's activations;
         # where the training pass is one of them, they are made between its encoder and its heads.
         made = [] if self.shares(step) else [self.targets(batch, step)]
@@ -308,18 +328,31 @@ class Step:
         def focus(f4_BDhw: Tensor, pairs: Pairs) -> Focus:
             if not made:
                 made.append(self.targets(batch, step, (f4_BDhw, pairs)))
-            return Focus(made[0].embed_Bn, made[0].affinity_Bn)
+            return made[0].focus()
 
-        out = model(
+        out = (model or self.net)(
             batch.images_B3HW,
-            noise=noise,
+            noise=self.noise(batch, step),
             boxes=batch.boxes_B4,
-            decode=not warm,
-            affinity=self.uses_affinity and not warm,
-            embed=self.contrasts and not warm,
             focus=focus,
+            **self.wants(step),
         )
-        t = made[0]
+        return self.losses(batch, out, made[0], step, views=views)
+
+    def losses(self, batch: Batch, out: ModelOutput, t: Targets, step: int, *, views: bool = False) -> StepOutput:
+        """The weighted sum of the losses (Eq. 13) and its terms, given what the heads answered.
+
+        Args:
+            batch: This rank's samples.
+            out: Of the heads that :meth:`wants` names.
+            t: Of :meth:`targets`.
+            step: Counted from 0.
+            views: Whether to keep tensors for pictures.
+        """
+        cfg, method = self.cfg, self.cfg.method
+        u_cfg, k_cfg, lam = method.uncertainty, method.contrast, method.loss
+        num_classes = batch.tags_BF.shape[1] + 1
+        warm = step < cfg.train.cls_warmup_iters
         u_BC, known_BC = t.u_BC, t.known_BC
 
         terms: dict[str, Tensor] = {}
@@ -395,7 +428,7 @@ class Step:
             keep["cam"] = t.cam_PHW
 
         # Parameters without a role this step still take part, with a zero: DDP waits for all of them.
-        loss = loss + self._idle(warm)
+        loss = loss + self.idle(step)
         terms["total"] = loss
         return StepOutput(
             loss=loss,
@@ -404,13 +437,14 @@ class Step:
             views=keep,
         )
 
-    def _idle(self, warm: bool) -> Tensor:
+    def idle(self, step: int) -> Tensor:
+        """A zero that depends on the parameters that no loss of a step reads."""
+        wants = self.wants(step)
         heads: list[nn.Module] = []
-        if warm:
+        if not wants["decode"]:
             heads.append(self.net.decoder)
-        if warm or not self.contrasts:
+        if not wants["embed"]:
             heads.append(self.net.g_seg)
-        if warm or not self.uses_affinity:
+        if not wants["affinity"]:
             heads.append(self.net.g_cls)
-        zero: Tensor = _Zero.apply(*(p for head in heads for p in head.parameters()), self.net.classifier.weight)
-        return zero
+        return zero_of(*heads, self.net.classifier)
