@@ -64,7 +64,7 @@ def run(
 
 def losses(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()]
-    timing = ("images_per_s",)
+    timing = ("images_per_s", "step_s", "data_wait", "device_memory_mb")
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 

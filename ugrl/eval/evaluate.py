@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -120,9 +120,9 @@ def seg_scores(
                 if x is None:
                     x = images_B3HW
                     if scale != 1.0:
-                        x = F.interpolate(x, size=scaled(size, scale), mode="bilinear", align_corners=False)
+                        x = resize(x, scaled(size, scale))
                 logits = net.segment(x.flip(-1) if flip else x)
-            p = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).softmax(1)
+            p = resize(logits.float(), size).softmax(1)
             p = p.flip(-1) if flip else p
             total = p if total is None else total + p
     assert total is not None
@@ -182,7 +182,7 @@ def evaluate(
     affinity_trained: bool = False,
     par: PAR | None = None,
     dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[Sequence[str]], None] | None = None,
 ) -> EvalResult:
     """Evaluate a network on one split; each rank takes every W-th image.
 
@@ -195,7 +195,7 @@ def evaluate(
         affinity_trained: Whether Â is in use (L_aux active), as in training.
         par: For ``eval.refined_cam``.
         dtype: Of the network.
-        on_batch: Called with the number of images after each batch.
+        on_batch: Called with the ids of each batch of this rank, once it is through.
 
     Returns:
         The metrics, the same on every rank.
@@ -265,7 +265,7 @@ def evaluate(
                         sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
                         crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
             if on_batch:
-                on_batch(b)
+                on_batch(batch.ids)
 
     metrics: dict[str, float] = {}
     classes: dict[str, dict[str, float]] = {}

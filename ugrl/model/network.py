@@ -213,9 +213,7 @@ class UGRLNet(nn.Module):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
             return F.linear(x.permute(0, 2, 3, 1), self.classifier.weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
 
-    def cam(
-        self, images: Tensor, *, affinity: bool, at_once: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def cam(self, images: Tensor, *, affinity: bool, at_once: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """The CAM pass: no decoder, nothing dropped, no norm that keeps statistics (so the mode does not matter).
 
         The caller switches gradients off.

@@ -1,8 +1,10 @@
-"""Scalars and pictures for TensorBoard, through tensorboardX where it is installed."""
+"""Scalars and pictures for TensorBoard (through tensorboardX where it is installed), scalars for MLflow where asked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +13,149 @@ import torch
 from torch import Tensor
 
 from ugrl.eval.palette import PALETTE, denormalize
+from ugrl.train.outlet import Outlet, Say
+from ugrl.train.tracking import MlflowSink, Scalar, public, scalars_of
 from ugrl.types import Batch
 
 
-class Board:
-    """Writes to ``folder``; does nothing without tensorboardX (``ugrl`` runs without it)."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image of one step, uint8 (H, W, 3)."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.writer: Any = None
+    name: str
+    pixels_HW3: np.ndarray
+    step: int
+    at: float
+
+
+class Board:
+    """Where a run is drawn. Writing is done by threads; a full disk or a lost server never stops the training.
+
+    Args:
+        folder: For TensorBoard's files: ``OUT/tb``; ``None`` writes nothing at all. Without tensorboardX nothing is
+            written for TensorBoard (``ugrl`` runs without it).
+        mlflow: Tracking URI or a folder; ``None`` does without. The run's id is kept beside ``folder``, in
+            ``OUT/mlflow.json``.
+        name: The run's name in MLflow.
+        params: Its configuration, for MLflow.
+        step: Steps done before: what TensorBoard knows of later ones is hidden, for they are written again.
+        say: Told in one line of trouble; by default it goes to stderr.
+
+    Attributes:
+        writer: TensorBoard's outlet, if there is one.
+
+    Raises:
+        ConfigError: ``mlflow`` is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        mlflow: str | None = None,
+        name: str = "run",
+        params: Mapping[str, Any] | None = None,
+        step: int = 0,
+        say: Say | None = None,
+    ) -> None:
+        self.writer: Outlet[Scalar | Picture] | None = None
+        self.tracker: Outlet[Scalar] | None = None
         if folder is None:
             return
+        if mlflow is not None:
+            sink = MlflowSink(mlflow, folder.parent / "mlflow.json", name=name, params=params or {})
+            self.tracker = Outlet(f"MLflow at {public(mlflow)}", sink, say)
         try:
-            from tensorboardX import SummaryWriter
+            import tensorboardX  # noqa: F401
         except ImportError:
             return
-        self.writer = SummaryWriter(str(folder))
+        self.writer = Outlet(f"TensorBoard in {folder}", EventSink(folder, step), say)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """One point per value under ``group/``."""
+        points = scalars_of(group, values, step)
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.put(points)
+        if self.tracker:
+            self.tracker.put(points)
 
     def pictures(self, batch: Batch, views: Mapping[str, Tensor], step: int, most: int = 4) -> None:
         """One row per image: image, CAM of its classes, pseudo-label, prediction, uncertainty (and mask)."""
         if self.writer:
-            self.writer.add_image("train/walk", sheet(batch, views, most), step, dataformats="HWC")
-            self.writer.flush()
+            self.writer.put([Picture("train/walk", sheet(batch, views, most), step, time.time())])
 
-    def close(self) -> None:
-        """Flush and close."""
-        if self.writer:
-            self.writer.close()
+    def close(self, status: str = "FINISHED") -> None:
+        """Write what is left.
+
+        Args:
+            status: How the run ended: ``FINISHED``, ``KILLED`` (asked to stop) or ``FAILED``.
+        """
+        outlets = [outlet for outlet in (self.writer, self.tracker) if outlet]
+        for outlet in outlets:
+            outlet.leave(status)
+        for outlet in outlets:
+            outlet.close(status)
+
+
+class EventSink:
+    """Event files as TensorBoard reads them; belongs to one :class:`ugrl.train.outlet.Outlet`.
+
+    tensorboardX's own writer thread ends at the first error of a disk, and later points then wait for it without end.
+    Every file begins with the step from which TensorBoard is to forget what older files say.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.since, self.files = folder, step + 1, 0
+        self._file: Any = None
+
+    def send(self, items: Sequence[Scalar | Picture]) -> None:
+        """Write and flush; after a failure it goes on in a new file, as the old one may end in half a record."""
+        from tensorboardX.proto.event_pb2 import Event
+
+        events = [Event(wall_time=item.at, step=item.step, summary=_summary(item)) for item in items]
+        try:
+            file = self._opened()
+            for event in events:
+                file.write_event(event)
+            file.flush()
+        except OSError:
+            self._drop()
+            self.since = items[0].step
+            raise
+
+    def close(self, status: str) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _opened(self) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Files are read in the order of their names; two starts within a second need different ones.
+            self._file = EventsWriter(str(self.folder / "events"), f".{self.since:08d}.{self.files}")
+            self.files += 1
+            log = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(wall_time=time.time(), step=self.since, session_log=log))
+        return self._file
+
+    def _drop(self) -> None:
+        broken, self._file = self._file, None
+        if broken is not None:
+            try:
+                broken.close()
+            except OSError:  # what it still held is sent again
+                pass
+
+
+def _summary(item: Scalar | Picture) -> Any:
+    from tensorboardX.summary import image, scalar
+
+    if isinstance(item, Picture):
+        return image(item.name, item.pixels_HW3, dataformats="HWC")
+    return scalar(f"{item.group}/{item.name}", item.value)
 
 
 def heat(x_HW: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ Layout of a run folder::
         prototypes.safetensors  prototypes, counts, running means, Φ
         optimizer.safetensors   AdamW's moments by parameter name
         random.safetensors      the generators' states
-    OUT/checkpoints/best.json   {"checkpoint": "step_…", "objective": …, "value": …}
+    OUT/checkpoints/best.json   {"checkpoint": "step_…", "objective": …, "value": …, "ranking": […]}
 
 The data position is the step itself: the order of an epoch and every crop are functions of (seed,
 epoch, id). Nothing here is ever a pickle.
@@ -37,6 +37,7 @@ from ugrl.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 PREFIX = "step_"
+BEST = "best.json"
 PARTS = ("model", "prototypes", "optimizer", "random")
 
 
@@ -80,33 +81,68 @@ def save(
     tmp = folder / f".{final.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
-    for name, tensors in parts.items():
-        # Contiguous copies: safetensors refuses views that share storage.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, tmp / f"{name}.safetensors")
-        sync(tmp / f"{name}.safetensors")
-    write_json(
-        tmp / "state.json",
-        {
-            "format": FORMAT,
-            "step": step,
-            "class_names": list(class_names),
-            "metrics": dict(metrics),
-            "config": config,
-        },
-    )
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(tmp, final)
+    try:
+        for name, tensors in parts.items():
+            _write_part(tmp / f"{name}.safetensors", tensors)
+        write_json(
+            tmp / "state.json",
+            {
+                "format": FORMAT,
+                "step": step,
+                "class_names": list(class_names),
+                "metrics": dict(metrics),
+                "config": config,
+            },
+        )
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(tmp, final)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
+        raise
     sync(folder)
     return final
 
 
+def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Contiguous copies: safetensors refuses views that share storage.
+    host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    seen: set[int] = set()
+    for key, value in host.items():
+        storage = value.untyped_storage().data_ptr()
+        if storage in seen or value.untyped_storage().nbytes() != value.numel() * value.element_size():
+            host[key] = value.clone()
+        seen.add(storage)
+    try:
+        save_file(host, path)
+    except SafetensorError as error:  # it wraps what the operating system says
+        raise OSError(str(error)) from None
+    sync(path)
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Drop the oldest checkpoints beyond ``keep``; the one marked best stays."""
-    best = best_name(folder)
+    """Drop the oldest checkpoints beyond ``keep``; those marked best stay."""
+    best = best_names(folder)
     for old in _all(folder)[:-keep]:
-        if old.name != best:
+        if old.name not in best:
             shutil.rmtree(old)
+
+
+def best_names(folder: Path) -> set[str]:
+    """Names of the best checkpoints in ``OUT/checkpoints``, if any were marked."""
+    try:
+        tree = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        return {str(tree["checkpoint"]), *(str(r["checkpoint"]) for r in tree.get("ranking", []))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what a dead writer left half-written in ``OUT/checkpoints``; returns the names."""
+    found = sorted(folder.glob(f".{PREFIX}*.tmp")) if folder.is_dir() else []
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
 
 
 def _all(folder: Path) -> list[Path]:

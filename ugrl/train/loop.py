@@ -6,10 +6,7 @@ written by rank 0 alone.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,29 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.data.augment import Augment
 from ugrl.data.make import Loaded, OnDevice
-from ugrl.data.order import steps_per_epoch
+from ugrl.data.order import batch_rows, steps_per_epoch
 from ugrl.data.reader import LocalLoader, ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
-from ugrl.errors import CheckpointError, ConfigError, UgrlError
+from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.build import build_par, build_prototypes
 from ugrl.model.build import build_net
+from ugrl.storage import Place, place
 from ugrl.train import checkpoint
+from ugrl.train.accumulate import run_step
 from ugrl.train.board import Board
-from ugrl.train.interrupt import StopRequest
+from ugrl.train.deterministic import make_deterministic
+from ugrl.train.folder import RunFolder
+from ugrl.train.guard import Guard
+from ugrl.train.interrupt import Agreement, Interrupted, StopRequest
+from ugrl.train.meter import Meter
 from ugrl.train.objective import resolve_objective
 from ugrl.train.optim import Optimizer
 from ugrl.train.progress import Progress
+from ugrl.train.saver import Snapshot, snapshot
 from ugrl.train.step import Step
 
 
@@ -51,7 +53,7 @@ class LoaderSpec:
     The last four fields are those of :class:`ugrl.data.reader.LocalLoader`.
     """
 
-    shards: Path
+    shards: str | Path | Place
     split: str
     augment: Augment
     seed: int
@@ -94,17 +96,29 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(slots=True)
 class Hooks:
-    """Called on every rank.
+    """Called on every rank, but for ``on_event``.
 
     Attributes:
         on_eval: ``(steps done, metrics)`` after each validation.
-        on_checkpoint: ``(steps done, finished directory on rank 0, else None, last metrics)``.
+        on_checkpoint: ``(steps done, place, metrics)`` at each step that has a checkpoint, and once at the end: the
+            newest one that is whole by now and was not told before (rank 0, else ``None``), with its metrics. They are
+            written in the background, so that it is usually the one before.
+        on_log: ``(steps done, values)`` every ``train.log_every`` steps: losses, statistics, speed.
+        on_event: One line on what happened besides; rank 0.
+        stop: Asked after each step; ranks stop together if one of them is told to.
     """
 
     on_eval: Callable[[int, dict[str, float]], None] = _nothing
-    on_checkpoint: Callable[[int, Path | None, dict[str, float]], None] = _nothing
+    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = _nothing
+    on_log: Callable[[int, dict[str, float]], None] = _nothing
+    on_event: Callable[[str], None] = _nothing
+    stop: Callable[[], bool] = _never
 
 
 class Trainer:
@@ -113,7 +127,7 @@ class Trainer:
     Args:
         cfg: The run.
         shards: A prepared folder.
-        out: Where to write; ``None`` writes nothing.
+        out: Where to write, a path or a URI; ``None`` writes nothing. A remote run is written to a local folder first.
         loader: Where batches come from; by default from the shards, in this process.
         hooks: What to tell others.
         resume_from: A checkpoint folder to continue from.
@@ -130,17 +144,17 @@ class Trainer:
         self,
         cfg: Config,
         *,
-        shards: Path,
-        out: Path | None,
+        shards: str | Path | Place,
+        out: str | Path | Place | None,
         loader: LoaderFactory | None = None,
         hooks: Hooks | None = None,
-        resume_from: Path | None = None,
+        resume_from: str | Path | Place | None = None,
         console: Console | None = None,
         quiet: bool = False,
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.cfg, self.shards, self.out = cfg, shards, out
+        self.cfg, self.shards = cfg, place(shards)
         self.hooks = hooks or Hooks()
         self.loader = loader or local_loader
         self.console = console or Console(stderr=True)
@@ -149,6 +163,8 @@ class Trainer:
         if cfg.train.cpu_threads > 0:
             torch.set_num_threads(cfg.train.cpu_threads)
         self.device = torch.device(device or _default_device())
+        if cfg.train.deterministic:
+            make_deterministic(self.device)
         if cfg.train.global_batch % world_size() != 0:
             raise ConfigError(
                 f"train.global_batch is {cfg.train.global_batch}; expected a multiple of the {world_size()} workers"
@@ -159,6 +175,13 @@ class Trainer:
         self.train_ids = len(self.manifest.ids(cfg.data.train_split))
         self.val_reader = ShardReader(shards, cfg.data.val_split)
         self.objective = resolve_objective(cfg, self.manifest, cfg.data.val_split)
+        self.folder = RunFolder(
+            None if out is None else place(out),
+            cfg,
+            class_names=self.class_names,
+            objective=self.objective,
+            say=self.say,
+        )
         steps_per_epoch(self.train_ids, cfg.train.global_batch)  # refuses a split smaller than a batch
 
         self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, dtype)
@@ -177,7 +200,7 @@ class Trainer:
         self.done = 0
         self.metrics: dict[str, float] = {}
         if resume_from is not None:
-            self._load(resume_from)
+            self._load(checkpoint.find(resume_from))
 
     # -- state --------------------------------------------------------------------------------
 
@@ -196,123 +219,162 @@ class Trainer:
         self.done = state.step
         self.metrics = dict(state.metrics)
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of the steps done (rank 0) and tell the hooks (every rank)."""
-        path = None
-        if self.out is not None and is_main():
-            path = checkpoint.save(
-                self.out / "checkpoints",
-                self.done,
-                config=config_mod.to_dict(self.cfg),
-                class_names=self.class_names,
-                metrics=self.metrics,
-                parts={
-                    "model": self.net.state_dict(),
-                    "prototypes": self.prototypes.state_dict(),
-                    "optimizer": self.optimizer.state(),
-                    "random": checkpoint.random_state(),
-                },
-            )
-            self._mark_best(path)
-            checkpoint.prune(path.parent, self.cfg.train.keep_checkpoints)
-        self.hooks.on_checkpoint(self.done, path, dict(self.metrics))
-        return path
+    def say(self, text: str) -> None:
+        """Tell the user, and whoever listens, what happened; from any thread."""
+        if is_main():
+            if not self.quiet:
+                self.console.print(text, highlight=False, soft_wrap=True)
+            self.hooks.on_event(text)
 
-    def _mark_best(self, path: Path) -> None:
-        if self.metrics.get("step") != self.done or self.objective not in self.metrics:
-            return
-        mark = path.parent / "best.json"
-        value = self.metrics[self.objective]
-        try:
-            old = float(json.loads(mark.read_text())["value"])
-        except (OSError, ValueError, KeyError):
-            old = -math.inf
-        if value > old:
-            checkpoint.write_json(mark, {"checkpoint": path.name, "objective": self.objective, "value": value})
+    def save(self) -> None:
+        """Have the state saved in the background (rank 0); tell the hooks what is whole by now (every rank)."""
+        self.folder.submit(self._snapshot)
+        self._tell_saved(wait=False)
+
+    def _snapshot(self) -> Snapshot:
+        parts = {
+            "model": self.net.state_dict(),
+            "prototypes": self.prototypes.state_dict(),
+            "optimizer": self.optimizer.state(),
+            "random": checkpoint.random_state(),
+        }
+        return snapshot(self.done, self.metrics, parts)
+
+    def _tell_saved(self, *, wait: bool) -> None:
+        saved = self.folder.saved(wait=wait)
+        if saved is None:
+            self.hooks.on_checkpoint(self.done, None, dict(self.metrics))
+        else:
+            self.hooks.on_checkpoint(self.done, saved.place, saved.metrics)
 
     # -- the run ------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
         """Train to ``train.steps``; returns the metrics of the last validation.
 
-        The first Ctrl-C or SIGTERM ends the step, writes a checkpoint (one process only) and raises
-        KeyboardInterrupt; the second one acts at once.
+        The first Ctrl-C or SIGTERM, on any rank, or ``hooks.stop`` ends the step, writes a checkpoint and raises on
+        every rank; the second signal acts at once.
+
+        Raises:
+            Interrupted: It was asked to stop.
+            CheckpointError: Checkpoints cannot be written.
+            UgrlError: ``train.nan_patience`` steps in a row had no finite loss or gradients; a broken row or shard.
         """
-        cfg = self.cfg
-        if self.out is not None and is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(yaml.safe_dump(config_mod.to_dict(cfg), sort_keys=False))
-            _cut_log(self.out / "metrics.jsonl", self.done)
-        board = Board(self.out / "tb" if self.out is not None and is_main() else None)
-        model: torch.nn.Module = self.net
-        self.net.train()
-        if world_size() > 1:
-            ids = [self.device.index or 0] if self.device.type == "cuda" else None
-            with warnings.catch_warnings():
-                # Newer torch renames broadcast_buffers; older ones know only that name.
-                warnings.simplefilter("ignore", FutureWarning)
-                model = DistributedDataParallel(
-                    self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
+        self.folder.open(self.done)
+        barrier()  # nobody adds to a log that rank 0 still cuts
+        board = Board(self.folder.main / "tb" if self.folder.main is not None else None)
         batches = self.loader(self._spec())
-        amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
-        window: list[dict[str, Tensor]] = []
-        since = time.perf_counter()
         try:
-            bar = Progress(self.console, cfg.train.steps, self.done, enabled=not self.quiet)
+            bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet)
             with bar as progress, StopRequest() as stop:
-                while self.done < cfg.train.steps:
-                    step = self.done
-                    batch = next(batches).to(self.device, self.dtype)
-                    if self.compiled:
-                        torch.compiler.cudagraph_mark_step_begin()
-                    pictures = board.writer is not None and (step + 1) % cfg.train.picture_every == 0
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-                        out = self.step_fn(batch, step, model=model, views=pictures)
-                    out.loss.backward()
-                    if self.device.type == "cpu":  # where reading a value waits for nothing
-                        self._finite(self._means([out.terms]), step)
-                    lr = self.optimizer.step(step)
-                    self.optimizer.zero_grad()
-                    self.done += 1
-                    window.append({**out.terms, **{f"stat/{k}": v for k, v in out.stats.items()}})
-                    progress.advance(self.done)
-                    if self.done % cfg.train.log_every == 0 or self.done == cfg.train.steps:
-                        values = self._flush(window)
-                        now = time.perf_counter()
-                        values["images_per_s"] = len(window) * cfg.train.global_batch / (now - since)
-                        values["lr"] = lr
-                        window, since = [], now
-                        self._record({"step": self.done, **values})
-                        board.scalars("train", values, self.done)
-                        progress.losses(self.done, values)
-                    if pictures:
-                        board.pictures(batch, out.views, self.done)
-                    evaluated = self.done % cfg.train.eval_every == 0 or self.done == cfg.train.steps
-                    if evaluated:
-                        result = self.validate()
-                        self.metrics = {**result.metrics, "step": float(self.done)}
-                        self._record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
-                        board.scalars("val", result.metrics, self.done)
-                        for group, table in result.classes.items():
-                            board.scalars(f"val_{group}", table, self.done)
-                        progress.evaluated(self.done, result, self.objective)
-                    if evaluated or self.done % cfg.train.checkpoint_every == 0:
-                        self.save()
-                    if evaluated:
-                        self.hooks.on_eval(self.done, dict(self.metrics))
-                        since = time.perf_counter()
-                    if stop.requested and self.done < cfg.train.steps:
-                        if world_size() == 1:  # other ranks may be a step behind
-                            self.save()
-                        raise KeyboardInterrupt
+                self._loop(batches, board, progress, stop)
+            self._tell_saved(wait=True)
         finally:
             close = getattr(batches, "close", None)
             if close:
                 close()
             board.close()
+            self.folder.close()
         barrier()
         return dict(self.metrics)
+
+    def _loop(self, batches: Iterator[Loaded], board: Board, progress: Progress, stop: StopRequest) -> None:
+        cfg = self.cfg
+        model = self._wrapped()
+        amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
+        guard = Guard(
+            [self.net, self.prototypes],
+            list(self.net.parameters()),
+            patience=cfg.train.nan_patience,
+            out=self.folder.main,
+            ids_of=self._ids_of,
+            say=self.say,
+        )
+        agreement, meter = Agreement(self.device), Meter(self.device)
+        window: list[dict[str, Tensor]] = []
+        good: list[bool] = []
+        while self.done < cfg.train.steps:
+            step = self.done
+            with meter.data():
+                batch = next(batches).to(self.device, self.dtype)
+            self.folder.note_ids({"step": step + 1}, batch.ids)
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            pictures = board.writer is not None and (step + 1) % cfg.train.picture_every == 0
+            guard.keep()
+            out = run_step(
+                self.step_fn,
+                batch,
+                step,
+                model=model,
+                views=pictures,
+                micro_batch=cfg.train.micro_batch,
+                amp=amp,
+            )
+            taken = guard.judge(step, out.loss)
+            lr = self.optimizer.step(step, taken)
+            self.optimizer.zero_grad()
+            self.done += 1
+            window.append({**out.terms, **{f"stat/{k}": v for k, v in out.stats.items()}})
+            if self.device.type == "cpu":  # where reading a value waits for nothing
+                good += guard.collect()
+            meter.step(cfg.train.global_batch)
+            progress.advance(self.done)
+            last = self.done == cfg.train.steps
+            if self.done % cfg.train.log_every == 0 or last:
+                good += guard.collect()
+                values = self._means([w for w, ok in zip(window, good, strict=True) if ok], meter.values())
+                values["lr"] = lr
+                if guard.skipped:
+                    values["skipped"] = float(guard.skipped)
+                window, good = [], []
+                self.folder.record({"step": self.done, **values})
+                board.scalars("train", values, self.done)
+                progress.losses(self.done, values)
+                self.hooks.on_log(self.done, values)
+            if pictures:
+                board.pictures(batch, out.views, self.done)
+            evaluated = self.done % cfg.train.eval_every == 0 or last
+            if evaluated:
+                with meter.pause():
+                    result = self.validate()
+                self.metrics = {**result.metrics, "step": float(self.done)}
+                self.folder.record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
+                board.scalars("val", result.metrics, self.done)
+                for group, table in result.classes.items():
+                    board.scalars(f"val_{group}", table, self.done)
+                progress.evaluated(self.done, result, self.objective)
+            with meter.pause():
+                if evaluated or self.done % cfg.train.checkpoint_every == 0:
+                    self.save()
+                if evaluated:
+                    self.hooks.on_eval(self.done, dict(self.metrics))
+            if agreement.stop(stop.requested or self.hooks.stop()) and self.done < cfg.train.steps:
+                self.save()
+                self._tell_saved(wait=True)
+                raise Interrupted(self.done, stop.number)
+
+    def _wrapped(self) -> torch.nn.Module:
+        self.net.train()
+        if world_size() == 1:
+            return self.net
+        ids = [self.device.index or 0] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # Newer torch renames broadcast_buffers; older ones know only that name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def _ids_of(self, step: int) -> list[str]:
+        """Images of a step's global batch."""
+        cfg = self.cfg
+        split = cfg.data.train_split
+        _, rows = batch_rows(
+            step, seed=cfg.seed, manifest=self.manifest, split=split, global_batch=cfg.train.global_batch
+        )
+        ids = self.manifest.ids(split)
+        return [ids[int(i)] for i in rows]
 
     def validate(self) -> EvalResult:
         """Evaluate the present network on ``data.val_split``."""
@@ -328,6 +390,7 @@ class Trainer:
                 affinity_trained=self.step_fn.uses_affinity and self.done > cfg.train.cls_warmup_iters,
                 par=self.par,
                 dtype=self.dtype,
+                on_batch=lambda ids: self.folder.note_ids({"eval": self.done}, ids),
             )
 
     def _spec(self) -> LoaderSpec:
@@ -354,7 +417,7 @@ class Trainer:
             on_device=self._on_device(),
             cache_mb=cfg.data.cache_mb,
             # Only pictures show masks, and rank 0 draws them.
-            masks_every=cfg.train.picture_every if self.out is not None and is_main() else 0,
+            masks_every=cfg.train.picture_every if self.folder.home is not None and is_main() else 0,
         )
 
     def _on_device(self) -> OnDevice:
@@ -364,36 +427,18 @@ class Trainer:
             return "normalize" if self.device.type == "cuda" else "none"
         return wanted
 
-    def _flush(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
-        values = self._means(window)
-        self._finite(values, self.done - 1)
-        return values
+    def _means(self, window: list[dict[str, Tensor]], local: dict[str, float]) -> dict[str, float]:
+        """Mean of each named value over the steps that have it, over ranks; one transfer.
 
-    @staticmethod
-    def _means(window: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of each named value over the steps that have it, over ranks; one transfer."""
+        Args:
+            window: Of the steps that were taken: the same ones on every rank.
+            local: Further values of this rank.
+        """
         names = sorted({k for w in window for k in w})
-        means = torch.stack([torch.stack([w[k].double() for w in window if k in w]).mean() for k in names])
-        return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
-
-    @staticmethod
-    def _finite(values: dict[str, float], step: int) -> None:
-        """Stop at a NaN or an infinity; the values are global, so every rank stops."""
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            raise UgrlError(f"step {step}: loss '{bad[0]}' is {values[bad[0]]}; nothing was saved after it")
-
-    def _record(self, line: dict[str, float]) -> None:
-        if self.out is not None and is_main():
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _cut_log(path: Path, done: int) -> None:
-    """Drop lines of steps that a resumed run will do again."""
-    if path.is_file():
-        lines = [s for s in path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] <= done]
-        path.write_text("".join(s + "\n" for s in lines))
+        means = [torch.stack([w[k].double() for w in window if k in w]).mean() for k in names]
+        speed = torch.tensor(list(local.values()), dtype=torch.float64).to(self.device, non_blocking=True)
+        values = mean_over_ranks(torch.cat([torch.stack(means), speed]) if means else speed).tolist()
+        return dict(zip([*names, *local], values, strict=True))
 
 
 def _default_device() -> str:

@@ -28,22 +28,34 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
 class Optimizer:
     """AdamW over the network's named parameter groups."""
 
-    def __init__(self, net: nn.Module, groups: list[dict], cfg: TrainConfig) -> None:
+    def __init__(self, net: nn.Module, groups: list[dict], cfg: TrainConfig, *, fused: bool | None = None) -> None:
         self.cfg = cfg
         # One kernel for all parameters where there is one that needs no copy of them.
-        self.fused = all(p.device.type == "cuda" for p in net.parameters())
+        self.fused = all(p.device.type == "cuda" for p in net.parameters()) if fused is None else fused
         self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=self.fused)
         self.base = [float(g["lr"]) for g in self.adamw.param_groups]
         self.names = {id(p): name for name, p in net.named_parameters()}
 
-    def step(self, step: int) -> float:
-        """Apply the gradients with the learning rate of ``step``; returns the backbone's rate."""
+    def step(self, step: int, taken: Tensor | None = None) -> float:
+        """Apply the gradients with the learning rate of ``step``; returns the backbone's rate.
+
+        Args:
+            step: Counted from 0.
+            taken: bool scalar on the parameters' device: false leaves weights and moments as they are. The fused kernel
+                reads it there; otherwise the host does.
+        """
         factor = lr_factor(step, self.cfg)
         for group, base in zip(self.adamw.param_groups, self.base, strict=True):
             group["lr"] = base * factor
+        if taken is not None and not self.fused and not taken:
+            return self.cfg.lr * factor
         if self.cfg.grad_clip > 0:
             params = [p for g in self.adamw.param_groups for p in g["params"]]
             nn.utils.clip_grad_norm_(params, self.cfg.grad_clip)
+        if self.fused and taken is not None:
+            # What a gradient scaler would tell it.
+            self.adamw.grad_scale = None  # type: ignore[attr-defined]
+            self.adamw.found_inf = (~taken).float()  # type: ignore[attr-defined]
         self.adamw.step()
         return self.cfg.lr * factor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich import progress as bars
@@ -12,6 +13,33 @@ from rich.table import Table
 from ugrl.eval.evaluate import EvalResult
 
 LOSSES = ("total", "cls", "seg", "ucl", "aux")
+
+
+def losses_text(values: Mapping[str, float]) -> str:
+    """The losses among a training line's values.
+
+    >>> losses_text({"total": 1.5, "cls": 0.25, "lr": 1e-4})
+    'total 1.5000  cls 0.2500'
+    """
+    return "  ".join(f"{k} {values[k]:.4f}" for k in LOSSES if k in values)
+
+
+def speed_text(values: Mapping[str, float]) -> str:
+    """Pace, step time, share of it spent waiting for data, memory: those that are known.
+
+    >>> speed_text({"images_per_s": 81.25, "step_s": 0.0985, "data_wait": 0.034, "device_memory_mb": 10444.0})
+    '81.2 img/s  98 ms/step  3% data wait  10.4 GB'
+    """
+    words = [f"{values['images_per_s']:.1f} img/s"] if "images_per_s" in values else []
+    if "step_s" in values:
+        s = values["step_s"]
+        words.append(f"{s:.2f} s/step" if s >= 1 else f"{1000 * s:.0f} ms/step")
+    if "data_wait" in values:
+        words.append(f"{100 * values['data_wait']:.0f}% data wait")
+    if "device_memory_mb" in values:
+        mb = values["device_memory_mb"]
+        words.append(f"{mb / 1000:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB")
+    return "  ".join(words)
 
 
 class Progress:
@@ -52,8 +80,7 @@ class Progress:
         """Means since the last call."""
         if not self.enabled:
             return
-        note = "  ".join(f"{k} {values[k]:.4f}" for k in LOSSES if k in values)
-        note += f"  {values['images_per_s']:.1f} img/s"
+        note = "  ".join(text for text in (losses_text(values), speed_text(values)) if text)
         if self.live:
             self.bar.update(self.task, note=note)
             return

@@ -1,0 +1,177 @@
+"""A run's folder: logs, checkpoints, and the storage that they are sent to.
+
+A local run is written where it lives. A remote one is written to a scratch folder of the node that rank 0 runs on, and
+sent to its storage with every checkpoint and at the end: objects cannot be appended to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ugrl import config as config_mod
+from ugrl.config import Config
+from ugrl.distributed import is_main, rank
+from ugrl.storage import Place, StorageError, retry
+from ugrl.train import checkpoint
+from ugrl.train.saver import Saved, Saver, Snapshot, send_files
+
+
+class RunFolder:
+    """What one rank writes of a run; rank 0 writes most of it.
+
+    Args:
+        home: Where the run lives; ``None`` writes nothing.
+        cfg: The run.
+        class_names: Foreground classes.
+        objective: Metric that the best checkpoints are chosen by.
+        say: Told in one line what the user should know.
+
+    Attributes:
+        path: The folder that is written to, once it is open; ``None`` without one.
+    """
+
+    def __init__(
+        self,
+        home: Place | None,
+        cfg: Config,
+        *,
+        class_names: tuple[str, ...],
+        objective: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.home, self.cfg, self.class_names, self.objective, self.say = home, cfg, class_names, objective, say
+        self.path: Path | None = None
+        self.mirror = home if home is not None and home.local is None else None
+        self._saver: Saver | None = None
+        self._lines: list[str] = []
+
+    @property
+    def main(self) -> Path | None:
+        """The folder, on the rank that writes what all ranks share."""
+        return self.path if is_main() else None
+
+    def open(self, done: int) -> None:
+        """Make the folder ready; lines of steps after ``done`` are dropped, since they will be written again.
+
+        Every rank calls this, and waits for the others before it writes.
+        """
+        if self.home is None:
+            return
+        if self.mirror is None:
+            self.path = self.home.local
+        elif is_main() or self.cfg.train.record_ids:
+            self.path = Path(tempfile.mkdtemp(prefix="ugrl-run-"))
+        if self.main is None:
+            return
+        out, patience_s = self.main, self.cfg.data.storage_patience_s
+        out.mkdir(parents=True, exist_ok=True)
+        if self.mirror is not None:
+            home = self.mirror
+            retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
+        config = config_mod.to_dict(self.cfg)
+        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        for name in checkpoint.sweep(out / "checkpoints"):
+            self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
+        for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
+            _cut_log(log, done)
+        if self.mirror is not None:
+            retry("run folder", lambda: send_files(out, home), patience_s=patience_s, log=self.say)
+        self._saver = Saver(
+            out,
+            mirror=self.mirror,
+            config=config,
+            class_names=self.class_names,
+            objective=self.objective,
+            keep=self.cfg.train.keep_checkpoints,
+            keep_best=self.cfg.train.keep_best,
+            patience_s=patience_s,
+            log=self.say,
+        )
+
+    def record(self, line: dict[str, float]) -> None:
+        """Add a line to ``metrics.jsonl``; a disk that refuses it keeps it waiting for the next one."""
+        if self.main is None:
+            return
+        self._lines.append(json.dumps(line) + "\n")
+        try:
+            with (self.main / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(self._lines))
+            self._lines = []
+        except OSError as error:
+            if len(self._lines) == 1:
+                self.say(f"{self.main / 'metrics.jsonl'}: {error.strerror or error}; its lines wait in memory")
+
+    def note_ids(self, what: dict[str, int], ids: Sequence[str]) -> None:
+        """Which images this rank has seen, where ``train.record_ids`` asks for it."""
+        if self.cfg.train.record_ids and self.path is not None:
+            path = self.path / "seen" / f"rank_{rank():02d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**what, "ids": list(ids)}) + "\n")
+
+    def submit(self, make: Callable[[], Snapshot]) -> None:
+        """Have a state saved in the background (rank 0; the others make none)."""
+        if self._saver is not None:
+            self._saver.submit(make())
+
+    def saved(self, *, wait: bool) -> Saved | None:
+        """The newest checkpoint that became whole since the last call.
+
+        Raises:
+            CheckpointError: One could not be written.
+        """
+        if self._saver is None:
+            return None
+        found = self._saver.flush() if wait else self._saver.poll()
+        return found[-1] if found else None
+
+    def close(self) -> None:
+        """Let the saver end, and send the rest of a remote run; raises nothing."""
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+        if self.mirror is not None and self.path is not None:
+            home, files = self.mirror, self.path
+            try:
+                retry(
+                    "run folder",
+                    lambda: send_files(files, home),
+                    patience_s=self.cfg.data.storage_patience_s,
+                    log=self.say,
+                )
+            except (OSError, StorageError) as error:
+                self.say(f"{home}: the last lines of the logs could not be sent ({error})")
+            shutil.rmtree(files, ignore_errors=True)
+        self.path = None
+
+
+def _cut_log(path: Path, done: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line: dict[str, Any] = json.loads(text)
+        except ValueError:  # the last words of a process that was killed
+            continue
+        if max(int(line.get("step", 0)), int(line.get("eval", 0))) <= done:
+            kept.append(text + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _fetch_logs(home: Place, out: Path) -> None:
+    """What a resumed run adds to, from where it lives; of checkpoints only what tells that they are there."""
+    for folder in ("", "seen", "checkpoints"):
+        there = home / folder if folder else home
+        for name in there.names():
+            if name.endswith((".json", ".jsonl")):
+                (there / name).download(out / folder / name)
+            elif name.startswith(checkpoint.PREFIX) and (there / name / "state.json").exists():
+                (there / name / "state.json").download(out / folder / name / "state.json")

@@ -1,0 +1,263 @@
+"""Checkpoints written while the training goes on.
+
+The loop hands over a copy of its state and goes on; a thread writes it, marks the best ones, drops old ones and, where
+a run lives on a remote storage, sends everything there. A storage that is away, or full, is tried again for a while:
+the training goes on meanwhile, and only when time is up does it end, with what was last saved still whole. At most one
+state is being written and one waits; a third makes the loop wait.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ugrl.errors import CheckpointError
+from ugrl.storage import Place, place, retry
+from ugrl.train import checkpoint
+
+Parts = dict[str, dict[str, Tensor]]
+# Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
+FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json")
+FOLDERS = ("tb", "seen")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state to be written.
+
+    Attributes:
+        step: Steps done.
+        metrics: The last validation's.
+        parts: Tensors by file name, on the host once ``ready`` has passed.
+        ready: Of a GPU, when its copies have ended.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    parts: Parts
+    ready: Any = None
+
+
+def snapshot(step: int, metrics: Mapping[str, float], parts: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
+    """Copy a state to the host; a GPU's copies run behind its present work, and nobody waits for them here."""
+    on_gpu = any(t.is_cuda for tensors in parts.values() for t in tensors.values())
+    copies: Parts = {name: {k: _to_host(t) for k, t in tensors.items()} for name, tensors in parts.items()}
+    ready = None
+    if on_gpu:
+        ready = torch.cuda.Event()
+        ready.record()
+    return Snapshot(step, dict(metrics), copies, ready)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    x = x.detach()
+    if not x.is_cuda:
+        return x.clone(memory_format=torch.contiguous_format)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+@dataclass(slots=True)
+class Saved:
+    """A checkpoint that is whole."""
+
+    step: int
+    place: Place
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the thread and the loop share; the thread holds no more, so that a forgotten saver ends."""
+
+    folder: Path
+    mirror: Place | None
+    config: dict[str, Any]
+    class_names: tuple[str, ...]
+    objective: str
+    keep: int
+    keep_best: int
+    patience_s: float
+    log: Callable[[str], None]
+    jobs: queue.Queue[Snapshot | None] = field(default_factory=lambda: queue.Queue(maxsize=1))
+    done: queue.Queue[Saved] = field(default_factory=queue.Queue)
+    error: CheckpointError | None = None
+    last: int | None = None
+
+
+class Saver:
+    """Writes checkpoints of one run, in order; used by rank 0 alone.
+
+    Args:
+        folder: The run's local folder.
+        mirror: Where the run lives, if that is a remote storage.
+        config: The configuration as a plain dict.
+        class_names: Foreground classes.
+        objective: Metric that the best are chosen by, larger is better.
+        keep: Latest checkpoints that are kept.
+        keep_best: Best ones that are kept besides.
+        patience_s: How long a storage that refuses is tried again.
+        log: Told in one line that the storage is waited for, and that it is back.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mirror: Place | None,
+        config: dict[str, Any],
+        class_names: tuple[str, ...],
+        objective: str,
+        keep: int,
+        keep_best: int,
+        patience_s: float,
+        log: Callable[[str], None],
+    ) -> None:
+        self._s = _Shared(folder, mirror, config, class_names, objective, keep, keep_best, patience_s, log)
+        self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-saver", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, _end, self._s.jobs)
+
+    def submit(self, state: Snapshot) -> None:
+        """Have a state written; waits only where one is being written and another waits already.
+
+        Raises:
+            CheckpointError: An earlier one could not be written.
+        """
+        self._raise()
+        self._s.jobs.put(state)
+
+    def poll(self) -> list[Saved]:
+        """Checkpoints that became whole since the last call.
+
+        Raises:
+            CheckpointError: One could not be written.
+        """
+        self._raise()
+        found = []
+        while not self._s.done.empty():
+            found.append(self._s.done.get())
+        return found
+
+    def flush(self) -> list[Saved]:
+        """Wait for what was submitted; as :meth:`poll`."""
+        self._s.jobs.join()
+        return self.poll()
+
+    def close(self) -> None:
+        """Wait for what was submitted, and end the thread; raises nothing."""
+        if self._thread.is_alive():
+            self._s.jobs.put(None)
+            self._thread.join()
+
+    def _raise(self) -> None:
+        if self._s.error is not None:
+            raise self._s.error
+
+
+def _end(jobs: queue.Queue[Snapshot | None]) -> None:
+    try:
+        jobs.put_nowait(None)
+    except queue.Full:
+        pass
+
+
+def _work(s: _Shared) -> None:
+    while True:
+        state = s.jobs.get()
+        try:
+            if state is None:
+                return
+            if s.error is None:
+                _write(s, state)
+        except Exception as error:  # whatever it was, the loop must hear of it
+            last = "none was saved" if s.last is None else f"the last whole one is of step {s.last}"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            s.error = CheckpointError(
+                f"{s.mirror or s.folder}: the checkpoint of step {state.step if state else '?'} could not be written "
+                f"in {s.patience_s:g} s ({reason}); {last}: make room or bring the storage back, then --resume"
+            )
+        finally:
+            s.jobs.task_done()
+
+
+def _write(s: _Shared, state: Snapshot) -> None:
+    if state.ready is not None:
+        state.ready.synchronize()
+    what = f"checkpoint of step {state.step}"
+
+    def to_disk() -> Path:
+        path = checkpoint.save(
+            s.folder / "checkpoints",
+            state.step,
+            config=s.config,
+            class_names=s.class_names,
+            metrics=state.metrics,
+            parts=state.parts,
+        )
+        _rank(s, path, state)
+        checkpoint.prune(path.parent, s.keep)
+        return path
+
+    path = retry(what, to_disk, patience_s=s.patience_s, log=s.log)
+    where = place(path)
+    if s.mirror is not None:
+        target = s.mirror
+        retry(what, lambda: _send(s.folder, path, target), patience_s=s.patience_s, log=s.log)
+        where = target / "checkpoints" / path.name
+    s.last = state.step
+    s.done.put(Saved(state.step, where, state.metrics))
+
+
+def _rank(s: _Shared, path: Path, state: Snapshot) -> None:
+    """Note a checkpoint that was validated among the best ``keep_best``."""
+    if s.keep_best == 0 or state.metrics.get("step") != state.step or s.objective not in state.metrics:
+        return
+    mark = path.parent / checkpoint.BEST
+    try:
+        ranking = list(json.loads(mark.read_text(encoding="utf-8")).get("ranking", []))
+    except (OSError, ValueError):
+        ranking = []
+    ranking = [r for r in ranking if r["checkpoint"] != path.name and (path.parent / r["checkpoint"]).is_dir()]
+    ranking.append({"checkpoint": path.name, "value": state.metrics[s.objective]})
+    # Of equals the earlier one: a later one has to be better to replace it.
+    ranking = sorted(ranking, key=lambda r: -r["value"])[: s.keep_best]
+    tree = {"checkpoint": ranking[0]["checkpoint"], "objective": s.objective, "value": ranking[0]["value"]}
+    checkpoint.write_json(mark, {**tree, "ranking": ranking})
+
+
+def _send(folder: Path, path: Path, mirror: Place) -> None:
+    """A checkpoint and everything beside it, to the storage; then drop there what was dropped here."""
+    there = mirror / "checkpoints"
+    (there / path.name).upload(path, last="state.json")
+    send_files(folder, mirror)
+    mark = path.parent / checkpoint.BEST
+    if mark.is_file():
+        (there / checkpoint.BEST).write(mark.read_bytes())
+    here = {p.name for p in path.parent.iterdir()}
+    for name in there.names():
+        if name.startswith(checkpoint.PREFIX) and name not in here:
+            (there / name).delete()
+
+
+def send_files(folder: Path, mirror: Place) -> None:
+    """What a run's folder holds beside checkpoints, to the storage.
+
+    Raises:
+        StorageError: It does not take them.
+    """
+    for name in FILES:
+        if (folder / name).is_file():
+            (mirror / name).write((folder / name).read_bytes())
+    for name in FOLDERS:
+        for file in sorted((folder / name).glob("*")) if (folder / name).is_dir() else []:
+            if file.is_file():
+                (mirror / name / file.name).write(file.read_bytes())
