@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ugrl import config as configs
 from ugrl.cli import enter
-from ugrl.errors import UgrlError
-from ugrl.train.run import RunPlan, plan_run
+from ugrl.errors import ConfigError, UgrlError
+from ugrl.storage import place
+from ugrl.train.interrupt import StopRequest
+from ugrl.train.run import RunPlan, plan_run, stored_config
+
+if TYPE_CHECKING:
+    from cluster.line import Line
+
+# How long a cluster's other work is waited for before a run starts.
+BUSY_PATIENCE_S = 300.0
 
 SUMMARY = """\
 examples:
@@ -21,6 +33,7 @@ examples:
   ugrl-train --config voc --data DIR                    prepared shards (see: ugrl prepare)
   ugrl-train --config shapes train.steps=400 seed=1     any key of the configuration, by its path
   ugrl-train --config shapes --workers 2                the same loop on two workers of Ray Train
+  ugrl-train --config voc --data s3://bucket/voc --cluster kubernetes --out s3://bucket/runs/voc --resume
 """
 
 
@@ -40,10 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help="a shipped configuration or a YAML file (default: shapes; with --resume the run's own)",
+        help="what is trained: a shipped configuration or a YAML file (default: shapes; with --resume the run's own)",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards; shapes are generated without it")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="names the run (default: runs/<name of the config>)")
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="where it runs: keys of the section 'cluster'. Shipped: " + ", ".join(shipped("cluster.places")),
+    )
+    parser.add_argument("--data", metavar="DIR|URI", help="prepared shards; shapes are generated without it")
+    parser.add_argument("--out", metavar="DIR|URI", help="names the run (default: runs/<name of the config>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--workers", type=int, metavar="N", help="train on N workers of Ray Train, fed by Ray Data")
     parser.add_argument("--address", metavar="ADDR", help="of a running Ray cluster (default: start Ray here)")
@@ -53,13 +71,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_place(name: str) -> dict[str, Any]:
+    """A file that says where a run runs, as overrides of the configuration.
+
+    Args:
+        name: A shipped one, or a YAML file whose keys are those of the section ``cluster``.
+
+    Returns:
+        ``{"cluster.workers": 2, …}``.
+
+    Raises:
+        ConfigError: No such file, no keys and values, or an unknown key, with the nearest one.
+    """
+    known = shipped("cluster.places")
+    if name in known:
+        file = Path(str(resources.files("cluster.places") / f"{name}.yaml"))
+    else:
+        file = Path(name)
+        if not file.is_file():
+            raise ConfigError(f"--cluster {name}: no such file{configs.nearest(name, known)}")
+    tree = configs.read_yaml(file) or {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{file}: expected keys and values of the section 'cluster'")
+    fields = [p.removeprefix("cluster.") for p in configs.paths() if p.startswith("cluster.")]
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"{file}: unknown key '{key}'{configs.nearest(str(key), fields)}")
+    return {f"cluster.{key}": value for key, value in tree.items()}
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check everything, then train."""
     if args.workers is not None and args.workers < 1:
         raise UgrlError(f"--workers is {args.workers}; expected at least 1")
-    args.config = args.config or _own_config(args) or "shapes"
-    cfg = configs.load(args.config, configs.parse_overrides(args.overrides))
-    if args.workers is not None or args.address:
+    cfg = load_config(args)
+    if cfg.cluster.workers >= 1 or cfg.cluster.address:
         return _on_ray(args, cfg, console)
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
     from ugrl.train.loop import Trainer
@@ -75,56 +121,120 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     try:
         trainer.fit()
-    except KeyboardInterrupt:
-        _interrupted(args, plan, console)
-        return 130
+    except KeyboardInterrupt as stopped:
+        return _interrupted(args, plan, console, getattr(stopped, "number", None))
     _ended(plan, console)
     return 0
 
 
-def _own_config(args: argparse.Namespace) -> str | None:
-    """The configuration that a resumed run was started with."""
-    stored = args.out / "config.yaml" if args.out and args.resume else None
-    return str(stored) if stored and stored.is_file() else None
+def load_config(args: argparse.Namespace) -> configs.Config:
+    """What is trained and where: the configuration, then ``--cluster``, then the command line's own words."""
+    where = load_place(args.cluster) if args.cluster else {}
+    words = configs.parse_overrides(args.overrides)
+    if args.workers is not None:
+        words["cluster.workers"] = args.workers
+    if args.address:
+        words["cluster.address"] = args.address
+    if args.config is None and args.resume and args.out:
+        stored = place(args.out) / "config.yaml"
+        if stored.exists():
+            args.config = str(stored)
+            tree = configs.to_dict(stored_config(place(args.out)))
+            if args.workers is None and not args.cluster:  # a run is continued where one says, not where it was
+                words.setdefault("cluster.workers", 0)
+            return configs.build(configs.override(tree, {**where, **words}))
+    args.config = args.config or "shapes"
+    return configs.load(args.config, {**where, **words})
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
-    from cluster.launch import check_fits, launch, start_ray, stop_ray
+    from cluster.launch import launch, start_ray, stop_ray
+    from cluster.line import Line
+    from cluster.preflight import check_fits, wait_until_free
+    from cluster.sweep import check_visible, owned, sweep_placement_groups
     from cluster.watch import watch
 
-    workers = args.workers or 1
+    workers = cfg.cluster.workers or 1
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
-    try:
-        have = start_ray(args.address)
-        check_fits(plan.cfg, workers, have)
+
+    def say(text: str) -> None:
         if not args.quiet:
-            console.print(f"Ray: {have}; starting {workers} workers takes about 20 s", highlight=False)
-        with watch(plan.out, plan.cfg.train.steps, console=console, enabled=not args.quiet):
-            launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers)
+            console.print(text, highlight=False, soft_wrap=True)
+
+    stop: StopRequest | None = None
+    try:
+        have = start_ray(cfg.cluster.address)
+        first = check_fits(plan.cfg, workers, have)
+        for group in sweep_placement_groups():
+            say(f"placement group {group[:12]} of a job that has ended: given back")
+        wait_until_free(plan.cfg, first, patience_s=BUSY_PATIENCE_S, say=say)
+        check_visible(plan.out, plan.shards)
+        say(f"Ray: {have}; starting {first} workers takes about 20 s")
+        line = Line.open()
+        with (
+            owned(plan.out),
+            watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),
+            StopRequest() as stop,
+        ):
+            patiently(
+                lambda: launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, line=line, say=say),
+                stop,
+                line,
+                say,
+            )
     except KeyboardInterrupt:
-        _interrupted(args, plan, console)
-        return 130
+        return _interrupted(args, plan, console, stop.number if stop is not None else None)
     finally:
         stop_ray()
     _ended(plan, console)
     return 0
 
 
+def patiently(work: Callable[[], object], stop: StopRequest, line: Line, say: Callable[[str], None]) -> None:
+    """Do the work in a thread, so that the first Ctrl-C or SIGTERM can ask its workers to save and leave.
+
+    Raises:
+        Interrupted: They did.
+        BaseException: Whatever the work raised.
+    """
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=body, name="launch", daemon=True)
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(0.2)
+        if stop.requested and not told:
+            told = True
+            say("stopping after a checkpoint; once more to stop at once")
+            line.stop()
+    if raised:
+        raise raised[0]
+
+
 def _ended(plan: RunPlan, console: Console) -> None:
     console.print(f"run: {plan.out}", highlight=False, soft_wrap=True)
-    words = ["ugrl", "eval", str(plan.out), "--data", str(plan.shards), "--split", plan.cfg.data.val_split]
+    words = ["ugrl", "eval", plan.out.where, "--data", plan.shards.where, "--split", plan.cfg.data.val_split]
     console.print(f"next: {shlex.join(words)}", highlight=False, soft_wrap=True)
 
 
-def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console) -> None:
-    words = ["ugrl-train", "--config", args.config, "--out", str(plan.out), "--resume", *args.overrides]
-    words += ["--data", str(args.data)] if args.data else []
-    words += ["--workers", str(args.workers)] if args.workers else []
+def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, number: int | None) -> int:
+    words = ["ugrl-train", "--config", args.config, "--out", plan.out.where, "--resume", *args.overrides]
+    for name in ("data", "cluster", "workers", "address"):
+        value = getattr(args, name)
+        words += [f"--{name}", str(value)] if value else []
     console.print(f"interrupted; continue with: {shlex.join(words)}", highlight=False, soft_wrap=True)
+    return 128 + (number if number == signal.SIGTERM else signal.SIGINT)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``ugrl-train``: 0, 2 for bad input, 130 after an interrupt."""
+    """Entry point of ``ugrl-train``: 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
     return enter(build_parser(), argv, run, "interrupted before training started")
 
 

@@ -7,42 +7,126 @@ no stall, between epochs.
 
 Reading tasks ask for no logical CPU and are limited in number instead. Ray Data hands CPUs out by
 whole numbers: one free CPU between two workers' streams is none for either, and both wait for ever.
-That one CPU is free for them is checked before a run starts.
+That CPUs are left free for them is checked before a run starts.
 
-What Ray Data adds is that shards are read by tasks on any node with a free CPU. They read the
-shards by path: the folder must be visible on every node. Only the bytes of JPEGs and PNGs go through
-the object store; decoded crops would be many times larger.
+What Ray Data adds is that shards are read by tasks on any node. A task reads the rows of one block
+of a stream, in the stream's order, so that nothing is shuffled, split or copied afterwards. Only the
+bytes of JPEGs and PNGs go through the object store; decoded crops would be many times larger. How
+much of the store a stream may fill is decided here (:func:`cut`), since Ray Data's own limits know
+neither what a worker's neighbours take nor how large a block of ours is.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import queue
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
-from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data import ExecutionResources
 from ray.exceptions import RayError
 
 from ugrl.data.cache import PixelCache
-from ugrl.data.make import BatchMaker, Loaded
+from ugrl.data.make import BatchMaker, Draft, Loaded
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
-from ugrl.data.shards import from_table, to_table
+from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
 from ugrl.errors import DataError, UgrlError
 from ugrl.train.loop import LoaderSpec
 from ugrl.types import Row
 
-# Blocks of a few batches: the first is there soon, and a task has enough to do to pay for its start.
-BLOCK_ROWS = (16, 256)
-BLOCKS = 1000
+# A block costs Ray about 20 ms of processor time, whatever is in it: worth it for a hundred rows and more.
+BLOCK_BYTES, BLOCK_ROWS = 16_000_000, 2048
+# Of a node's object store, what the streams that it may have to hold can fill together.
+STORE_SHARE = 0.5
+# Blocks that live besides those of running tasks: some that wait for their turn, and those that Ray Data no longer
+# counts: one that is taken apart, and the next on its way.
+WAITING, TAKEN = 2, 2
+
+# What a carried row has besides the shards' columns.
+CARRIED = SCHEMA.append(pa.field("position", pa.int64())).append(pa.field("epoch", pa.int64()))
+CARRIED = CARRIED.append(pa.field("shard", pa.string())).append(pa.field("error", pa.string()))
 
 
-def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Loaded]:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a stream is cut into blocks.
+
+    Attributes:
+        block_bytes: A block ends with the row that brings it here.
+        rows: Of a block, by the mean size of a row.
+        tasks: At a time.
+    """
+
+    block_bytes: int
+    rows: int
+    tasks: int
+
+    @property
+    def limit(self) -> int:
+        """Bytes that Ray Data may fill: for each task a block that is written and one that is done, and some waiting."""
+        return (2 * self.tasks + WAITING) * self.block_bytes
+
+    def spans(self, total: int, first: int) -> list[tuple[int, int]]:
+        """The positions of each task: from ``first`` doubling to full size, so that the first batch is there soon.
+
+        >>> Cut(1000, 8, 1).spans(20, 3)
+        [(0, 3), (3, 9), (9, 17), (17, 20)]
+        """
+        out: list[tuple[int, int]] = []
+        start, size = 0, min(first, self.rows)
+        while start < total:
+            out.append((start, min(start + size, total)))
+            start, size = out[-1][1], min(2 * size, self.rows)
+        return out
+
+
+def cut(row_bytes: float, *, tasks: int, store_bytes: float) -> Cut:
+    """Blocks and tasks with which a stream stays within its part of the object store.
+
+    Args:
+        row_bytes: Mean size of a row.
+        tasks: Most at a time.
+        store_bytes: The stream's part.
+    """
+    row_bytes = max(1.0, row_bytes)
+    tasks = max(1, min(tasks, int((store_bytes / row_bytes - WAITING - TAKEN) / 2)))
+    block = max(row_bytes, min(BLOCK_BYTES, store_bytes / (2 * tasks + WAITING + TAKEN)))
+    return Cut(int(block), max(1, min(BLOCK_ROWS, int(block / row_bytes))), tasks)
+
+
+def stream_bytes(row_bytes: float, *, tasks: int, store_bytes: float) -> int:
+    """Most bytes of the object store that one worker's stream fills; arguments as of :func:`cut`.
+
+    Above ``store_bytes`` only where a few rows alone are larger.
+    """
+    made = cut(row_bytes, tasks=tasks, store_bytes=store_bytes)
+    return made.limit + TAKEN * made.block_bytes
+
+
+def mean_row_bytes(manifest: Manifest, split: str) -> float:
+    """What a row of a split takes, as shards hold it."""
+    info = manifest.split(split)
+    return sum(s.bytes for s in info.shards) / max(1, info.rows)
+
+
+def store_part(streams: int) -> float:
+    """A stream's part of the smallest object store in the cluster, where that store may have to serve all of them."""
+    stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return STORE_SHARE * min((s for s in stores if s > 0), default=0.0) / max(1, streams)
+
+
+def ray_loader(spec: LoaderSpec, *, tasks: int = 1, store_bytes: float | None = None) -> Iterator[Loaded]:
     """Batches of one rank for steps ``start_step … total_steps - 1``.
 
     To be called where Ray is connected, once in each training worker.
@@ -50,71 +134,67 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1) -> Iterator[Loaded]:
     Args:
         spec: What the trainer asks for.
         tasks: How many reading tasks this loader may run at a time.
+        store_bytes: Of the object store, what this stream may fill; by default its share among the ranks.
 
     Yields:
         The batches (:class:`ugrl.data.make.Loaded`), in order of steps. Closing the generator stops the tasks.
 
     Raises:
-        DataError: A broken shard or row.
+        DataError: A broken shard or row, when its step is reached.
     """
     local = spec.global_batch // spec.world
     total = (spec.total_steps - spec.start_step) * local
     if total <= 0:
         return
     _quiet()
-    block = min(BLOCK_ROWS[1], max(BLOCK_ROWS[0], local, total // BLOCKS))
-    spans = [{"start": a, "stop": min(a + block, total)} for a in range(0, total, block)]
-    pool = ray.data.TaskPoolStrategy(size=max(1, tasks))
-    stream = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
-        partial(fetch, spec=spec), batch_size=None, batch_format="numpy", num_cpus=0, compute=pool
-    )
-    options = stream.context.execution_options
-    options.preserve_order = True
-    stream.context.enable_progress_bars = False
-    # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
-    stream.context.execution_no_progress_timeout_s = -1
-    maker = BatchMaker(
-        spec.augment,
-        seed=spec.seed,
-        on_device=spec.on_device,
-        cache=PixelCache(spec.cache_mb) if spec.cache_mb > 0 else None,
-        pin_memory=spec.pin_memory,
-    )
-    decode = Decode(maker, threads=spec.threads)
-    batches = iter(
-        stream.iterator().iter_torch_batches(
-            batch_size=local, prefetch_batches=max(1, spec.prefetch), collate_fn=decode, device="cpu"
-        )
-    )
-    try:
-        for step in range(spec.start_step, spec.total_steps):
-            found, batch = _next(batches)
-            if found != step:
-                raise DataError(f"{spec.shards}: Ray Data delivered step {found}; expected step {step}")
-            yield batch
-    finally:
-        close = getattr(batches, "close", None)
-        if close:
-            close()
-        decode.close()
+    row_bytes = mean_row_bytes(Manifest.load(spec.shards), spec.split)
+    made = cut(row_bytes, tasks=tasks, store_bytes=store_part(spec.world) if store_bytes is None else store_bytes)
+    with Feeder(spec, _blocks(spec, made, total, local)) as feeder:
+        for _ in range(spec.start_step, spec.total_steps):
+            yield feeder.next()
 
 
-def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
-    """Bytes of the rows at some positions of a rank's stream; runs in Ray Data's tasks.
+# --- what runs in Ray Data's tasks --------------------------------------------------------------------------------
+
+
+def fetch(batch: dict[str, Any], *, spec: LoaderSpec, block_bytes: int, stream: str) -> Iterator[pa.Table]:
+    """Bytes of the rows at some positions of a rank's stream.
+
+    What is wrong with a row travels in its place, so that it is heard of at its step and not before.
 
     Args:
         batch: ``start`` and ``stop`` (1,): a span of the stream's rows, counted from its first.
         spec: Whose stream.
+        block_bytes: See :class:`Cut`.
+        stream: Names the stream.
 
-    Returns:
-        n rows of the shards' schema with the columns ``step`` and ``epoch``.
+    Yields:
+        Blocks of :data:`CARRIED`; usually one.
     """
-    reader = _reader(str(spec.shards), spec.split)
-    local = spec.global_batch // spec.world
-    rows: list[Row] = []
-    steps: list[int] = []
-    epochs: list[int] = []
+    made, size = Block(), 0
     for position in range(int(batch["start"][0]), int(batch["stop"][0])):
+        try:
+            size += made.add(position, spec, _reader(stream, spec))
+        except UgrlError as error:
+            made.spoil(position, str(error))
+            break
+        if size >= block_bytes:
+            yield made.table()
+            made, size = Block(), 0
+    if made.rows:
+        yield made.table()
+
+
+class Block:
+    """Rows on their way into a block."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.places: list[tuple[int, int, str, str | None]] = []
+
+    def add(self, position: int, spec: LoaderSpec, reader: ShardReader) -> int:
+        """Read the row at a position; returns its bytes."""
+        local = spec.global_batch // spec.world
         step, slot = spec.start_step + position // local, position % local
         epoch, indices = batch_rows(
             step,
@@ -125,66 +205,207 @@ def fetch(batch: dict[str, np.ndarray], spec: LoaderSpec) -> pa.Table:
             rank=spec.rank,
             world=spec.world,
         )
-        row = reader[int(indices[slot])]
-        rows.append(row if wants_masks(step, spec.masks_every) else replace(row, mask=None))
-        steps.append(step)
-        epochs.append(epoch)
-    table = to_table(rows)
-    return table.append_column("step", pa.array(steps, pa.int64())).append_column("epoch", pa.array(epochs, pa.int64()))
+        index = int(indices[slot])
+        row = reader[index]
+        row = row if wants_masks(step, spec.masks_every) else replace(row, mask=None)
+        self.rows.append(row)
+        self.places.append((position, epoch, reader.shard_of(index), None))
+        return len(row.image) + len(row.mask or b"")
+
+    def spoil(self, position: int, error: str) -> None:
+        """Put an error where a row should be."""
+        self.rows.append(Row("", b"", 0, 0, ()))
+        self.places.append((position, 0, "", error))
+
+    def table(self) -> pa.Table:
+        """The rows so far."""
+        columns = [*to_table(self.rows).columns, *map(list, zip(*self.places, strict=True))]
+        return pa.Table.from_arrays(
+            [
+                pa.chunked_array([c], f.type) if isinstance(c, list) else c
+                for c, f in zip(columns, CARRIED, strict=True)
+            ],
+            schema=CARRIED,
+        )
 
 
 @lru_cache(maxsize=4)
-def _reader(shards: str, split: str) -> ShardReader:
-    """One reader per process of Ray's pool; tasks that follow find the manifest parsed."""
+def _opened(stream: str, shards: Any, split: str) -> ShardReader:
     return ShardReader(shards, split)
 
 
-class Decode(ArrowBatchCollateFn):
-    """Decode and augment a batch in the consumer.
+def _reader(stream: str, spec: LoaderSpec) -> ShardReader:
+    """One reader per process and stream: tasks that follow find the manifest parsed, another run's shards are new."""
+    return _opened(stream, spec.shards, spec.split)
+
+
+# --- what runs in the consumer --------------------------------------------------------------------------------------
+
+
+def _blocks(spec: LoaderSpec, made: Cut, total: int, local: int) -> Iterator[pa.Table]:
+    """The stream's blocks, in order."""
+    spans = [{"start": a, "stop": b} for a, b in made.spans(total, local)]
+    work = partial(fetch, spec=spec, block_bytes=made.block_bytes, stream=uuid.uuid4().hex)
+    stream = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
+        work,
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=made.tasks),
+    )
+    context, options = stream.context, stream.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=made.limit)
+    context.enable_progress_bars = False
+    # What a task is expected to put out before one has ended; blocks are cut here already.
+    context.target_max_block_size = made.block_bytes
+    # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
+    context.execution_no_progress_timeout_s = -1
+    for bundle in stream.iter_internal_ref_bundles():
+        for ref in bundle.block_refs:
+            yield ray.get(ref)
+
+
+class Feeder:
+    """Takes blocks apart and decodes them ahead of the consumer, in threads of its own.
 
     Args:
-        maker: Makes batches.
-        threads: Decoding threads; 0 works in Ray Data's prefetching thread.
+        spec: Says how many threads decode (0: the one that feeds) and how many batches are made ahead.
+        blocks: Of :func:`fetch`, in order.
     """
 
-    def __init__(self, maker: BatchMaker, *, threads: int) -> None:
-        self.maker = maker
-        self.pool = ThreadPoolExecutor(threads, "ugrl-decode") if threads > 0 else None
+    def __init__(self, spec: LoaderSpec, blocks: Iterator[pa.Table]) -> None:
+        self.spec, self.blocks = spec, blocks
+        self.local = spec.global_batch // spec.world
+        self.maker = BatchMaker(
+            spec.augment,
+            seed=spec.seed,
+            on_device=spec.on_device,
+            cache=PixelCache(spec.cache_mb) if spec.cache_mb > 0 else None,
+            pin_memory=spec.pin_memory,
+        )
+        self.pool = ThreadPoolExecutor(spec.threads, "ugrl-decode") if spec.threads > 0 else None
+        self.made: queue.SimpleQueue[Future[Loaded]] = queue.SimpleQueue()
+        self.room = threading.Semaphore(max(1, spec.prefetch))
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._feed, name="ugrl-feed", daemon=True)
 
-    def __call__(self, batch: pa.Table) -> tuple[int, Loaded]:
-        """The step, and its batch."""
-        rows = from_table(batch)
-        steps, epochs = batch.column("step").to_pylist(), batch.column("epoch").to_pylist()
-        if len(set(steps)) != 1:
-            raise DataError(f"Ray Data mixed the steps {steps[0]} and {steps[-1]} in one batch; expected one step")
-        draft = self.maker.start(len(rows))
+    def __enter__(self) -> Feeder:
+        self.thread.start()
+        return self
 
-        def fill(k: int) -> None:
-            self.maker.fill(draft, k, rows[k], epochs[k], self.maker.kept(rows[k].id))
-
-        for _ in (self.pool.map if self.pool else map)(fill, range(len(rows))):
-            pass  # raises what went wrong
-        return steps[0], self.maker.finish(draft)
-
-    def close(self) -> None:
-        """Stop the threads."""
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        self.room.release()
+        # A task may be waiting for storage that is away; then the thread ends when the task does.
+        self.thread.join(timeout=5)
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
+        # Ray Data's executor refers to itself, and would keep its blocks in the store until a later collection.
+        del self.blocks
+        gc.collect()
+
+    def next(self) -> Loaded:
+        """The batch of the next step."""
+        batch = self.made.get().result()
+        self.room.release()
+        return batch
+
+    def _feed(self) -> None:
+        failed: Future[Loaded] = Future()
+        blocks = self.blocks
+        try:
+            for rows in steps(blocks, self.local):
+                self.room.acquire()
+                if self.closed.is_set():
+                    return
+                self.made.put(self._make(rows))
+            raise DataError("Ray Data ended before the run did")
+        except BaseException as error:  # whatever it is, the consumer hears of it
+            failed.set_exception(_ours(error))
+            self.made.put(failed)
+        finally:
+            with suppress(Exception):  # nobody is left to be told
+                blocks.close()  # type: ignore[attr-defined]
+
+    def _make(self, rows: list[Carried]) -> Future[Loaded]:
+        """Start the batch of one step."""
+        at = divmod(rows[0].position, self.local)[0] + self.spec.start_step
+        draft = self.maker.start(len(rows), with_masks=wants_masks(at, self.spec.masks_every))
+        if self.pool is None:
+            done: Future[Loaded] = Future()
+            for k, row in enumerate(rows):
+                self._fill(draft, k, row)
+            done.set_result(self.maker.finish(draft))
+            return done
+        filled = [self.pool.submit(self._fill, draft, k, row) for k, row in enumerate(rows)]
+
+        def finish() -> Loaded:
+            for sample in filled:
+                sample.result()
+            return self.maker.finish(draft)
+
+        # The pool starts tasks in order, so all samples have been started when this one is: it may wait.
+        return self.pool.submit(finish)
+
+    def _fill(self, draft: Draft, k: int, carried: Carried) -> None:
+        if carried.error is not None:
+            raise DataError(carried.error)
+        row = carried.row
+        try:
+            self.maker.fill(draft, k, row, carried.epoch, self.maker.kept(row.id))
+        except DataError as error:
+            raise DataError(f"{carried.shard}: {error}") from None
 
 
-def _next(batches: Iterator[tuple[int, Loaded]]) -> tuple[int, Loaded]:
-    """The next batch; an error that was ours inside a task is ours again."""
-    try:
-        return next(batches)
-    except StopIteration:
-        raise DataError("Ray Data ended before the run did") from None
-    except (RayError, UgrlError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UgrlError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None or cause is error:
-            raise
-        raise type(cause)(str(cause)) from None
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A row of a stream, its place there, and what is wrong with it."""
+
+    row: Row
+    position: int
+    epoch: int
+    shard: str
+    error: str | None
+
+
+def steps(blocks: Iterable[pa.Table], local: int) -> Iterator[list[Carried]]:
+    """The rows of each step, out of blocks of any size.
+
+    A block is held until its last row was taken; rows are copied out of it a step at a time.
+
+    Raises:
+        DataError: A row is missing, or in another's place.
+    """
+    rows: list[Carried] = []
+    expected = 0
+    for block in blocks:
+        start = 0
+        while start < block.num_rows:
+            for carried in _rows(block.slice(start, local - len(rows))):
+                if carried.position != expected:
+                    raise DataError(f"Ray Data delivered row {carried.position} of a stream; expected row {expected}")
+                rows.append(carried)
+                start, expected = start + 1, expected + 1
+            if len(rows) == local or rows[-1].error is not None:
+                yield rows
+                rows = []
+
+
+def _rows(table: pa.Table) -> Iterator[Carried]:
+    places = zip(*(table.column(n).to_pylist() for n in CARRIED.names[len(SCHEMA) :]), strict=True)
+    for row, place in zip(from_table(table), places, strict=True):
+        yield Carried(row, *place)
+
+
+def _ours(error: BaseException) -> BaseException:
+    """An error that was ours inside a task is ours again."""
+    if not isinstance(error, RayError | UgrlError):
+        return error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UgrlError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error if cause is None or cause is error else type(cause)(str(cause))
 
 
 def _quiet() -> None:

@@ -1,29 +1,31 @@
-"""Ray around the trainer: connect, check that everything fits, run, and hand errors back.
-
-Checks come first because a cluster that is too small does not fail by itself: workers that hold
-every CPU leave none for the tasks that read data, and the run waits without end.
-"""
+"""Ray around the trainer: connect, run, run again with what is left, and hand errors back."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.line import Line
+from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.storage import Place, StorageError, place
+from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 
-# At least this much stays free for the tasks that read data.
-DATA_CPUS = 1.0
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+# An elastic run that may have more workers looks for room this often, and wants to see it this many times in a row.
+GROW_EVERY_S, GROW_LOOKS = 10.0, 3
 
 ENVIRONMENT = {
     # The controller asks workers for news this often; at the default of 2 s every report waits for it.
@@ -36,19 +38,6 @@ ENVIRONMENT = {
     # Leave CUDA_VISIBLE_DEVICES alone in processes without a GPU: Ray's coming default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has, as logical resources."""
-
-    cpus: float
-    gpus: float
-    node_cpus: float
-
-    def __str__(self) -> str:
-        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
-        return f"{self.cpus:g} CPUs{gpus}"
 
 
 def start_ray(address: str | None = None, *, cpus: int | None = None) -> Capacity:
@@ -88,134 +77,223 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def capacity() -> Capacity:
-    """What the connected cluster has now; nodes that an autoscaler might add do not count."""
-    total = ray.cluster_resources()
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), max(nodes, default=0.0))
+def _silent(_: str) -> None:
+    return None
 
 
-def worker_resources(cfg: Config, have: Capacity) -> dict[str, float]:
-    """What one training worker holds; a GPU only where the cluster has any."""
-    made = {"CPU": cfg.cluster.cpus_per_worker}
-    if have.gpus and cfg.cluster.gpus_per_worker:
-        made["GPU"] = cfg.cluster.gpus_per_worker
-    return made
+@dataclass(slots=True)
+class Attempt:
+    """One start of the workers.
 
-
-def check_fits(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) -> None:
-    """Refuse what the cluster cannot place, with the numbers.
-
-    Args:
-        cfg: The run.
-        workers: Training workers of a run.
-        have: The cluster.
-        groups: Runs side by side.
-
-    Raises:
-        ConfigError: Too few CPUs (one must stay free for the tasks that read data) or GPUs, or a
-            global batch that does not divide by the workers.
+    Attributes:
+        workers: How many.
+        trainer: Ray's.
+        line: To them.
+        grew: Set once they were asked to leave since there is room for more of them.
     """
-    if cfg.train.global_batch % workers:
-        raise ConfigError(
-            f"train.global_batch is {cfg.train.global_batch}; expected a multiple of the {workers} workers"
-        )
-    each = worker_resources(cfg, have)
-    runs = f"{groups} runs × " if groups > 1 else ""
-    need = groups * workers * each["CPU"]
-    if need + DATA_CPUS > have.cpus + 1e-6 or each["CPU"] > have.node_cpus + 1e-6:
-        room = (have.cpus - DATA_CPUS) / (groups * workers)
-        hint = f"; set cluster.cpus_per_worker={room:.2g} or less, or take fewer workers" if room > 0 else ""
-        raise ConfigError(
-            f"{runs}{workers} workers × {each['CPU']:g} CPU + {DATA_CPUS:g} for reading data = "
-            f"{need + DATA_CPUS:g} CPUs; the cluster has {have}{hint}"
-        )
-    if groups * workers * each.get("GPU", 0.0) > have.gpus + 1e-6:
-        raise ConfigError(
-            f"{runs}{workers} workers × {each['GPU']:g} GPU = {groups * workers * each['GPU']:g} GPUs; "
-            f"the cluster has {have}"
-        )
 
-
-def data_tasks(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) -> int:
-    """Reading tasks that one worker may run at a time: its share of the CPUs that the workers leave free."""
-    free = have.cpus - groups * workers * cfg.cluster.cpus_per_worker
-    return max(1, min(4, int(free / (groups * workers))))
+    workers: int
+    trainer: TorchTrainer
+    line: Line
+    grew: threading.Event = field(default_factory=threading.Event)
 
 
 def launch(
     cfg: Config,
     *,
-    shards: Path,
-    out: Path,
+    shards: str | Path | Place,
+    out: str | Path | Place,
     workers: int,
     callbacks: Sequence[Any] = (),
     groups: int = 1,
     max_failures: int | None = None,
+    line: Line | None = None,
+    say: Callable[[str], None] = _silent,
 ) -> dict[str, float]:
-    """Run the trainer on ``workers`` workers of Ray Train, fed by Ray Data.
+    """Run the trainer on workers of Ray Train, fed by Ray Data.
 
     The folder ends up as a run of one process leaves it: ``config.yaml``, ``metrics.jsonl``, ``tb``
-    and ``checkpoints/step_…`` under ``out``. A worker that dies is replaced and the run goes on from
-    its last checkpoint, ``cluster.max_failures`` times.
+    and ``checkpoints/step_…`` under ``out``. Workers that die are replaced and the run goes on from
+    its last checkpoint, ``cluster.max_failures`` times. Where ``cluster.min_workers`` allows fewer workers, it
+    goes on with those that still fit, and takes more again when there is room; the global batch stays, so only
+    numbers of workers that divide it are used.
 
     Args:
         cfg: The run.
         shards: A prepared folder, visible on every node.
         out: The run's folder, visible on every node; a checkpoint in it is continued.
-        workers: Training workers.
+        workers: Training workers, the most of them.
         callbacks: Ray Train's ``UserCallback`` objects.
         groups: Runs that share the cluster side by side; each leaves the others their share.
         max_failures: Instead of ``cluster.max_failures``.
+        line: To the workers: what they tell, and how they are stopped; one is opened without it.
+        say: Told in one line what happened to the workers.
 
     Returns:
         Metrics of the last validation.
 
     Raises:
         UgrlError: What a worker raised as bad input, or one line on how the run failed.
-        KeyboardInterrupt: After Ctrl-C; the workers have been stopped.
+        Interrupted: The workers were asked to stop, and did after a checkpoint.
+        KeyboardInterrupt: Ray was told to stop them.
     """
-    from cluster.worker import EVALUATED, PLACEMENT, train_worker
+    shards, out = place(shards), place(out)
+    if out.local is not None:
+        out.local.mkdir(parents=True, exist_ok=True)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cfg.cluster.start_timeout_s:g}"
+    own = line is None
+    line = line or Line.open()
+    try:
+        number = check_fits(cfg, workers, capacity(), groups=groups)
+        while True:
+            made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures)
+            try:
+                _run(made, cfg, workers, groups)
+            except ray.train.TrainingFailedError as error:
+                number = _fewer(error, cfg, number, groups, out, say)
+                continue
+            found = checkpoint.latest(out)
+            state = checkpoint.read_state(found) if found is not None else None
+            if state is not None and state.step >= cfg.train.steps:
+                return dict(state.metrics)
+            if not made.grew.is_set():
+                raise Interrupted(state.step if state else 0)
+            number = check_fits(cfg, workers, capacity(), groups=groups)
+            say(f"there is room again: going on with {number} workers")
+            line.resume()
+    finally:
+        if own:
+            line.close()
+        _tidy(out)
 
+
+def _attempt(
+    cfg: Config,
+    shards: Place,
+    out: Place,
+    workers: int,
+    line: Line,
+    callbacks: Sequence[Any],
+    groups: int,
+    max_failures: int | None,
+) -> Attempt:
     have = capacity()
-    out.mkdir(parents=True, exist_ok=True)
     # Ray Train would continue what this file lists; what counts here is OUT/checkpoints.
-    (out / SNAPSHOT).unlink(missing_ok=True)
+    (out / SNAPSHOT).delete()
     each = worker_resources(cfg, have)
+    filesystem, path = out.parent.filesystem()
+    backend = None if cfg.cluster.backend == "auto" else cfg.cluster.backend
     trainer = TorchTrainer(
-        train_worker,
+        _train_worker,
         train_loop_config={
             "config": configs.to_dict(cfg),
-            "shards": str(shards),
-            "out": str(out),
+            "shards": shards.where,
+            "out": out.where,
             "data_tasks": data_tasks(cfg, workers, have, groups=groups),
+            "streams": groups * workers,
+            "line": line.handle,
         },
+        torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
-            storage_path=str(out.parent),
+            storage_path=path,
+            storage_filesystem=None if out.local is not None else filesystem,
             name=out.name,
             failure_config=FailureConfig(
                 max_failures=cfg.cluster.max_failures if max_failures is None else max_failures,
-                controller_failure_limit=1,
+                # A group that cannot be placed again is for us to decide on, not to be tried for ever.
+                controller_failure_limit=0,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=list(callbacks),
         ),
     )
+    return Attempt(workers, trainer, line)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    from cluster.worker import train_worker
+
+    train_worker(config)
+
+
+def _run(made: Attempt, cfg: Config, most: int, groups: int) -> None:
+    """Run one start of the workers to its end, and watch for room where there may be more of them."""
+    ended = threading.Event()
+    larger = [n for n in sizes(cfg, most) if n > made.workers]
+
+    def look() -> None:
+        seen = 0
+        while larger and not ended.wait(GROW_EVERY_S):
+            seen = seen + 1 if _room(cfg, made.workers, larger, groups) else 0
+            if seen >= GROW_LOOKS:
+                made.grew.set()
+                made.line.stop()
+                return
+
+    thread = threading.Thread(target=look, name="grow", daemon=True)
+    thread.start()
     try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _plain(error, out) from None
+        made.trainer.fit()
     except SystemExit:  # how Ray Train's own handler of Ctrl-C ends, after it has stopped the workers
         raise KeyboardInterrupt from None
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+
+
+def _room(cfg: Config, workers: int, larger: Sequence[int], groups: int) -> bool:
+    """Whether a larger number of workers would fit, counting what the present ones hold."""
+    have = capacity()
+    free = ray.available_resources()
+    for number in larger:
+        try:
+            check_fits(replace(cfg, cluster=replace(cfg.cluster, min_workers=0)), number, have, groups=groups)
+        except ConfigError:
+            continue
+        each = worker_resources(cfg, have)
+        if all((number - workers) * v <= free.get(k, 0.0) + 1e-6 for k, v in each.items()):
+            return True
+    return False
+
+
+def _fewer(
+    error: ray.train.TrainingFailedError, cfg: Config, number: int, groups: int, out: Place, say: Callable[[str], None]
+) -> int:
+    """With how many workers a run goes on whose workers could not be started again.
+
+    Raises:
+        UgrlError: With none: the run failed otherwise, or may not have fewer.
+    """
+    why = getattr(error, "controller_failure", None)
+    if type(why).__name__ not in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"):
+        raise _plain(error, out) from None
+    have, wait = capacity(), cfg.cluster.start_timeout_s
+    text = f"{number} workers could not be started in {wait:g} s; the cluster has {have} now"
+    for smaller in sizes(cfg, number)[1:]:
+        try:
+            check_fits(replace(cfg, cluster=replace(cfg.cluster, min_workers=0)), smaller, have, groups=groups)
+        except ConfigError:
+            continue
+        say(f"{text}: going on with {smaller} workers")
+        return smaller
+    raise UgrlError(
+        f"run '{out.name}': {text}; continue with --resume when they fit, or with fewer: --workers N, or "
+        "cluster.min_workers for a run that does so by itself"
+    ) from None
+
+
+def _tidy(out: Place) -> None:
+    from cluster.worker import PLACEMENT
+
     for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
-        (out / leftover).unlink(missing_ok=True)
-    metrics = {k: float(v) for k, v in (result.metrics or {}).items() if isinstance(v, int | float)}
-    metrics.pop(EVALUATED, None)
-    return metrics
+        try:
+            (out / leftover).delete()
+        except StorageError:
+            return
 
 
-def _plain(error: Exception, out: Path) -> UgrlError:
+def _plain(error: Exception, out: Place) -> UgrlError:
     """One line for a failed run: the bad input a worker met, else the first worker's last words."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {}) or {}
     causes = [_root(failure) for _, failure in sorted(failures.items())]

@@ -1,84 +1,192 @@
-"""Progress of a run that goes on elsewhere, read from the ``metrics.jsonl`` that its rank 0 writes."""
+"""A run that goes on elsewhere, shown where it was started: live on a terminal, sparse lines elsewhere."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any, Protocol
 
-from rich.console import Console
+from rich import progress as bars
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
-LOSSES = ("total", "cls", "seg", "ucl", "aux")
+from ugrl.train.progress import losses_text, speed_text
 
 
-class Tail:
-    """Reads whole new lines of a file that another process appends to, or rewrites shorter."""
+class Source(Protocol):
+    """Whatever hands out new records (see :mod:`cluster.line` for their kinds)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.at = path, 0
+    def records(self) -> list[dict[str, Any]]:
+        """Those since the last call; never raises."""
+        ...
 
-    def lines(self) -> Iterator[dict[str, float]]:
-        """Records since the last call."""
-        try:
-            data = self.path.read_bytes()
-        except OSError:
-            return
-        if len(data) < self.at:  # a restarted run dropped the lines it will write again
-            self.at = 0
-        end = data.rfind(b"\n") + 1
-        for line in data[self.at : end].splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
-        self.at = max(self.at, end)
+
+class View:
+    """What is known of a run, from its records.
+
+    Attributes:
+        step: Steps done.
+        values: Those of the last training line.
+        starts: How often workers have begun.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.step = steps, 0
+        self.values: Mapping[str, float] = {}
+        self.starts, self.world, self.nodes = 0, 0, 0
+        self.saved: int | None = None
+        self.score = ""
+        self.began: tuple[float, int] | None = None
+
+    def take(self, record: Mapping[str, Any]) -> str | None:
+        """Note a record; returns the line it is worth, ``None`` for a training line."""
+        kind = record.get("kind")
+        if kind == "event":
+            return str(record["text"])
+        step = int(record.get("step", self.step))
+        self.step = step if kind == "start" else max(self.step, step)
+        if kind == "log":
+            self.values = record["values"]
+            return None
+        if kind == "val":
+            self.score = "  ".join(f"{k} {v:.4f}" for k, v in record["metrics"].items())
+            return f"step {step}  validation  {self.score}"
+        if kind == "checkpoint":
+            self.saved = step
+            return f"step {step}  checkpoint  {record['place']}"
+        if kind == "start":
+            self.starts += 1
+            self.world, self.nodes = int(record["world"]), int(record["nodes"])
+            self.began = (time.monotonic(), step)
+            word = "started" if self.starts == 1 else "restarted"
+            from_ = f" from the checkpoint of step {step}" if step else ""
+            return f"{word}{from_}: {self.workers()}"
+        return None
+
+    def workers(self) -> str:
+        """How many workers on how many nodes."""
+        return f"{_count(self.world, 'worker')} on {_count(self.nodes, 'node')}"
+
+    def left_s(self) -> float | None:
+        """Seconds to go at the pace since the last start, all waits included."""
+        if self.began is None or self.step <= self.began[1]:
+            return None
+        return (time.monotonic() - self.began[0]) / (self.step - self.began[1]) * (self.steps - self.step)
+
+    def line(self) -> str:
+        """The last training line as plain text."""
+        left = self.left_s()
+        words = [f"step {self.step}/{self.steps}", losses_text(self.values), speed_text(self.values)]
+        words += [] if left is None else [f"left {left:.0f} s"]
+        return "  ".join(w for w in words if w)
+
+    def state(self) -> str:
+        """Workers, last checkpoint and restarts, for the live display."""
+        words = [self.workers()] if self.starts else ["waiting for the workers"]
+        words += [] if self.saved is None else [f"checkpoint of step {self.saved}"]
+        words += [_count(self.starts - 1, "restart")] if self.starts > 1 else []
+        return " · ".join(words)
+
+
+class Screen:
+    """Puts a :class:`View` on a console."""
+
+    def __init__(self, view: View, console: Console, *, every_s: float = 10.0) -> None:
+        self.view, self.console, self.every_s = view, console, every_s
+        self.last_line = -every_s
+        self.bar = bars.Progress(
+            bars.TextColumn("train"),
+            bars.BarColumn(bar_width=None),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("{task.fields[left]}"),
+            console=console,
+            expand=True,
+        )
+        self.task = self.bar.add_task("train", total=view.steps, left="")
+        self.live = Live(get_renderable=self.render, console=console, refresh_per_second=4, transient=False)
+
+    def render(self) -> Group:
+        """The live display: the bar, losses, speed, state."""
+        view = self.view
+        left = view.left_s()
+        self.bar.update(self.task, completed=view.step, left="" if left is None else f"left {_clock(left)}")
+        score = f"validation  {view.score}" if view.score else ""
+        rows = [losses_text(view.values), speed_text(view.values), view.state(), score]
+        return Group(self.bar, *(Text(row, style="dim", overflow="ellipsis", no_wrap=True) for row in rows if row))
+
+    def start(self) -> None:
+        """Begin the live display, on a terminal."""
+        if self.console.is_terminal:
+            self.live.start()
+
+    def stop(self) -> None:
+        """End it; the last state stays."""
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Take a record and print what is due."""
+        text = self.view.take(record)
+        if self.console.is_terminal:
+            if text is None or record.get("kind") == "checkpoint":  # in the live rows
+                return
+        elif text is None:
+            now = time.monotonic()
+            if now - self.last_line < self.every_s and self.view.step < self.view.steps:
+                return
+            self.last_line, text = now, self.view.line()
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def watch(out: Path, steps: int, *, console: Console, enabled: bool = True, every_s: float = 1.0) -> Iterator[None]:
-    """Print a run's progress while the block runs.
+def watch(
+    source: Source, steps: int, *, console: Console, enabled: bool = True, every_s: float = 0.5
+) -> Iterator[None]:
+    """Show a run while the block runs.
 
     Args:
-        out: The run's folder.
+        source: Where records come from: a :class:`cluster.line.Line`.
         steps: Of the whole run.
         console: Where to print.
-        enabled: Whether to print at all.
-        every_s: Seconds between two looks at the file.
+        enabled: Whether to print at all; the records are taken in any case.
+        every_s: Seconds between two looks.
     """
-    stop = threading.Event()
+    ended = threading.Event()
+    screen = Screen(View(steps), console)
 
     def follow() -> None:
-        tail, shown, last_line = Tail(out / "metrics.jsonl"), -1, 0.0
-        list(tail.lines())
-        while True:
-            ended = stop.wait(every_s)
-            for record in tail.lines():
-                step = int(record.get("step", 0))
-                scores = {k.removeprefix("val/"): v for k, v in record.items() if k.startswith("val/")}
-                if step < shown:
-                    console.print(f"step {step}: restarted from a checkpoint", highlight=False)
-                    shown = step
-                if scores:
-                    text = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
-                    console.print(f"step {step}  validation  {text}", highlight=False, soft_wrap=True)
-                elif time.monotonic() - last_line >= 10 or step == steps:
-                    last_line = time.monotonic()
-                    text = "  ".join(f"{k} {record[k]:.4f}" for k in LOSSES if k in record)
-                    speed = f"  {record['images_per_s']:.1f} img/s" if "images_per_s" in record else ""
-                    console.print(f"step {step}/{steps}  {text}{speed}", highlight=False, soft_wrap=True)
-                shown = max(shown, step)
-            if ended:
-                return
+        last = False
+        while not last:
+            last = ended.wait(every_s)
+            for record in source.records():
+                if enabled:
+                    try:
+                        screen.show(record)
+                    except (OSError, ValueError):  # a closed pipe or terminal: the run goes on unseen
+                        continue
 
     thread = threading.Thread(target=follow, name="watch", daemon=True)
     if enabled:
-        thread.start()
+        screen.start()
+    thread.start()
     try:
         yield
     finally:
-        stop.set()
+        ended.set()
+        thread.join(timeout=5)
         if enabled:
-            thread.join(timeout=5)
+            screen.stop()
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"

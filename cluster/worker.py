@@ -1,8 +1,8 @@
 """The function that every training worker runs: the same trainer, told by Ray Train who it is.
 
 Files are written where a run without Ray writes them (``OUT/checkpoints``, ``OUT/metrics.jsonl``,
-``OUT/tb``), by rank 0. Ray Train is told about a checkpoint where it lies and copies nothing. So
-``OUT`` must be one folder for all nodes: a local disk on one machine, a network mount on several.
+``OUT/tb``), by rank 0. Ray Train is told about a checkpoint where it lies and copies nothing. ``OUT`` must be
+one folder for all nodes: a local disk on one machine, a network mount or a storage's URI on several.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 from ray import PlacementGroupID
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from cluster.data import ray_loader
+from cluster.data import ray_loader, store_part
+from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
+from cluster.metrics import RayGauges
 from ugrl import config as configs
 from ugrl.data.make import Loaded
+from ugrl.storage import Place, place
 from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 from ugrl.train.loop import Hooks, LoaderSpec, Trainer
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
@@ -33,63 +38,87 @@ def train_worker(config: dict[str, Any]) -> None:
     """Train as one rank of Ray Train's process group.
 
     Args:
-        config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths), ``data_tasks``
-            (reading tasks at a time). A checkpoint in ``out`` is continued.
+        config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths or URIs), ``data_tasks`` (reading
+            tasks at a time), ``streams`` (workers of all runs side by side, which share the object store), ``line`` (to
+            the driver). A checkpoint in ``out`` is continued.
     """
     cfg = configs.build(config["config"])
-    out = Path(config["out"])
-    if ray.train.get_context().get_world_rank() == 0:
+    out = place(config["out"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    end = WorkerEnd(config["line"])
+    gauges = RayGauges(out.name, rank)
+    first = rank == 0
+    if first:
         note_placement(out)
+    store = store_part(config["streams"])
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
-        return ray_loader(replace(spec, prefetch=cfg.cluster.prefetch_batches), tasks=config["data_tasks"])
+        asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
+        return ray_loader(asked, tasks=config["data_tasks"], store_bytes=store)
+
+    def on_log(step: int, values: dict[str, float]) -> None:
+        gauges(step, values)
+        if first:
+            end.tell(log_record(step, values))
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
+        if first:
+            end.tell(val_record(step, metrics))
         ray.train.report({**metrics, "step": float(step), EVALUATED: 1.0})
 
-    def on_checkpoint(step: int, path: Path | None, metrics: dict[str, float]) -> None:
+    def on_checkpoint(step: int, where: Place | None, metrics: dict[str, float]) -> None:
+        if where is not None:
+            end.tell(checkpoint_record(checkpoint.step_of(where.name), where))
+        path = where.local if where is not None else None
         ray.train.report(
             {**metrics, "step": float(step), EVALUATED: 0.0},
             checkpoint=None if path is None else Checkpoint.from_directory(path),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    Trainer(
-        cfg,
-        shards=Path(config["shards"]),
-        out=out,
-        loader=loader,
-        hooks=Hooks(on_eval=on_eval, on_checkpoint=on_checkpoint),
-        resume_from=_start(out),
-        quiet=True,
-        device=str(ray.train.torch.get_device()),
-    ).fit()
+    hooks = Hooks(
+        on_eval=on_eval,
+        on_checkpoint=on_checkpoint,
+        on_log=on_log,
+        on_event=lambda text: end.tell(event_record(text)),
+        stop=end.stopping,
+    )
+    try:
+        trainer = Trainer(
+            cfg,
+            shards=place(config["shards"]),
+            out=out,
+            loader=loader,
+            hooks=hooks,
+            resume_from=checkpoint.latest(out),
+            quiet=True,
+            device=str(ray.train.torch.get_device()),
+        )
+        if first:
+            end.tell(start_record(trainer.done, world, world // max(1, context.get_local_world_size())))
+        trainer.fit()
+    except Interrupted:
+        return  # with a checkpoint; the driver asked for it
+    finally:
+        end.close()
 
 
-def note_placement(out: Path) -> None:
+def note_placement(out: Place | Path) -> None:
     """Leave the id of the workers' placement group in the run's folder, for :func:`free_placement`."""
     group = get_current_placement_group()
     if group is not None:
-        (out / PLACEMENT).write_text(group.id.hex(), encoding="utf-8")
+        (place(out) / PLACEMENT).write(group.id.hex().encode())
 
 
-def free_placement(out: Path) -> None:
+def free_placement(out: Place | Path) -> None:
     """Give back what the workers of a run hold, if its controller was killed before it could.
 
     Ray Train's own cleaner asks the dashboard whether the controller lives. Without ``ray[default]``
     there is none to ask, and the CPUs of a trial that Tune stopped would stay taken.
     """
-    note = out / PLACEMENT
-    if note.is_file():
-        group = PlacementGroup(PlacementGroupID.from_hex(note.read_text(encoding="utf-8")))
+    note = place(out) / PLACEMENT
+    if note.exists():
+        group = PlacementGroup(PlacementGroupID.from_hex(note.read().decode()))
         remove_placement_group(group)
-        note.unlink()
-
-
-def _start(out: Path) -> Path | None:
-    """The newest checkpoint of this run: the one to resume from, or the last before a failure.
-
-    The folder may hold a newer one than Ray Train was told of, and those it was told of may be gone.
-    """
-    known = ray.train.get_checkpoint()
-    return checkpoint.latest(out) or (Path(known.path) if known is not None else None)
+        note.delete()

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from cluster import cli
-from cluster.launch import Capacity, check_fits, data_tasks
-from cluster.watch import Tail
+from cluster.preflight import Capacity, check_fits, data_tasks
 from ugrl import config as configs
 from ugrl.data.augment import Augment
 from ugrl.errors import ConfigError
@@ -237,13 +236,3 @@ def test_an_existing_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
 def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "coco, coco100, shapes, voc" in capsys.readouterr().out
-
-
-def test_a_tail_reads_whole_lines_and_starts_over_when_the_file_shrinks(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert list(tail.lines()) == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert list(tail.lines()) == [{"step": 1}, {"step": 2}]
-    path.write_text('{"step": 1}\n')
-    assert list(tail.lines()) == [{"step": 1}]

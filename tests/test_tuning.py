@@ -18,7 +18,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cluster.launch import Capacity
+from cluster.preflight import Capacity
 from tuning import cli
 from tuning.driver import Search, concurrent_trials
 from tuning.plots import importance

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="NAME|FILE", help="a shipped search space or a YAML file (default: shapes)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards; shapes are generated without it")
+    parser.add_argument("--data", metavar="DIR|URI", help="prepared shards; shapes are generated without it")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
     )

@@ -21,12 +21,14 @@ import optuna
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from cluster.launch import Capacity, check_fits, launch
+from cluster.launch import launch
+from cluster.preflight import Capacity, check_fits
 from tuning.space import SearchSpace, trial_config
 from tuning.study import ERROR_FILE, STEP, StudySearch, is_spent, trial_folder
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.storage import Place, place
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Search:
 
     space: SearchSpace
     base: Config
-    shards: Path
+    shards: Place
     objective: str
     out: Path
 
@@ -187,7 +189,7 @@ def _trainable(search: Search, groups: int) -> Callable[[dict[str, Any]], None]:
     shared = {
         "base": configs.to_dict(search.base),
         "split": search.space.split,
-        "shards": str(search.shards),
+        "shards": search.shards.where,
         "out": str(search.out),
         "workers": search.space.workers,
         "cpus": search.space.resources.cpus_per_trial,
@@ -214,7 +216,7 @@ def run_trial(config: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         cfg = trial_config(configs.build(shared["base"]), config["point"], shared["split"])
-        shards = Path(shared["shards"])
+        shards = place(shared["shards"])
         if shared["workers"] > 1:
             _train_on_workers(cfg, shards, folder, shared)
         else:
@@ -225,7 +227,7 @@ def run_trial(config: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
         raise
 
 
-def _train_here(cfg: Config, shards: Path, folder: Path, cpus: float) -> None:
+def _train_here(cfg: Config, shards: Place, folder: Path, cpus: float) -> None:
     import torch
 
     from ugrl.train.loop import Hooks, Trainer
@@ -239,7 +241,7 @@ def _train_here(cfg: Config, shards: Path, folder: Path, cpus: float) -> None:
     Trainer(cfg, shards=shards, out=folder, hooks=Hooks(on_eval=on_eval), quiet=True).fit()
 
 
-def _train_on_workers(cfg: Config, shards: Path, folder: Path, shared: Mapping[str, Any]) -> None:
+def _train_on_workers(cfg: Config, shards: Place, folder: Path, shared: Mapping[str, Any]) -> None:
     from tuning.relay import Relay
 
     # An inner failure is Train's to repair; the trial fails when Train gives up.

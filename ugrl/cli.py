@@ -66,15 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=prepare_cli.run)
 
     p = commands.add_parser("eval", help="the validation table of a checkpoint, for any split")
-    p.add_argument("checkpoint", type=Path, help="a run folder or one of its checkpoints/step_…")
-    p.add_argument("--data", type=Path, required=True, help="prepared shards")
+    p.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
+    p.add_argument("--data", required=True, help="prepared shards, a path or a URI")
     p.add_argument("--split", default="val", help="default: val")
     p.add_argument("--refined-cam", action="store_true", help="also the CAM refined by PAR")
     _eval_options(p)
     p.set_defaults(run=run_eval)
 
     p = commands.add_parser("predict", help="palette masks for images of any size")
-    p.add_argument("checkpoint", type=Path, help="a run folder or one of its checkpoints/step_…")
+    p.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
     p.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     p.add_argument("--out", type=Path, required=True, help="folder for the masks")
     _eval_options(p)

@@ -202,6 +202,17 @@ class Place:
             raise self._error(error) from None
         return sorted(info.base_name for info in infos if info.base_name)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that the folder holds, by name; empty where there is no folder."""
+        if self.local is not None:
+            return {p.name: p.stat().st_size for p in self.local.iterdir() if p.is_file()} if self.is_dir() else {}
+        found, path = self.filesystem()
+        try:
+            infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        except (OSError, pa.ArrowException) as error:
+            raise self._error(error) from None
+        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
+
     def read(self) -> bytes:
         """The contents of a file.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,31 +19,50 @@ from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice
 from ugrl.data.order import batch_rows
+from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, from_table, open_shard
 from ugrl.errors import DataError
+from ugrl.storage import Place, StorageError, retry
 from ugrl.types import Row
 
 # Shards that a thread keeps open: opening one costs a fifth of reading a row, but hundreds of shards times
 # threads would exhaust handles.
 OPEN_SHARDS = 4
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 class ShardReader:
     """Random access to the rows of a split, from any number of threads.
 
     Args:
-        shards: A prepared folder, or its manifest.
+        shards: A prepared folder (a path, or a URI of a remote one), or its manifest.
         split: Name of the split.
+        cache_dir: Of remote shards, where this node keeps copies; ``None`` fetches row groups as they are asked for.
+        cache_disk_mb: How much may be kept, in 10⁶ bytes; 0 keeps nothing.
+        patience_s: How long a remote storage that does not answer is asked again.
 
     Raises:
         DataError: As :meth:`Manifest.load`, or no such split.
     """
 
-    def __init__(self, shards: str | Path | Manifest, split: str) -> None:
+    def __init__(
+        self,
+        shards: str | Path | Place | Manifest,
+        split: str,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_disk_mb: int = 0,
+        patience_s: float = 120.0,
+    ) -> None:
         self.manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
         self.split = split
         info = self.manifest.split(split)
         self._paths = self.manifest.paths(split)
+        self._patience = patience_s
+        self._cache = None
+        if cache_dir is not None and cache_disk_mb > 0 and isinstance(self.manifest.root, Place):
+            self._cache = ShardCache(Path(cache_dir), cache_disk_mb, patience_s=patience_s)
         self._ends = list(accumulate(s.rows for s in info.shards))
         self._footers: dict[int, tuple[Any, list[int]]] = {}
         self._lock = threading.Lock()
@@ -77,16 +97,19 @@ class ShardReader:
         """The rows at some positions, in their order."""
         return [self[int(i)] for i in indices]
 
+    def shard_of(self, index: int) -> str:
+        """The shard that a row lies in, for messages; reads nothing."""
+        return str(self._paths[bisect.bisect_right(self._ends, index)])
+
     def where(self, index: int) -> str:
         """Shard and id of a row, for messages."""
-        return f"{self._paths[bisect.bisect_right(self._ends, index)]}, row {self.ids[index]}"
+        return f"{self.shard_of(index)}, row {self.ids[index]}"
 
     def _footer(self, shard: int) -> tuple[Any, list[int]]:
         """The shard's metadata, and the row index at which each of its row groups ends; read once."""
         with self._lock:
             if shard not in self._footers:
-                with open_shard(self._paths[shard]) as file:
-                    meta = file.metadata
+                meta = self._patiently(shard, lambda: self._metadata(shard))
                 ends = list(accumulate(meta.row_group(g).num_rows for g in range(meta.num_row_groups)))
                 rows = ends[-1] if ends else 0
                 expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
@@ -98,20 +121,43 @@ class ShardReader:
     def _group(self, shard: int, group: int) -> pa.Table:
         # Each thread keeps its last row group: reading in order then reads every group once.
         if getattr(self._last, "key", None) != (shard, group):
-            try:
-                table = self._open(shard).read_row_group(group, use_threads=False)
-            except (OSError, pa.ArrowException) as error:
-                words = str(error).splitlines()[0]
-                raise DataError(f"{self._paths[shard]}: row group {group} is unreadable ({words})") from None
-            self._last.table, self._last.key = table, (shard, group)
+            self._last.table = self._patiently(shard, lambda: self._read(shard, group))
+            self._last.key = (shard, group)
         return self._last.table
+
+    def _metadata(self, shard: int) -> Any:
+        with open_shard(self._file(shard)) as file:
+            return file.metadata
+
+    def _read(self, shard: int, group: int) -> pa.Table:
+        try:
+            return self._open(shard).read_row_group(group, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            words = str(error).splitlines()[0]
+            self._last.files.pop(shard, None)  # a connection that broke is not used again
+            if isinstance(self._paths[shard], Place) and isinstance(error, OSError):
+                raise StorageError(f"{self._paths[shard]}: row group {group}: {words}") from None
+            raise DataError(f"{self._paths[shard]}: row group {group} is unreadable ({words})") from None
+
+    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+        """Do something that may have to wait for a remote storage; a local disk is asked once."""
+        if not isinstance(self._paths[shard], Place):
+            return action()
+        return retry(str(self._paths[shard]), action, patience_s=self._patience, log=_LOG.warning)
+
+    def _file(self, shard: int) -> Path | Place:
+        """The shard, or this node's copy of it."""
+        path = self._paths[shard]
+        if self._cache is None or not isinstance(path, Place):
+            return path
+        return self._cache.file(path, self.manifest.split(self.split).shards[shard]) or path
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if not hasattr(self._last, "files"):
             self._last.files = OrderedDict()
         files: OrderedDict[int, pq.ParquetFile] = self._last.files
         if shard not in files:
-            files[shard] = open_shard(self._paths[shard], self._footer(shard)[0])
+            files[shard] = open_shard(self._file(shard), self._footer(shard)[0])
         files.move_to_end(shard)
         while len(files) > OPEN_SHARDS:
             files.popitem(last=False)[1].close()
@@ -235,7 +281,7 @@ class LocalLoader:
         try:
             self._maker.fill(draft, k, row, epoch, kept)
         except DataError as error:
-            raise DataError(f"{self.reader.where(index).rsplit(', row', 1)[0]}: {error}") from None
+            raise DataError(f"{self.reader.shard_of(index)}: {error}") from None
 
     def close(self) -> None:
         """Stop the threads; what was prepared ahead is dropped."""

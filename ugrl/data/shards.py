@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from ugrl.config import nearest
 from ugrl.errors import DataError
+from ugrl.storage import Place, StorageError, lasting, place
 from ugrl.types import Row
 
 SCHEMA_VERSION = 1
@@ -80,7 +81,7 @@ class Manifest:
         schema_version: Of the shards.
     """
 
-    root: Path
+    root: Path | Place
     source: str
     options: dict[str, Any]
     class_names: tuple[str, ...]
@@ -106,7 +107,7 @@ class Manifest:
         """Rows of a split."""
         return self.split(split).rows
 
-    def paths(self, split: str) -> tuple[Path, ...]:
+    def paths(self, split: str) -> tuple[Path | Place, ...]:
         """The shard files of a split, in order."""
         return tuple(self.root / s.file for s in self.split(split).shards)
 
@@ -145,26 +146,33 @@ class Manifest:
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
-    def load(folder: str | Path) -> Manifest:
+    def load(folder: str | Path | Place) -> Manifest:
         """Read and check the manifest of a prepared folder (not the shards' contents: :func:`verify`).
+
+        Args:
+            folder: A path, or a URI of a remote one.
 
         Raises:
             DataError: No such folder or manifest, an unfinished folder, another schema version, a shard
                 that is missing or of another size.
+            StorageError: A remote storage does not answer.
         """
-        root = Path(folder)
+        where = place(folder)
+        root: Path | Place = where if where.local is None else Path(str(folder))
         path = root / MANIFEST
-        if not path.is_file():
+        if isinstance(root, Path) and not place(path).exists():
             partial = partial_of(root)
             if root.name.endswith(".partial") and root.is_dir():
                 raise DataError(f"{root}: unfinished; run 'ugrl prepare' with the same options again to finish it")
             if partial.is_dir():
                 raise DataError(f"{root}: not there yet, but {partial.name} is; run 'ugrl prepare' again to finish it")
+        sizes = where.sizes()
+        if MANIFEST not in sizes:
             raise DataError(f"{root}: no {MANIFEST}; expected a folder written by 'ugrl prepare'")
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = json.loads(place(path).read())
             version = tree["schema_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (StorageError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema version {version}; expected {SCHEMA_VERSION}: run 'ugrl prepare' again")
@@ -175,14 +183,14 @@ class Manifest:
         for name, info in manifest.splits.items():
             for shard in info.shards:
                 file = root / shard.file
-                if not file.is_file():
+                if shard.file not in sizes:
                     raise DataError(f"{file}: missing shard of split '{name}'; the manifest expects {shard.rows} rows")
-                if file.stat().st_size != shard.bytes:
-                    raise DataError(f"{file}: {file.stat().st_size} bytes; the manifest expects {shard.bytes}")
+                if sizes[shard.file] != shard.bytes:
+                    raise DataError(f"{file}: {sizes[shard.file]} bytes; the manifest expects {shard.bytes}")
         return manifest
 
 
-def _from_tree(root: Path, tree: dict[str, Any]) -> Manifest:
+def _from_tree(root: Path | Place, tree: dict[str, Any]) -> Manifest:
     splits = {
         name: SplitInfo(
             rows=int(info["rows"]),
@@ -208,7 +216,7 @@ def partial_of(out: Path) -> Path:
 
 
 @lru_cache(maxsize=16)
-def _column(paths: tuple[Path, ...], name: str) -> tuple[Any, ...]:
+def _column(paths: tuple[Path | Place, ...], name: str) -> tuple[Any, ...]:
     out: list[Any] = []
     for path in paths:
         with open_shard(path) as shard:
@@ -216,19 +224,27 @@ def _column(paths: tuple[Path, ...], name: str) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in out)
 
 
-def open_shard(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def open_shard(path: Path | Place, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A shard for reading.
 
     Args:
-        path: The file.
+        path: The file; a local one is mapped into memory, of a remote one only what is asked for is fetched.
         metadata: Its footer, where it has been read before.
 
     Raises:
         DataError: Missing, not Parquet, or of another schema version.
     """
     try:
-        shard = pq.ParquetFile(path, metadata=metadata, memory_map=True)
+        if isinstance(path, Place) and path.local is None:
+            filesystem, name = path.filesystem()
+            shard = pq.ParquetFile(filesystem.open_input_file(name), metadata=metadata, pre_buffer=True)
+        else:
+            shard = pq.ParquetFile(Path(path), metadata=metadata, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable shard ({str(error).splitlines()[0]})") from None
     except (OSError, pa.ArrowException) as error:
+        if isinstance(path, Place) and not lasting(error):
+            raise StorageError(f"{path}: {str(error).splitlines()[0]}") from None
         raise DataError(f"{path}: not a readable shard ({str(error).splitlines()[0]})") from None
     if metadata is None:
         found = (shard.metadata.metadata or {}).get(_VERSION_KEY, b"none").decode()
@@ -301,13 +317,15 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def sha256(path: Path) -> str:
-    """A file's checksum, read in blocks."""
-    with path.open("rb") as handle:
+def sha256(path: Path | Place) -> str:
+    """A file's checksum; a local one is read in blocks."""
+    if isinstance(path, Place) and path.local is None:
+        return hashlib.sha256(path.read()).hexdigest()
+    with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def verify(folder: str | Path) -> Manifest:
+def verify(folder: str | Path | Place) -> Manifest:
     """Check every shard of a prepared folder against its checksum and row count.
 
     Raises:

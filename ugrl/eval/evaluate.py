@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ugrl.bilinear import resize
 from ugrl.config import Config
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ugrl import bilinear
 from ugrl.errors import UgrlError
 
 EPS = 1e-5
@@ -180,7 +181,7 @@ def resize(maps_PHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize (``align_corners=False``) of (P, H, W) maps; P may be 0."""
     if maps_PHW.shape[0] == 0 or tuple(maps_PHW.shape[-2:]) == size:
         return maps_PHW.new_zeros((0, *size)) if maps_PHW.shape[0] == 0 else maps_PHW
-    return F.interpolate(maps_PHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return bilinear.resize(maps_PHW[:, None], size)[:, 0]
 
 
 def _others(scales: Sequence[float]) -> list[float]:
@@ -251,6 +252,6 @@ def multi_scale_cam(
     total_PHW = both(images_B3HW, raw_BFhw)
     for scale in _others(scales):
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        images = F.interpolate(images_B3HW, size=size, mode="bilinear", align_corners=False)
+        images = bilinear.resize(images_B3HW, size)
         total_PHW = total_PHW + both(images, forward(images, False)[0])
     return CamOutput(normalise(total_PHW, pairs_P2, boxes_B4), f4_BDhw, affinity_BNN)

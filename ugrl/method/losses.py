@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ugrl.bilinear import resize, resize_gradient
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import ConfigError
 from ugrl.types import IGNORE
@@ -93,20 +94,18 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seg_BChw: Tensor, labels_BHW: Tensor, weight_BHW: Tensor, with_grad: bool) -> Tensor:
-        size = labels_BHW.shape[-2:]
+        size = (labels_BHW.shape[-2], labels_BHW.shape[-1])
         total = seg_BChw.new_zeros(())
         grad_BChw = torch.empty_like(seg_BChw) if with_grad else None
         for b in range(seg_BChw.shape[0]):
             index_1HW, weight_HW = labels_BHW[b : b + 1], weight_BHW[b]
             seg_1Chw = seg_BChw[b : b + 1]
-            logp_CHW = F.interpolate(seg_1Chw, size=size, mode="bilinear", align_corners=False)[0].log_softmax(0)
+            logp_CHW = resize(seg_1Chw, size)[0].log_softmax(0)
             total -= (logp_CHW.gather(0, index_1HW)[0] * weight_HW).sum()
             if grad_BChw is not None:
                 g_CHW = logp_CHW.exp_().mul_(weight_HW)
                 g_CHW.scatter_add_(0, index_1HW, -weight_HW[None])
-                grad_BChw[b] = torch.ops.aten.upsample_bilinear2d_backward(
-                    g_CHW[None], list(size), list(seg_1Chw.shape), False, None, None
-                )[0]
+                grad_BChw[b] = resize_gradient(g_CHW[None], (seg_1Chw.shape[-2], seg_1Chw.shape[-1]))[0]
         if grad_BChw is not None:
             ctx.save_for_backward(grad_BChw)
         return total

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ugrl.bilinear import resize
 from ugrl.model.encoder import Features, Four, init_weights, rows
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.norm import make_norm
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
             maps[size] = maps[size] + y if size in maps else y
         total = maps.pop(full)
         for y in maps.values():
-            total = total + F.interpolate(y, size=full, mode="bilinear", align_corners=False)
+            total = total + resize(y, full)
         return F.relu(self.norm(total))
 
     def logits(self, z_BDhw: Tensor, noise: Noise | None = None) -> Tensor:

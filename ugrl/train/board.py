@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ class EventSink:
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.since, self.files = folder, step + 1, 0
         self._file: Any = None
+        with suppress(OSError):  # tried again with the first points
+            self._opened()
 
     def send(self, items: Sequence[Scalar | Picture]) -> None:
         """Write and flush; after a failure it goes on in a new file, as the old one may end in half a record."""
@@ -144,10 +147,8 @@ class EventSink:
     def _drop(self) -> None:
         broken, self._file = self._file, None
         if broken is not None:
-            try:
+            with suppress(OSError):  # what it still held is sent again
                 broken.close()
-            except OSError:  # what it still held is sent again
-                pass
 
 
 def _summary(item: Scalar | Picture) -> Any:

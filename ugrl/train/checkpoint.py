@@ -18,6 +18,7 @@ epoch, id). Nothing here is ever a pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from torch import Tensor
 from ugrl.config import Config, build
 from ugrl.data.shards import sync, write_text
 from ugrl.errors import CheckpointError, ConfigError
+from ugrl.storage import Place, StorageError, place
 
 FORMAT = 1
 PREFIX = "step_"
@@ -45,7 +47,7 @@ PARTS = ("model", "prototypes", "optimizer", "random")
 class State:
     """What ``state.json`` holds."""
 
-    path: Path
+    path: Place
     step: int
     config: Config
     class_names: tuple[str, ...]
@@ -120,6 +122,15 @@ def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
+def step_of(name: str) -> int:
+    """Steps done, of a checkpoint's name.
+
+    >>> step_of("step_00000120")
+    120
+    """
+    return int(name.removeprefix(PREFIX))
+
+
 def prune(folder: Path, keep: int) -> None:
     """Drop the oldest checkpoints beyond ``keep``; those marked best stay."""
     best = best_names(folder)
@@ -151,52 +162,79 @@ def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.startswith(PREFIX) and (p / "state.json").is_file())
 
 
-def best_name(folder: Path) -> str | None:
+def best_name(folder: str | Path | Place) -> str | None:
     """Name of the best checkpoint in ``OUT/checkpoints``, if one was marked."""
     try:
-        return str(json.loads((folder / "best.json").read_text())["checkpoint"])
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((place(folder) / BEST).read())["checkpoint"])
+    except (StorageError, ValueError, KeyError):
         return None
 
 
-def latest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or ``None``."""
-    found = _all(out / "checkpoints")
-    return found[-1] if found else None
+def latest(out: str | Path | Place) -> Place | None:
+    """The newest whole checkpoint of a run folder, or ``None``.
+
+    Raises:
+        StorageError: The storage does not answer.
+    """
+    folder = place(out) / "checkpoints"
+    if folder.local is not None:
+        found = _all(folder.local)
+        return place(found[-1]) if found else None
+    for name in reversed(folder.names()):
+        if name.startswith(PREFIX) and (folder / name / "state.json").exists():
+            return folder / name
+    return None
 
 
-def find(path: Path, *, best: bool = False) -> Path:
+def find(where: str | Path | Place, *, best: bool = False) -> Path:
     """A checkpoint by its own path, or the newest (or best) one of a run folder.
+
+    Of a remote one, a copy in ``$UGRL_CACHE`` or ``~/.cache/ugrl``.
 
     Raises:
         CheckpointError: Nothing there.
+        StorageError: The storage does not answer.
     """
-    if (path / "state.json").is_file():
-        return path
-    name = best_name(path / "checkpoints") if best else None
-    found = path / "checkpoints" / name if name else latest(path)
-    if found is None or not found.is_dir():
-        raise CheckpointError(f"{path}: no checkpoint there; expected a run folder or one of its checkpoints/step_…")
-    return found
+    where = place(where)
+    found: Place | None = where
+    if not (where / "state.json").exists():
+        name = best_name(where / "checkpoints") if best else None
+        found = where / "checkpoints" / name if name else latest(where)
+        if found is None or not found.is_dir():
+            raise CheckpointError(
+                f"{where}: no checkpoint there; expected a run folder or one of its checkpoints/step_…"
+            )
+    assert found is not None
+    return found.local or _fetched(found)
 
 
-def read_state(path: Path) -> State:
+def _fetched(there: Place) -> Path:
+    root = Path(os.environ.get("UGRL_CACHE") or Path.home() / ".cache" / "ugrl")
+    copy = root / "checkpoints" / hashlib.sha256(there.where.encode()).hexdigest()[:16] / there.name
+    mark = there / "state.json"
+    if not (copy / "state.json").is_file() or (copy / "state.json").read_bytes() != mark.read():
+        there.download(copy)
+    return copy
+
+
+def read_state(where: str | Path | Place) -> State:
     """Read ``state.json`` of a checkpoint.
 
     Raises:
         CheckpointError: Missing, broken or of another format.
     """
+    file = place(where) / "state.json"
     try:
-        raw = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: cannot be read: {error}") from None
+        raw = json.loads(file.read())
+    except (StorageError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
     if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {raw.get('format')!r}; this version reads {FORMAT}")
+        raise CheckpointError(f"{where}: checkpoint format {raw.get('format')!r}; this version reads {FORMAT}")
     try:
         config = build(raw["config"])
     except ConfigError as error:
-        raise CheckpointError(f"{path / 'state.json'}: {error}") from None
-    return State(path, int(raw["step"]), config, tuple(raw["class_names"]), dict(raw["metrics"]))
+        raise CheckpointError(f"{file}: {error}") from None
+    return State(place(where), int(raw["step"]), config, tuple(raw["class_names"]), dict(raw["metrics"]))
 
 
 def read_part(path: Path, name: str) -> dict[str, Tensor]:

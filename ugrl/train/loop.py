@@ -50,7 +50,7 @@ from ugrl.train.step import Step
 class LoaderSpec:
     """What a loader must deliver: this rank's batches of steps ``start_step … total_steps - 1``.
 
-    The last four fields are those of :class:`ugrl.data.reader.LocalLoader`.
+    Fields with defaults are those of :class:`ugrl.data.reader.LocalLoader`.
     """
 
     shards: str | Path | Place
@@ -68,6 +68,9 @@ class LoaderSpec:
     on_device: OnDevice = "none"
     cache_mb: int = 0
     masks_every: int = 1
+    cache_dir: str | None = None
+    cache_disk_mb: int = 0
+    patience_s: float = 120.0
 
 
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
@@ -76,7 +79,13 @@ LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
 def local_loader(spec: LoaderSpec) -> Iterator[Loaded]:
     """Batches read and decoded by threads of this process."""
     return LocalLoader(
-        ShardReader(spec.shards, spec.split),
+        ShardReader(
+            spec.shards,
+            spec.split,
+            cache_dir=spec.cache_dir,
+            cache_disk_mb=spec.cache_disk_mb,
+            patience_s=spec.patience_s,
+        ),
         spec.augment,
         seed=spec.seed,
         global_batch=spec.global_batch,
@@ -173,7 +182,13 @@ class Trainer:
         self.class_names = self.manifest.class_names
         num = len(self.class_names)
         self.train_ids = len(self.manifest.ids(cfg.data.train_split))
-        self.val_reader = ShardReader(shards, cfg.data.val_split)
+        self.val_reader = ShardReader(
+            self.manifest,
+            cfg.data.val_split,
+            cache_dir=cfg.data.cache_dir,
+            cache_disk_mb=cfg.data.cache_disk_mb,
+            patience_s=cfg.data.storage_patience_s,
+        )
         self.objective = resolve_objective(cfg, self.manifest, cfg.data.val_split)
         self.folder = RunFolder(
             None if out is None else place(out),
@@ -418,6 +433,9 @@ class Trainer:
             cache_mb=cfg.data.cache_mb,
             # Only pictures show masks, and rank 0 draws them.
             masks_every=cfg.train.picture_every if self.folder.home is not None and is_main() else 0,
+            cache_dir=cfg.data.cache_dir,
+            cache_disk_mb=cfg.data.cache_disk_mb,
+            patience_s=cfg.data.storage_patience_s,
         )
 
     def _on_device(self) -> OnDevice:

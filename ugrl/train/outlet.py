@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections import deque
@@ -105,7 +106,8 @@ class Outlet(Generic[Item]):
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
+    # Whoever reads a log need not learn the name and password in a server's address.
+    text = re.sub(r"://[^/@\s]+@", "://", str(error).strip())
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 

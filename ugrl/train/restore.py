@@ -12,6 +12,7 @@ from ugrl.method.build import build_prototypes
 from ugrl.method.prototypes import Prototypes
 from ugrl.model.build import build_net
 from ugrl.model.network import UGRLNet
+from ugrl.storage import Place
 from ugrl.train import checkpoint
 
 
@@ -26,13 +27,13 @@ class Restored:
     prototypes: Prototypes
 
 
-def restore(path: Path, *, device: torch.device, best: bool = False) -> Restored:
+def restore(where: str | Path | Place, *, device: torch.device, best: bool = False) -> Restored:
     """Read a checkpoint folder, or the newest (or best) one of a run folder.
 
     Raises:
         CheckpointError: Nothing there, or it cannot be read.
     """
-    path = checkpoint.find(path, best=best)
+    path = checkpoint.find(where, best=best)
     state = checkpoint.read_state(path)
     net = build_net(state.config, len(state.class_names), pretrained=False)
     checkpoint.load_module(net, checkpoint.read_part(path, "model"), path)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from ugrl import config as config_mod
@@ -19,6 +20,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError, DataError
+from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.objective import resolve_objective
 
@@ -34,12 +36,12 @@ class RunPlan:
     """A run that was checked as a whole: paths are absolute, shards exist, ``out`` is free or resumed."""
 
     cfg: Config
-    shards: Path
-    out: Path
+    shards: Place
+    out: Place
     resume: bool
 
     @property
-    def checkpoint(self) -> Path | None:
+    def checkpoint(self) -> Place | None:
         """Where to continue from, if there is anything."""
         return checkpoint.latest(self.out) if self.resume else None
 
@@ -49,17 +51,17 @@ def generated_root() -> Path:
     return Path(os.environ.get("UGRL_DATA", "data")).absolute()
 
 
-def ensure_shards(cfg: Config, data: Path | None, *, console: Console | None = None) -> Path:
+def ensure_shards(cfg: Config, data: str | Path | Place | None, *, console: Console | None = None) -> Place:
     """The prepared folder of a run; ``shapes`` is generated where it is not there yet.
 
     Raises:
         ConfigError: No shards were named and the source is not ``shapes``.
         DataError: The folder is not a prepared one.
     """
-    named = data or (Path(cfg.data.shards) if cfg.data.shards else None)
+    named = data or cfg.data.shards
     if named is not None:
         Manifest.load(named)
-        return named.absolute()
+        return place(named)
     if cfg.data.source != "shapes":
         raise ConfigError("no shards: name a prepared folder with --data (made by `ugrl prepare`), or set data.shards")
     s = cfg.data.shapes
@@ -71,18 +73,23 @@ def ensure_shards(cfg: Config, data: Path | None, *, console: Console | None = N
         spec = ShapesSpec(train=s.train, val=s.val, size=s.size, difficulty=s.difficulty, seed=s.seed)
         prepare(ShapesSource(spec), out, tune_val=s.tune_val, seed=s.seed, progress=False)
     Manifest.load(out)
-    return out
+    return place(out)
 
 
 def plan_run(
-    cfg: Config, *, data: Path | None, out: Path | None, resume: bool, console: Console | None = None
+    cfg: Config,
+    *,
+    data: str | Path | Place | None,
+    out: str | Path | Place | None,
+    resume: bool,
+    console: Console | None = None,
 ) -> RunPlan:
     """Check a run as a whole; creates nothing but generated shards.
 
     Args:
         cfg: The run.
         data: Prepared folder, or ``None`` (see :func:`ensure_shards`).
-        out: Run folder; ``runs/<name>`` by default.
+        out: Run folder; ``<cluster.storage or runs>/<name>`` by default. A path or a URI, as ``data``.
         resume: Continue what is in ``out``; it may be empty or absent.
         console: For a line when data are generated.
 
@@ -91,15 +98,15 @@ def plan_run(
             configuration; the objective cannot be supplied.
         DataError: The shards cannot be used.
     """
-    out = (out or Path("runs") / cfg.name).absolute()
+    out = place(out or place(cfg.cluster.storage or "runs") / cfg.name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder to write the run to")
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    if out.names() and not resume:
         raise ConfigError(
             f"run '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
         )
-    if resume and (out / "config.yaml").is_file():
-        check_same(cfg, config_mod.build(config_mod.read_yaml(out / "config.yaml")), out)
+    if resume and (out / "config.yaml").exists():
+        check_same(cfg, stored_config(out), out)
     shards = ensure_shards(cfg, data, console=console)
     manifest = Manifest.load(shards)
     for split in (cfg.data.train_split, cfg.data.val_split):
@@ -111,7 +118,25 @@ def plan_run(
     return RunPlan(replace(cfg, data=replace(cfg.data, shards=str(shards))), shards, out, resume)
 
 
-def check_same(new: Config, old: Config, out: Path) -> None:
+def stored_config(out: Place) -> Config:
+    """The configuration that a run was started with.
+
+    Raises:
+        ConfigError: It cannot be used.
+        StorageError: It cannot be read.
+    """
+    file = out / "config.yaml"
+    try:
+        tree = yaml.safe_load(file.read())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from None
+    try:
+        return config_mod.build(tree or {})
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def check_same(new: Config, old: Config, out: Path | Place) -> None:
     """Refuse to continue a run with a configuration that would change what it computes.
 
     Raises:

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ugrl.errors import ConfigError
 
@@ -24,12 +23,13 @@ EXPERIMENT = "ugrl"
 METRICS_A_CALL = 500
 PARAMS_A_CALL = 100
 LONGEST_PARAM = 500
-# A server that does not answer is asked again later, by the thread that sends: no need to wait for long. And a run tells
-# nobody but its user how it goes.
+# A server that does not answer is asked again later, by the thread that sends: no need to wait for long. And a run
+# tells nobody but its user how it goes.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -73,8 +73,7 @@ def public(where: str) -> str:
     >>> public("https://me:secret@mlflow.example.org/x")
     'https://mlflow.example.org/x'
     """
-    user = urlsplit(where).netloc.rpartition("@")[0] if "://" in where else ""
-    return where.replace(f"{user}@", "", 1) if user else where
+    return re.sub(r"://[^/@\s]+@", "://", where)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -148,7 +147,7 @@ class MlflowSink:
             return
         for key, value in DEFAULTS.items():
             os.environ.setdefault(key, value)
-        for logger in ("mlflow", "alembic"):
+        for logger in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(logger).setLevel(logging.ERROR)
         from mlflow import MlflowClient
         from mlflow.entities import Param
