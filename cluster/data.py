@@ -22,18 +22,22 @@ import gc
 import logging
 import queue
 import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
+
+# What DataContext.custom_execution_callback_classes holds; it has no public name.
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError
 
 from ugrl.data.cache import PixelCache
@@ -42,6 +46,7 @@ from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
 from ugrl.errors import DataError, UgrlError
+from ugrl.storage import StorageError, place, retry
 from ugrl.train.loop import LoaderSpec
 from ugrl.types import Row
 
@@ -52,10 +57,23 @@ STORE_SHARE = 0.5
 # Blocks that live besides those of running tasks: some that wait for their turn, and those that Ray Data no longer
 # counts: one that is taken apart, and the next on its way.
 WAITING, TAKEN = 2, 2
+# Ray Data puts the description of every block into the store before it begins, 1 ms each; so it is given so many.
+BLOCKS_AT_ONCE = 2000
+# Streams whose readers a process of Ray's pool keeps.
+OPEN_STREAMS = 4
+# Rows that a task asks for at a time where each is a request over a network.
+REQUESTS = 8
 
-# What a carried row has besides the shards' columns.
-CARRIED = SCHEMA.append(pa.field("position", pa.int64())).append(pa.field("epoch", pa.int64()))
-CARRIED = CARRIED.append(pa.field("shard", pa.string())).append(pa.field("error", pa.string()))
+# What a carried row has besides the shards' columns: its place, and what is wrong with it.
+ERRORS: dict[str, type[UgrlError]] = {kind.__name__: kind for kind in (DataError, StorageError)}
+PLACE = [
+    pa.field("position", pa.int64()),
+    pa.field("epoch", pa.int64()),
+    pa.field("shard", pa.string()),
+    pa.field("kind", pa.string()),
+    pa.field("error", pa.string()),
+]
+CARRIED = pa.schema([*SCHEMA, *PLACE])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,7 @@ class Cut:
 
     @property
     def limit(self) -> int:
-        """Bytes that Ray Data may fill: for each task a block that is written and one that is done, and some waiting."""
+        """Bytes that Ray Data may fill: a block that is written and one that is done for each task, and some more."""
         return (2 * self.tasks + WAITING) * self.block_bytes
 
     def spans(self, total: int, first: int) -> list[tuple[int, int]]:
@@ -102,7 +120,8 @@ def cut(row_bytes: float, *, tasks: int, store_bytes: float) -> Cut:
     row_bytes = max(1.0, row_bytes)
     tasks = max(1, min(tasks, int((store_bytes / row_bytes - WAITING - TAKEN) / 2)))
     block = max(row_bytes, min(BLOCK_BYTES, store_bytes / (2 * tasks + WAITING + TAKEN)))
-    return Cut(int(block), max(1, min(BLOCK_ROWS, int(block / row_bytes))), tasks)
+    # Rows differ in size: with fewer than would fill it, few tasks need a second block for what is left over.
+    return Cut(int(block), max(1, min(BLOCK_ROWS, int(0.8 * block / row_bytes))), tasks)
 
 
 def stream_bytes(row_bytes: float, *, tasks: int, store_bytes: float) -> int:
@@ -147,9 +166,11 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1, store_bytes: float | None = 
     if total <= 0:
         return
     _quiet()
-    row_bytes = mean_row_bytes(Manifest.load(spec.shards), spec.split)
-    made = cut(row_bytes, tasks=tasks, store_bytes=store_part(spec.world) if store_bytes is None else store_bytes)
-    with Feeder(spec, _blocks(spec, made, total, local)) as feeder:
+    manifest = retry(str(place(spec.shards)), lambda: Manifest.load(spec.shards), patience_s=spec.patience_s)
+    room = store_part(spec.world) if store_bytes is None else store_bytes
+    made = cut(mean_row_bytes(manifest, spec.split), tasks=tasks, store_bytes=room)
+    work = partial(fetch, spec=spec, manifest=manifest, block_bytes=made.block_bytes, stream=uuid.uuid4().hex)
+    with Feeder(spec, _blocks(work, made, total, local)) as feeder:
         for _ in range(spec.start_step, spec.total_steps):
             yield feeder.next()
 
@@ -157,7 +178,35 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1, store_bytes: float | None = 
 # --- what runs in Ray Data's tasks --------------------------------------------------------------------------------
 
 
-def fetch(batch: dict[str, Any], *, spec: LoaderSpec, block_bytes: int, stream: str) -> Iterator[pa.Table]:
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A row of a stream.
+
+    Attributes:
+        row: Without contents where something is wrong with it.
+        position: In the stream, counted from 0.
+        epoch: Decides the crop, with the seed and the row's id.
+        shard: Where it lies, for messages.
+        kind: Of what is wrong: a key of :data:`ERRORS`.
+        error: What is wrong.
+    """
+
+    row: Row
+    position: int
+    epoch: int
+    shard: str
+    kind: str | None = None
+    error: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the row's files."""
+        return len(self.row.image) + len(self.row.mask or b"")
+
+
+def fetch(
+    batch: dict[str, Any], *, spec: LoaderSpec, manifest: Manifest, block_bytes: int, stream: str
+) -> Iterator[pa.Table]:
     """Bytes of the rows at some positions of a rank's stream.
 
     What is wrong with a row travels in its place, so that it is heard of at its step and not before.
@@ -165,37 +214,42 @@ def fetch(batch: dict[str, Any], *, spec: LoaderSpec, block_bytes: int, stream: 
     Args:
         batch: ``start`` and ``stop`` (1,): a span of the stream's rows, counted from its first.
         spec: Whose stream.
+        manifest: Of its shards.
         block_bytes: See :class:`Cut`.
         stream: Names the stream.
 
     Yields:
         Blocks of :data:`CARRIED`; usually one.
     """
-    made, size = Block(), 0
-    for position in range(int(batch["start"][0]), int(batch["stop"][0])):
-        try:
-            size += made.add(position, spec, _reader(stream, spec))
-        except UgrlError as error:
-            made.spoil(position, str(error))
+    rows: list[Carried] = []
+    size = 0
+    reader = _opened.get(stream) or _open(stream, manifest, spec)
+    for row in _read_ahead(range(int(batch["start"][0]), int(batch["stop"][0])), spec, reader):
+        rows.append(row)
+        size += row.bytes
+        if row.error is not None:
             break
         if size >= block_bytes:
-            yield made.table()
-            made, size = Block(), 0
-    if made.rows:
-        yield made.table()
+            yield pack(rows)
+            rows, size = [], 0
+    if rows:
+        yield pack(rows)
 
 
-class Block:
-    """Rows on their way into a block."""
+def _read_ahead(positions: range, spec: LoaderSpec, reader: ShardReader) -> Iterator[Carried]:
+    """Rows in order; those of a remote storage several at a time."""
+    read = partial(_read, spec=spec, reader=reader)
+    if place(spec.shards).local is not None:
+        yield from map(read, positions)
+        return
+    with ThreadPoolExecutor(REQUESTS, "ugrl-read") as pool:
+        yield from pool.map(read, positions)
 
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.places: list[tuple[int, int, str, str | None]] = []
 
-    def add(self, position: int, spec: LoaderSpec, reader: ShardReader) -> int:
-        """Read the row at a position; returns its bytes."""
-        local = spec.global_batch // spec.world
-        step, slot = spec.start_step + position // local, position % local
+def _read(position: int, *, spec: LoaderSpec, reader: ShardReader) -> Carried:
+    local = spec.global_batch // spec.world
+    step, slot = spec.start_step + position // local, position % local
+    try:
         epoch, indices = batch_rows(
             step,
             seed=spec.seed,
@@ -207,46 +261,52 @@ class Block:
         )
         index = int(indices[slot])
         row = reader[index]
-        row = row if wants_masks(step, spec.masks_every) else replace(row, mask=None)
-        self.rows.append(row)
-        self.places.append((position, epoch, reader.shard_of(index), None))
-        return len(row.image) + len(row.mask or b"")
-
-    def spoil(self, position: int, error: str) -> None:
-        """Put an error where a row should be."""
-        self.rows.append(Row("", b"", 0, 0, ()))
-        self.places.append((position, 0, "", error))
-
-    def table(self) -> pa.Table:
-        """The rows so far."""
-        columns = [*to_table(self.rows).columns, *map(list, zip(*self.places, strict=True))]
-        return pa.Table.from_arrays(
-            [
-                pa.chunked_array([c], f.type) if isinstance(c, list) else c
-                for c, f in zip(columns, CARRIED, strict=True)
-            ],
-            schema=CARRIED,
-        )
+    except (DataError, StorageError) as error:
+        return Carried(Row("", b"", 0, 0, ()), position, 0, "", type(error).__name__, str(error))
+    row = row if wants_masks(step, spec.masks_every) else replace(row, mask=None)
+    return Carried(row, position, epoch, reader.shard_of(index))
 
 
-@lru_cache(maxsize=4)
-def _opened(stream: str, shards: Any, split: str) -> ShardReader:
-    return ShardReader(shards, split)
+_opened: dict[str, ShardReader] = {}
 
 
-def _reader(stream: str, spec: LoaderSpec) -> ShardReader:
-    """One reader per process and stream: tasks that follow find the manifest parsed, another run's shards are new."""
-    return _opened(stream, spec.shards, spec.split)
+def _open(stream: str, manifest: Manifest, spec: LoaderSpec) -> ShardReader:
+    """One reader per process and stream: later tasks find shards open, and a new run looks anew."""
+    while len(_opened) >= OPEN_STREAMS:
+        del _opened[next(iter(_opened))]
+    _opened[stream] = ShardReader(
+        manifest, spec.split, cache_dir=spec.cache_dir, cache_disk_mb=spec.cache_disk_mb, patience_s=spec.patience_s
+    )
+    return _opened[stream]
+
+
+def pack(rows: list[Carried]) -> pa.Table:
+    """Rows as a block of :data:`CARRIED`."""
+    columns = list(to_table([r.row for r in rows]).columns)
+    columns += [pa.chunked_array([[getattr(r, f.name) for r in rows]], f.type) for f in PLACE]
+    return pa.Table.from_arrays(columns, schema=CARRIED)
+
+
+def unpack(table: pa.Table) -> list[Carried]:
+    """The rows of a block, or of a part of it."""
+    places = zip(*(table.column(f.name).to_pylist() for f in PLACE), strict=True)
+    return [Carried(row, *place) for row, place in zip(from_table(table), places, strict=True)]
 
 
 # --- what runs in the consumer --------------------------------------------------------------------------------------
 
 
-def _blocks(spec: LoaderSpec, made: Cut, total: int, local: int) -> Iterator[pa.Table]:
+def _blocks(work: Callable[..., Iterator[pa.Table]], made: Cut, total: int, local: int) -> Iterator[pa.Table]:
     """The stream's blocks, in order."""
-    spans = [{"start": a, "stop": b} for a, b in made.spans(total, local)]
-    work = partial(fetch, spec=spec, block_bytes=made.block_bytes, stream=uuid.uuid4().hex)
-    stream = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
+    spans = made.spans(total, local)
+    for first in range(0, len(spans), BLOCKS_AT_ONCE):
+        yield from _execute(work, spans[first : first + BLOCKS_AT_ONCE], made)
+
+
+def _execute(work: Callable[..., Iterator[pa.Table]], spans: list[tuple[int, int]], made: Cut) -> Iterator[pa.Table]:
+    """Blocks of some spans, made by Ray Data."""
+    items = [{"start": start, "stop": stop} for start, stop in spans]
+    stream = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         work,
         batch_size=None,
         batch_format="numpy",
@@ -261,9 +321,29 @@ def _blocks(spec: LoaderSpec, made: Cut, total: int, local: int) -> Iterator[pa.
     context.target_max_block_size = made.block_bytes
     # A validation longer than the timeout leaves the stream waiting for its consumer: no failure.
     context.execution_no_progress_timeout_s = -1
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pace]
     for bundle in stream.iter_internal_ref_bundles():
         for ref in bundle.block_refs:
             yield ray.get(ref)
+
+
+class Pace(ExecutionCallback):
+    """Lets Ray Data's scheduling thread rest.
+
+    While the stream is as far ahead as it may be and no task runs, that thread asks again and again whether anything
+    has changed: most of a core, taken from the training that everybody waits for.
+    """
+
+    PAUSE_S = 0.01
+
+    def __init__(self) -> None:
+        self.ended = 0.0
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called after each look at the tasks."""
+        if time.perf_counter() - self.ended < self.PAUSE_S:  # one that waited for a task took longer
+            time.sleep(self.PAUSE_S)
+        self.ended = time.perf_counter()
 
 
 class Feeder:
@@ -350,23 +430,12 @@ class Feeder:
 
     def _fill(self, draft: Draft, k: int, carried: Carried) -> None:
         if carried.error is not None:
-            raise DataError(carried.error)
+            raise ERRORS[carried.kind or ""](carried.error)
         row = carried.row
         try:
             self.maker.fill(draft, k, row, carried.epoch, self.maker.kept(row.id))
         except DataError as error:
             raise DataError(f"{carried.shard}: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """A row of a stream, its place there, and what is wrong with it."""
-
-    row: Row
-    position: int
-    epoch: int
-    shard: str
-    error: str | None
 
 
 def steps(blocks: Iterable[pa.Table], local: int) -> Iterator[list[Carried]]:
@@ -382,7 +451,7 @@ def steps(blocks: Iterable[pa.Table], local: int) -> Iterator[list[Carried]]:
     for block in blocks:
         start = 0
         while start < block.num_rows:
-            for carried in _rows(block.slice(start, local - len(rows))):
+            for carried in unpack(block.slice(start, local - len(rows))):
                 if carried.position != expected:
                     raise DataError(f"Ray Data delivered row {carried.position} of a stream; expected row {expected}")
                 rows.append(carried)
@@ -390,12 +459,6 @@ def steps(blocks: Iterable[pa.Table], local: int) -> Iterator[list[Carried]]:
             if len(rows) == local or rows[-1].error is not None:
                 yield rows
                 rows = []
-
-
-def _rows(table: pa.Table) -> Iterator[Carried]:
-    places = zip(*(table.column(n).to_pylist() for n in CARRIED.names[len(SCHEMA) :]), strict=True)
-    for row, place in zip(from_table(table), places, strict=True):
-        yield Carried(row, *place)
 
 
 def _ours(error: BaseException) -> BaseException:

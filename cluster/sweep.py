@@ -30,9 +30,11 @@ def sweep_placement_groups() -> list[str]:
     """
     from ray.util.state import list_jobs, list_placement_groups
 
+    # Without its address, the state asked for may be that of another cluster on this machine.
+    asked = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000}
     try:
-        ended = {job.job_id for job in list_jobs(limit=10_000) if job.status in ("SUCCEEDED", "FAILED", "STOPPED")}
-        groups = list_placement_groups(limit=10_000, detail=True)
+        ended = {job.job_id for job in list_jobs(**asked) if job.status in ("SUCCEEDED", "FAILED", "STOPPED")}
+        groups = list_placement_groups(**asked, detail=True)
     except Exception:  # a cluster without a dashboard has no state to ask for
         return []
     swept = []

@@ -350,7 +350,16 @@ def test_the_working_directory_of_a_job_is_the_code_alone(tmp_path: Path) -> Non
 
     repo, made = tmp_path / "repo", tmp_path / "made.zip"
     kept = ["ugrl/data/make.py", "ugrl/configs/voc.yaml", "cluster/deploy/Dockerfile", "tuning/voc.yaml", "README.md"]
-    big = [".git/x", ".venv/lib/x", "data/shapes/x", "runs/a/x", "shards/x", "masks/x", "bench/out/x", "ugrl.egg-info/x"]
+    big = [
+        ".git/x",
+        ".venv/lib/x",
+        "data/shapes/x",
+        "runs/a/x",
+        "shards/x",
+        "masks/x",
+        "bench/out/x",
+        "ugrl.egg-info/x",
+    ]
     for name in (*kept, *big, "ugrl/__pycache__/x"):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         (repo / name).write_text("x")

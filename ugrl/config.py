@@ -164,6 +164,7 @@ class TrainConfig:
     cls_warmup_iters: int = _num(2000, ge=0)
     grad_clip: float = _num(0.0, ge=0)
     amp: Literal["auto", "off"] = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     stochastic: bool = True
     micro_batch: int = _num(0, ge=0)

@@ -143,7 +143,7 @@ class Trainer:
         console: For progress and tables.
         quiet: No progress.
         device: ``"cuda"`` where there is one, by default.
-        dtype: Of weights and images; float64 for tests of equality.
+        dtype: Of weights and images, instead of ``train.dtype``.
 
     Raises:
         UgrlError: The shards, the configuration or the checkpoint cannot be used together.
@@ -161,14 +161,14 @@ class Trainer:
         console: Console | None = None,
         quiet: bool = False,
         device: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.cfg, self.shards = cfg, place(shards)
         self.hooks = hooks or Hooks()
         self.loader = loader or local_loader
         self.console = console or Console(stderr=True)
         self.quiet = quiet or not is_main()
-        self.dtype = dtype
+        self.dtype = dtype or getattr(torch, cfg.train.dtype)
         if cfg.train.cpu_threads > 0:
             torch.set_num_threads(cfg.train.cpu_threads)
         self.device = torch.device(device or _default_device())
@@ -199,8 +199,8 @@ class Trainer:
         )
         steps_per_epoch(self.train_ids, cfg.train.global_batch)  # refuses a split smaller than a batch
 
-        self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, dtype)
-        self.prototypes = build_prototypes(cfg, num, self.net.dim).to(self.device, dtype)
+        self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, self.dtype)
+        self.prototypes = build_prototypes(cfg, num, self.net.dim).to(self.device, self.dtype)
         groups = self.net.parameter_groups(
             cfg.train.lr, cfg.train.head_lr_ratio, cfg.train.weight_decay, cfg.train.norm_lr_mult
         )

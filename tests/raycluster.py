@@ -1,0 +1,110 @@
+"""Several raylets on this machine, for tests that kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TINY = {
+    "data.crop": 32,
+    "data.shapes.train": 32,
+    "data.shapes.val": 7,
+    "data.shapes.size": 32,
+    "data.threads": 1,
+    "train.steps": 20,
+    "train.global_batch": 6,
+    "train.lr_warmup_iters": 2,
+    "train.cls_warmup_iters": 6,
+    "train.eval_every": 20,
+    "train.checkpoint_every": 4,
+    "train.picture_every": 1000,
+    "train.log_every": 1,
+    "train.record_ids": True,
+    "train.dtype": "float64",
+    "cluster.cpus_per_worker": 1,
+    "cluster.data_cpus": 0,
+    "cluster.start_timeout_s": 20,
+    "method.uncertainty.d_cls": 64,
+    "method.contrast.d_seg": 32,
+}
+
+
+@contextmanager
+def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
+    """A head without CPUs and ``count`` nodes; yields Ray's ``Cluster`` with the nodes as ``nodes``."""
+    pytest.importorskip("ray")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from cluster.launch import start_ray, stop_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        # A node that is gone is to be noticed within seconds.
+        patch.setenv("RAY_health_check_period_ms", "1000")
+        patch.setenv("RAY_health_check_failure_threshold", "3")
+        memory = {"object_store_memory": 100 * 2**20}
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+        made.nodes = [made.add_node(num_cpus=cpus, **memory) for _ in range(count)]
+        made.wait_for_nodes()
+        try:
+            start_ray(made.address)
+            yield made
+        finally:
+            stop_ray()
+            ray.shutdown()
+            made.shutdown()
+
+
+def raylet_pid(node: Any) -> int:
+    """The process of a node's raylet."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def kill_raylet(node: Any) -> None:
+    """As if a machine had lost power: the raylet and all its workers at once."""
+    raylet = psutil.Process(raylet_pid(node))
+    for process in [raylet, *raylet.children(recursive=True)]:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def training_workers(root: int | None = None) -> list[int]:
+    """Processes of Ray Train's workers that descend from this test (or from ``root``)."""
+    found = []
+    for process in psutil.Process(root or os.getpid()).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    """Records of ``metrics.jsonl``."""
+    return [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path, key: str = "total") -> dict[int, float]:
+    """A value by step."""
+    return {int(r["step"]): r[key] for r in lines(out) if key in r}
+
+
+def wait_for(condition: Any, timeout_s: float = 120.0) -> None:
+    """Poll until something is true."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "did not happen in time"
+        time.sleep(0.05)

@@ -1,0 +1,245 @@
+"""Nodes, workers and drivers that die in the middle of a run: it ends with the numbers of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.raycluster import TINY, curve, kill_raylet, lines, raylets, training_workers, wait_for
+from ugrl import config as configs
+from ugrl.train import checkpoint
+from ugrl.train.loop import Trainer
+from ugrl.train.run import ensure_shards
+
+pytest.importorskip("ray")
+
+# float64: only the order of sums differs between numbers of workers.
+CLOSE = 1e-7
+
+
+@pytest.fixture(scope="module")
+def cfg() -> configs.Config:
+    return configs.load("shapes", TINY)
+
+
+@pytest.fixture(scope="module")
+def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UGRL_DATA", str(tmp_path_factory.mktemp("data")))
+        return Path(ensure_shards(cfg, None))
+
+
+@pytest.fixture(scope="module")
+def alone(cfg: configs.Config, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run, in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    Trainer(cfg, shards=shards, out=out, quiet=True, device="cpu").fit()
+    return out
+
+
+def check_same(out: Path, alone: Path) -> None:
+    for key in ("total", "seg", "ucl", "aux"):
+        a, b = curve(out, key), curve(alone, key)
+        assert a.keys() == b.keys() and b
+        for step in b:
+            assert a[step] == pytest.approx(b[step], rel=CLOSE, abs=1e-9), (key, step)
+    for name in ("val/seg_miou", "val/cam_miou", "val/tag_map"):
+        assert [r[name] for r in lines(out) if name in r] == pytest.approx(
+            [r[name] for r in lines(alone) if name in r], abs=1e-6
+        )
+    assert checkpoint.read_state(checkpoint.find(out)).step == 20
+
+
+def when_saved(out: Path, step: int, action) -> threading.Thread:
+    """Do something once a checkpoint of ``step`` is whole."""
+
+    def body() -> None:
+        wait_for(lambda: (found := checkpoint.latest(out)) is not None and checkpoint.step_of(found.name) >= step, 300)
+        action()
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_and_then_a_whole_node_are_killed(
+    cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Three nodes of one worker each. A worker dies and is replaced; then a raylet dies with all that ran on it, and
+    the run goes on with the two that are left and the same global batch."""
+    from cluster.launch import launch
+
+    out, said, killed = tmp_path / "run", [], []
+    elastic = replace(cfg, cluster=replace(cfg.cluster, min_workers=1, start_timeout_s=15))
+
+    with raylets(3) as made:
+
+        def kill_worker() -> None:
+            pid = training_workers()[-1]
+            os.kill(pid, signal.SIGKILL)
+            killed.append("worker")
+
+        def kill_node() -> None:
+            kill_raylet(made.nodes[-1])
+            killed.append("node")
+
+        threads = [when_saved(out, 4, kill_worker), when_saved(out, 12, kill_node)]
+        metrics = launch(elastic, shards=shards, out=out, workers=3, say=said.append)
+        for thread in threads:
+            thread.join(10)
+    assert killed == ["worker", "node"]
+    assert metrics["step"] == 20
+    assert any("going on with 2 workers" in text for text in said)
+    check_same(out, alone)
+
+
+def command(shards: Path, out: Path, *more: str) -> list[str]:
+    words = [
+        f"{k}={json.dumps(v)}" for k, v in {**TINY, "cluster.data_cpus": 1, "cluster.cpus_per_worker": 0.4}.items()
+    ]
+    return [sys.executable, "-m", "cluster.cli", "--config", "shapes", "--workers", "2", "--data", str(shards)] + [
+        *("--out", str(out), "--resume", *more, *words, "train.checkpoint_every=1")
+    ]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
+    cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def saved(step: int) -> bool:
+        found = checkpoint.latest(out)
+        return found is not None and checkpoint.step_of(found.name) >= step
+
+    driver = start(command(shards, out))
+    try:
+        wait_for(lambda: saved(2) or driver.poll() is not None, 300)
+        assert driver.poll() is None, driver.stderr and driver.stderr.read()
+        driver.send_signal(signal.SIGTERM)
+        _, err = driver.communicate(timeout=180)
+    finally:
+        driver.kill()
+    assert driver.returncode == 143, err
+    assert "stopping after a checkpoint" in err and "interrupted; continue with: ugrl-train --config shapes" in err
+    left = checkpoint.read_state(checkpoint.find(out)).step
+    assert 2 <= left < 20
+    assert len(curve(out)) == left  # nothing was lost
+    assert not (out / "owner.json").exists()
+
+    driver = start(command(shards, out))
+    try:
+        wait_for(lambda: saved(left + 3) or driver.poll() is not None, 300)
+        assert driver.poll() is None, driver.stderr and driver.stderr.read()
+        second = subprocess.run(command(shards, out), capture_output=True, text=True)
+        assert second.returncode == 2 and "another driver is running it" in second.stderr
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert (out / "owner.json").exists()  # it had no time to take it away
+    assert checkpoint.read_state(checkpoint.find(out)).step < 20
+
+    driver = start(command(shards, out))
+    _, err = driver.communicate(timeout=400)
+    assert driver.returncode == 0, err
+    check_same(out, alone)
+
+
+def test_without_room_for_all_workers_a_run_says_so_and_ends(cfg: configs.Config, shards: Path, tmp_path: Path) -> None:
+    from cluster.launch import launch
+    from ugrl.errors import UgrlError
+
+    out = tmp_path / "run"
+    fixed = replace(cfg, cluster=replace(cfg.cluster, start_timeout_s=8))
+    with raylets(2) as made:
+        killer = when_saved(out, 4, lambda: kill_raylet(made.nodes[-1]))
+        with pytest.raises(
+            UgrlError, match=r"2 workers could not be started in 8 s; the cluster has 1 CPUs now; .*--res"
+        ):
+            launch(fixed, shards=shards, out=out, workers=2)
+        killer.join(10)
+    assert 4 <= checkpoint.read_state(checkpoint.find(out)).step < 20
+
+
+@pytest.mark.full
+def test_many_kills_at_random_moments(cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path) -> None:
+    from cluster.launch import launch
+
+    out, dice = tmp_path / "run", random.Random(0)
+    patient = replace(cfg, cluster=replace(cfg.cluster, max_failures=20), train=replace(cfg.train, checkpoint_every=1))
+    kills: list[int] = []
+    done = threading.Event()
+
+    def killer() -> None:
+        while not done.wait(dice.uniform(5, 40)) and len(kills) < 5:
+            workers = training_workers()
+            if workers:
+                kills.append(dice.choice(workers))
+                os.kill(kills[-1], signal.SIGKILL)
+
+    with raylets(3):
+        thread = threading.Thread(target=killer, daemon=True)
+        thread.start()
+        launch(patient, shards=shards, out=out, workers=2)
+        done.set()
+        thread.join(60)
+    assert kills
+    check_same(out, alone)
+
+
+@pytest.mark.full
+def test_a_node_that_comes_back_is_used_again(cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path) -> None:
+    import cluster.launch as launching
+
+    out, said = tmp_path / "run", []
+    slow = replace(
+        cfg,
+        cluster=replace(cfg.cluster, min_workers=1, start_timeout_s=15),
+        train=replace(cfg.train, checkpoint_every=1),
+    )
+    with raylets(2) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "GROW_EVERY_S", 0.5)
+        patch.setattr(launching, "GROW_LOOKS", 1)
+
+        def change() -> None:
+            kill_raylet(made.nodes[-1])
+            wait_for(lambda: any("going on with 1 workers" in text for text in said), 200)
+            made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+        changer = when_saved(out, 2, change)
+        launching.launch(slow, shards=shards, out=out, workers=2, say=said.append)
+        changer.join(60)
+    assert any("there is room again: going on with 2 workers" in text for text in said)
+    check_same(out, alone)
+
+
+def test_a_lease_goes_stale(tmp_path: Path) -> None:
+    from cluster import sweep
+    from ugrl.errors import ConfigError
+    from ugrl.storage import place
+
+    lease = tmp_path / "owner.json"
+    other = {"id": "x", "host": "elsewhere", "pid": 1, "time": time.time()}
+    lease.write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="another driver is running it .process 1 on elsewhere"):
+        with sweep.owned(place(tmp_path)):
+            pass
+    lease.write_text(json.dumps({**other, "time": time.time() - 2 * sweep.STALE_S}))
+    with sweep.owned(place(tmp_path)):
+        assert json.loads(lease.read_text())["pid"] == os.getpid()
+    assert not lease.exists()
