@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ugrl import config as configs
 from ugrl.cli import enter
+from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.storage import place
 from ugrl.train.interrupt import StopRequest
@@ -150,7 +151,7 @@ def load_config(args: argparse.Namespace) -> configs.Config:
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
     from cluster.launch import launch, start_ray, stop_ray
     from cluster.line import Line
-    from cluster.preflight import check_fits, wait_until_free
+    from cluster.preflight import check_fits, check_store, wait_until_free
     from cluster.sweep import check_visible, owned, sweep_placement_groups
     from cluster.watch import watch
 
@@ -168,6 +169,7 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
         for group in sweep_placement_groups():
             say(f"placement group {group[:12]} of a job that has ended: given back")
         wait_until_free(plan.cfg, first, patience_s=BUSY_PATIENCE_S, say=say)
+        check_store(plan.cfg, Manifest.load(plan.shards), first, have)
         check_visible(plan.out, plan.shards)
         say(f"Ray: {have}; starting {first} workers takes about 20 s")
         line = Line.open()

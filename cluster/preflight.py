@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from ugrl.config import Config
+from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
 EPS = 1e-6
@@ -170,6 +171,27 @@ def data_tasks(cfg: Config, workers: int, have: Capacity, *, groups: int = 1) ->
         return cfg.cluster.data_tasks
     free = have.cpus - groups * workers * cfg.cluster.cpus_per_worker
     return max(1, min(4, int(free / (groups * workers))))
+
+
+def check_store(cfg: Config, shards: Manifest, workers: int, have: Capacity, *, groups: int = 1) -> None:
+    """Refuse an object store that is too small for the streams of a run's workers, with the numbers.
+
+    Raises:
+        ConfigError: Even the smallest stream, of a few rows, does not fit.
+    """
+    from cluster.data import mean_row_bytes, store_part, stream_bytes
+
+    room = store_part(groups * workers)
+    if room <= 0:
+        return
+    row = mean_row_bytes(shards, cfg.data.train_split)
+    need = stream_bytes(row, tasks=data_tasks(cfg, workers, have, groups=groups), store_bytes=room)
+    if need > room + 1:
+        raise ConfigError(
+            f"{groups * workers} streams × {need / 1e6:.1f} MB of the object store (rows of {row / 1e6:.2f} MB); a "
+            f"stream's share of the smallest store is {room / 1e6:.1f} MB: start Ray with a larger --object-store-memory, "
+            "or take fewer workers"
+        )
 
 
 def wait_until_free(

@@ -23,8 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster import cli
-from cluster.launch import Capacity, check_fits
-from ugrl import config as configs
+from cluster.preflight import Capacity, check_fits
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"
@@ -290,12 +289,24 @@ def test_the_run_of_the_rayjob_is_valid_and_fits_its_cluster(job: dict[str, Any]
     program, *words = shlex.split(job["spec"]["entrypoint"])
     assert program == "ugrl-train"
     args = cli.build_parser().parse_intermixed_args(words)
-    assert args.resume and args.address == "auto" and Path(args.out).is_absolute() and Path(args.data).is_absolute()
-    cfg = configs.load(args.config, configs.parse_overrides(args.overrides))
+    assert args.resume and Path(args.out).is_absolute() and Path(args.data).is_absolute()
+    cfg = cli.load_config(args)
+    assert cfg.cluster.address == "auto"
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     nodes, cpus, gpus = group["replicas"], float(limits["cpu"]), float(limits["nvidia.com/gpu"])
-    check_fits(cfg, args.workers, Capacity(nodes * cpus, nodes * gpus, cpus))
+    assert check_fits(cfg, cfg.cluster.workers, Capacity(nodes * cpus, nodes * gpus, cpus)) == nodes * gpus
+
+
+def test_the_run_that_the_slurm_script_shows_is_valid_and_fits_its_nodes() -> None:
+    shown = re.search(r"^#   sbatch (.*?)\n#\n", (DEPLOY / "slurm" / "train.sbatch").read_text(), re.MULTILINE | re.DOTALL)
+    words = shlex.split(shown.group(1).replace("\\\n#", " "))  # type: ignore[union-attr]
+    at = next(i for i, word in enumerate(words) if word.endswith("train.sbatch"))
+    assert (ROOT / words[at]).is_file() and words[at + 1] == "ugrl-train"
+    asked = {k: int(v) for k, v in (w.removeprefix("--").split("=") for w in words[:at])}
+    cfg = cli.load_config(cli.build_parser().parse_intermixed_args(words[at + 2 :]))
+    nodes, cpus, gpus = (asked[k] for k in ("nodes", "cpus-per-task", "gpus-per-node"))
+    assert check_fits(cfg, cfg.cluster.workers, Capacity(nodes * cpus, nodes * gpus, cpus)) == nodes * gpus
 
 
 @pytest.mark.parametrize(("group", "title"), [("head", "ugrl-train"), ("worker", "ray::RayTrainWorker")])

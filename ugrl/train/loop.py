@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.data.augment import Augment
 from ugrl.data.make import Loaded, OnDevice
@@ -277,18 +278,31 @@ class Trainer:
         """
         self.folder.open(self.done)
         barrier()  # nobody adds to a log that rank 0 still cuts
-        board = Board(self.folder.main / "tb" if self.folder.main is not None else None)
+        main = self.folder.main
+        board = Board(
+            main / "tb" if main is not None else None,
+            mlflow=self.cfg.train.mlflow,
+            name=self.cfg.name if self.folder.home is None else self.folder.home.name,
+            params=config_mod.to_dict(self.cfg),
+            step=self.done,
+            say=self.say,
+        )
+        status = "FAILED"
         batches = self.loader(self._spec())
         try:
             bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet)
             with bar as progress, StopRequest() as stop:
                 self._loop(batches, board, progress, stop)
             self._tell_saved(wait=True)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             close = getattr(batches, "close", None)
             if close:
                 close()
-            board.close()
+            board.close(status)
             self.folder.close()
         barrier()
         return dict(self.metrics)

@@ -23,6 +23,7 @@ from ugrl.errors import ConfigError, DataError
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.objective import resolve_objective
+from ugrl.train.tracking import check_mlflow
 
 # May differ between a run and its resumption: nothing in them changes what is computed.
 FREE: tuple[str, ...] = ("name", "data.shards", "data.threads", "data.prefetch", "data.cache_dir", "data.cache_disk_mb")
@@ -112,6 +113,8 @@ def plan_run(
     for split in (cfg.data.train_split, cfg.data.val_split):
         manifest.split(split)
     resolve_objective(cfg, manifest, cfg.data.val_split)
+    if cfg.train.mlflow is not None:
+        check_mlflow(cfg.train.mlflow)
     steps_per_epoch(manifest.split(cfg.data.train_split).rows, cfg.train.global_batch)
     if len(ShardReader(shards, cfg.data.val_split)) == 0:
         raise DataError(f"{shards}: split '{cfg.data.val_split}' is empty; expected at least one image")
