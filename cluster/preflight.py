@@ -189,8 +189,8 @@ def check_store(cfg: Config, shards: Manifest, workers: int, have: Capacity, *, 
     if need > room + 1:
         raise ConfigError(
             f"{groups * workers} streams × {need / 1e6:.1f} MB of the object store (rows of {row / 1e6:.2f} MB); a "
-            f"stream's share of the smallest store is {room / 1e6:.1f} MB: start Ray with a larger --object-store-memory, "
-            "or take fewer workers"
+            f"stream's share of the smallest store is {room / 1e6:.1f} MB: start Ray with a larger "
+            "--object-store-memory, or take fewer workers"
         )
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +12,13 @@ import pytest
 import torch
 
 from cluster import cli
-from cluster.preflight import Capacity, check_fits, data_tasks
+from cluster.preflight import Capacity
 from ugrl import config as configs
 from ugrl.data.augment import Augment
-from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
-from ugrl.train.loop import LoaderSpec, Trainer, local_loader
+from ugrl.train.loop import LoaderSpec, local_loader
 from ugrl.train.run import ensure_shards
 
-MARK = "UGRL_TEST_MARK"
 TINY = {
     "data.crop": 32,
     "data.shapes.train": 40,
@@ -59,12 +52,11 @@ def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Capacity]:
-    """A private cluster whose processes carry a mark in their environment."""
+    """A private cluster."""
     from cluster.launch import start_ray, stop_ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv(MARK, uuid.uuid4().hex)
         yield start_ray(cpus=2)
         stop_ray()
 
@@ -103,56 +95,6 @@ def test_batches_of_ray_data_are_those_of_the_local_loader(
         assert steps == 30 - start
 
 
-def worker_pids() -> list[int]:
-    """Training workers of this module's cluster, and of no other on the machine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes()
-                ours = os.environ[MARK].encode() in (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if ours and b"RayTrainWorker" in title:
-                found.append(int(entry.name))
-    return found
-
-
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
-    cfg: configs.Config, shards: Path, cluster: Capacity, tmp_path: Path
-) -> None:
-    from cluster.launch import launch
-
-    Trainer(cfg, shards=shards, out=tmp_path / "alone", quiet=True).fit()
-    out, killed = tmp_path / "pair", []
-
-    def kill_one() -> None:
-        while checkpoint.latest(out) is None:
-            time.sleep(0.05)
-        killed.append(worker_pids()[-1])
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    metrics = launch(cfg, shards=shards, out=out, workers=2)
-
-    assert killed
-    assert len(list((out / "tb").iterdir())) == 2  # one writer for each start of rank 0
-    assert metrics["step"] == 24
-    state = checkpoint.read_state(checkpoint.find(out))
-    assert state.step == 24
-    assert configs.build(configs.read_yaml(out / "config.yaml")) == cfg
-
-    def losses(folder: str) -> dict[int, float]:
-        lines = [json.loads(s) for s in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        return {line["step"]: line["total"] for line in lines if "total" in line}
-
-    alone, pair = losses("alone"), losses("pair")
-    assert sorted(pair) == sorted(alone)
-    # Two ranks sum gradients in another order; both runs see the same crops and the same masks.
-    assert pair[24] == pytest.approx(alone[24], rel=1e-2)
-
-
 def test_what_the_workers_of_a_killed_run_hold_is_given_back(cluster: Capacity, tmp_path: Path) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table
@@ -181,30 +123,6 @@ def test_one_process_never_imports_ray(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).step == 7
     assert f"run: {tmp_path / 'run'}" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("have", "workers", "changes", "words"),
-    [
-        (Capacity(2, 0, 2), 2, {"cluster.cpus_per_worker": 1}, "2 workers × 1 CPU + 1 for reading data = 3 CPUs"),
-        (Capacity(2, 0, 2), 3, {"train.global_batch": 6}, "3 workers × 0.5 CPU + 1 for reading data = 2.5 CPUs"),
-        (Capacity(8, 0, 2), 1, {"cluster.cpus_per_worker": 4}, "the cluster has 8 CPUs"),
-        (Capacity(64, 1, 64), 2, {}, "2 workers × 1 GPU = 2 GPUs; the cluster has 64 CPUs and 1 GPUs"),
-        (Capacity(64, 0, 64), 3, {}, "train.global_batch is 4; expected a multiple of the 3 workers"),
-    ],
-)
-def test_what_the_cluster_cannot_place_is_refused_with_numbers(
-    have: Capacity, workers: int, changes: dict[str, float], words: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_fits(configs.load("shapes", TINY | changes), workers, have)
-    assert words in str(caught.value)
-
-
-def test_two_half_cpu_workers_fit_two_cores(cfg: configs.Config) -> None:
-    check_fits(cfg, 2, Capacity(2, 0, 2))
-    assert data_tasks(cfg, 2, Capacity(2, 0, 2)) == 1
-    assert data_tasks(cfg, 2, Capacity(64, 0, 64)) == 4
 
 
 @pytest.mark.parametrize(

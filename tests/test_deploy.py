@@ -299,7 +299,8 @@ def test_the_run_of_the_rayjob_is_valid_and_fits_its_cluster(job: dict[str, Any]
 
 
 def test_the_run_that_the_slurm_script_shows_is_valid_and_fits_its_nodes() -> None:
-    shown = re.search(r"^#   sbatch (.*?)\n#\n", (DEPLOY / "slurm" / "train.sbatch").read_text(), re.MULTILINE | re.DOTALL)
+    text = (DEPLOY / "slurm" / "train.sbatch").read_text()
+    shown = re.search(r"^#   sbatch (.*?)\n#\n", text, re.MULTILINE | re.DOTALL)
     words = shlex.split(shown.group(1).replace("\\\n#", " "))  # type: ignore[union-attr]
     at = next(i for i, word in enumerate(words) if word.endswith("train.sbatch"))
     assert (ROOT / words[at]).is_file() and words[at + 1] == "ugrl-train"
