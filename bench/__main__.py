@@ -3,9 +3,9 @@
     python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N]
                     [--device cpu|cuda] [--check]
 
-A NAME is a module (step, contrast, affinity, par, loader, validation, growth) or the beginning of an entry's name
-(step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it has. The exit status
-is 1 where a comparison fails (its two sides differ, or it raises), and with --check also where a gate is missed.
+A NAME is a module (step, contrast, affinity, par, loader, validation, growth, stream) or the beginning of an entry's
+name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it has. The exit
+status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also where a gate is missed.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ MODULES = {
     "loader": "bench.loader",
     "validation": "bench.validation",
     "growth": "bench.growth",
+    "stream": "bench.stream",
 }
 
 #: Seconds of each module with ``--quick``; what one leaves over, or what is not asked for, goes to the next.
 QUICK_SECONDS = {
-    "step": 165,
-    "contrast": 115,
+    "step": 150,
+    "contrast": 105,
     "affinity": 25,
     "par": 25,
-    "loader": 85,
-    "validation": 75,
-    "growth": 90,
+    "loader": 80,
+    "validation": 65,
+    "growth": 80,
+    "stream": 70,
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,9 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
             console.print(text, highlight=False, soft_wrap=True)
 
     stop: StopRequest | None = None
+    lease = ExitStack()
     try:
+        lease.enter_context(owned(plan.out))
         have = start_ray(cfg.cluster.address)
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
@@ -174,7 +177,6 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
         say(f"Ray: {have}; starting {first} workers takes about 20 s")
         line = Line.open()
         with (
-            owned(plan.out),
             watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),
             StopRequest() as stop,
         ):
@@ -188,6 +190,7 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
         return _interrupted(args, plan, console, stop.number if stop is not None else None)
     finally:
         stop_ray()
+        lease.close()
     _ended(plan, console)
     return 0
 

@@ -143,10 +143,11 @@ def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
 
     driver = start(command(shards, out))
     try:
-        wait_for(lambda: saved(left + 3) or driver.poll() is not None, 300)
-        assert driver.poll() is None, driver.stderr and driver.stderr.read()
+        wait_for(lambda: (out / "owner.json").exists() or driver.poll() is not None, 300)
         second = subprocess.run(command(shards, out), capture_output=True, text=True)
         assert second.returncode == 2 and "another driver is running it" in second.stderr
+        wait_for(lambda: saved(left + 3) or driver.poll() is not None, 300)
+        assert driver.poll() is None, driver.stderr and driver.stderr.read()
         os.kill(driver.pid, signal.SIGKILL)
         driver.communicate(timeout=60)
     finally:

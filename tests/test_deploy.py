@@ -120,6 +120,19 @@ def test_the_image_is_pinned_holds_no_secret_and_does_not_run_as_root() -> None:
     assert steps[copies[0]][1].split() == ["pyproject.toml", "cluster/deploy/constraints.txt", "./"]
 
 
+def test_the_image_installs_the_dependencies_of_the_project(context: Path) -> None:
+    """The image's own line, but for what it installs."""
+    (line,) = [words for name, words in instructions() if name == "RUN" and "requirements.txt" in words]
+    listing, install = line.split("&&")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", listing], cwd=context, env=os.environ | {"PATH": path}, check=True)
+    assert (context / "requirements.txt").read_text().splitlines() == PROJECT["dependencies"]
+    words = shlex.split(install)
+    named = [words[i + 1] for i, word in enumerate(words) if word in ("--constraint", "--requirement")]
+    assert words[:2] == ["pip", "install"] and named == ["constraints.txt", "requirements.txt"]
+    assert all((context / name).is_file() for name in named)
+
+
 def test_the_image_builds_the_whole_project_from_what_it_copies(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for package in ("ugrl", "cluster", "tuning"):

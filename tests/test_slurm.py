@@ -194,11 +194,11 @@ def test_a_training_job_is_stopped_requeued_and_ends(slurm: Slurm) -> None:
     run, words = slurm.home / "run", [f"{k}={v}" for k, v in TINY.items()]
     command = ("ugrl-train", "--config", "shapes", "--workers", "2", "--out", str(run), *words)
     data = {"UGRL_DATA": str(slurm.home / "data")}
-    job = slurm.start(*command, **data)
+    job = slurm.start(*command, left_s=7200, **data)
     slurm.until(lambda: checkpoint.latest(run) is not None, job)
     job.terminate()
     assert job.wait(PATIENCE) != 0
-    assert (slurm.home / "requeued").read_text() == "77\n"
+    assert not (slurm.home / "requeued").exists()  # hours are left: this was `scancel`, or pre-emption
     stopped = checkpoint.read_state(checkpoint.find(run)).step
     assert 0 < stopped < TINY["train.steps"], slurm.log
     assert slurm.left_behind() == []
