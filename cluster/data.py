@@ -334,7 +334,7 @@ class Pace(ExecutionCallback):
     has changed: most of a core, taken from the training that everybody waits for.
     """
 
-    PAUSE_S = 0.01
+    PAUSE_S = 0.03
 
     def __init__(self) -> None:
         self.ended = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,10 @@ def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
         patch.setenv("RAY_health_check_period_ms", "1000")
         patch.setenv("RAY_health_check_failure_threshold", "3")
         memory = {"object_store_memory": 100 * 2**20}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+        with socket.socket() as free:  # another cluster on this machine may have the usual port
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "dashboard_port": port, **memory})
         made.nodes = [made.add_node(num_cpus=cpus, **memory) for _ in range(count)]
         made.wait_for_nodes()
         try:

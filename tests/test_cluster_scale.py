@@ -81,7 +81,7 @@ def check_ids(out: Path, shards: Path, ranks: int) -> None:
     assert sorted(i for r in records if r.get("eval") == 20 for i in r["ids"]) == sorted(val) and len(val) == 7
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2, 3])
 def test_the_curve_and_the_samples_do_not_depend_on_the_number_of_workers(
     workers: int, cfg: configs.Config, shards: Path, alone: Path, cluster: object, tmp_path: Path
 ) -> None:

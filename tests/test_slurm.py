@@ -164,14 +164,16 @@ def test_what_cannot_start_is_one_line(slurm: Slurm, command: list[str], env: di
 
 
 @pytest.mark.parametrize(
-    ("nodes", "said"),
+    ("nodes", "patience", "said"),
     [
-        ("n1,silent", r"[01] of 2 nodes joined within 4 s \(.*\)\n.*not all nodes are there: see .*/ray-\*\.log"),
-        ("n1,broken", r"ray start ended before all nodes had joined: see .*/ray-\*\.log"),
+        ("n1,silent", "4", r"[01] of 2 nodes joined within 4 s \(.*\)\n.*not all nodes are there: see .*/ray-\*\.log"),
+        ("n1,broken", "900", r"ray start ended before all nodes had joined: see .*/ray-\*\.log"),
     ],
 )
-def test_a_node_that_does_not_join_ends_the_job_with_the_reason(slurm: Slurm, nodes: str, said: str) -> None:
-    assert slurm.start("true", nodes=nodes, UGRL_JOIN_S="4").wait(PATIENCE) == 1
+def test_a_node_that_does_not_join_ends_the_job_with_the_reason(
+    slurm: Slurm, nodes: str, patience: str, said: str
+) -> None:
+    assert slurm.start("true", nodes=nodes, UGRL_JOIN_S=patience).wait(PATIENCE) == 1
     assert re.search(said, slurm.log), slurm.log
     assert [p for p in slurm.left_behind() if not p.startswith(f"{slurm.home}/n1/")] == []  # but for Ray's logs
 

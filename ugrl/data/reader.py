@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice
 from ugrl.data.order import batch_rows
+from ugrl.data.pages import MappedShard, Unusual
 from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, from_table, open_shard
 from ugrl.errors import DataError
@@ -65,6 +67,7 @@ class ShardReader:
             self._cache = ShardCache(Path(cache_dir), cache_disk_mb, patience_s=patience_s)
         self._ends = list(accumulate(s.rows for s in info.shards))
         self._footers: dict[int, tuple[Any, list[int]]] = {}
+        self._mapped: dict[int, MappedShard | None] = {}
         self._lock = threading.Lock()
         self._last = threading.local()
 
@@ -91,7 +94,14 @@ class ShardReader:
         local = index - (self._ends[shard - 1] if shard else 0)
         _, ends = self._footer(shard)
         group = bisect.bisect_right(ends, local)
-        return from_table(self._group(shard, group).slice(local - (ends[group - 1] if group else 0), 1))[0]
+        first = ends[group - 1] if group else 0
+        mapped = self._mapped[shard] if shard in self._mapped else self._map(shard)
+        if mapped is not None:
+            try:
+                return mapped.row(local, group, first)
+            except Unusual:  # the library reads it, or words what is wrong with it
+                pass
+        return from_table(self._group(shard, group).slice(local - first, 1))[0]
 
     def rows(self, indices: Iterable[int]) -> list[Row]:
         """The rows at some positions, in their order."""
@@ -117,6 +127,20 @@ class ShardReader:
                     raise DataError(f"{self._paths[shard]}: {rows} rows; the manifest expects {expected}")
                 self._footers[shard] = meta, ends
             return self._footers[shard]
+
+    def _map(self, shard: int) -> MappedShard | None:
+        """The shard in memory, where it lies on a local disk for good."""
+        path = self._paths[shard]
+        with self._lock:
+            if shard not in self._mapped:
+                self._mapped[shard] = None
+                if not isinstance(path, Place):
+                    with (
+                        open_shard(path, self._footers[shard][0]) as file,
+                        suppress(OSError, pa.ArrowException, Unusual),
+                    ):
+                        self._mapped[shard] = MappedShard(path, file)
+            return self._mapped[shard]
 
     def _group(self, shard: int, group: int) -> pa.Table:
         # Each thread keeps its last row group: reading in order then reads every group once.

@@ -1,0 +1,189 @@
+"""Single rows of a shard that is mapped into memory, without reading their neighbours.
+
+Parquet libraries read whole row groups: to get one image, a group's other seven are copied as well, five times what the
+image itself costs. Shards are uncompressed and plainly encoded, so that the bytes of an image lie in the file as they
+are; where they lie follows from the lengths that stand before them. Whatever looks different is left to the library.
+
+The layout is Parquet's own: a column chunk is a sequence of pages, a page is a header (Thrift's compact protocol), the
+definition levels where values may be absent (runs and packed bits), and values as length (4 bytes, little-endian) and
+bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ugrl.types import Row
+
+SMALL = ["id", "width", "height", "tags"]
+LARGE = ("image", "mask")
+_UINT = struct.Struct("<I")
+_STOP, _INTS, _BINARY, _STRUCT = 0, (4, 5, 6), 8, 12
+_TRUE, _FALSE = 1, 2
+_PLAIN = _DATA_PAGE = 0
+# Of a row's image or mask: not looked up yet; there is none (nothing lies at 0, where a file's mark is).
+_UNKNOWN, _NONE = -1, 0
+
+
+class Unusual(ValueError):
+    """A page that this module does not read."""
+
+
+class MappedShard:
+    """The rows of one shard on a local disk, from any number of threads.
+
+    Args:
+        path: The shard.
+        file: The same, opened by the library.
+    """
+
+    def __init__(self, path: Path, file: pq.ParquetFile) -> None:
+        with pa.memory_map(str(path)) as mapped:
+            self._bytes = memoryview(mapped.read_buffer()).cast("B")  # keeps the mapping, not the file, open
+        small = file.read(SMALL, use_threads=False).combine_chunks()
+        self._small = [small.column(name).chunk(0) for name in SMALL]
+        self._meta: Any = file.metadata
+        self._columns = [_position(self._meta, name) for name in LARGE]
+        self._spans_RL2 = np.full((self._meta.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
+
+    def row(self, index: int, group: int, first: int) -> Row:
+        """A row of a row group that begins with row ``first``.
+
+        Raises:
+            Unusual: The group is not laid out as this module expects.
+        """
+        if self._spans_RL2[index, 0, 0] == _UNKNOWN:
+            self._look_up(group, first)
+        (image_start, image_end), (mask_start, mask_end) = self._spans_RL2[index].tolist()
+        id, width, height, tags = (column[index].as_py() for column in self._small)
+        mask = None if mask_start == _NONE else bytes(self._bytes[mask_start:mask_end])
+        return Row(id, bytes(self._bytes[image_start:image_end]), width, height, tuple(tags), mask)
+
+    def _look_up(self, group: int, first: int) -> None:
+        meta = self._meta.row_group(group)
+        spans_nL2 = np.empty((meta.num_rows, len(LARGE), 2), np.int64)
+        for k, (column, nullable) in enumerate(self._columns):
+            chunk = meta.column(column)
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+                raise Unusual("a compressed chunk, or one with a dictionary")
+            try:
+                spans = value_spans(self._bytes, chunk.data_page_offset, chunk.num_values, nullable=nullable)
+            except (IndexError, struct.error) as error:
+                raise Unusual(str(error)) from None
+            if len(spans) != meta.num_rows:
+                raise Unusual(f"{len(spans)} values for {meta.num_rows} rows")
+            spans_nL2[:, k] = spans
+        # Threads may do this twice; all write the same.
+        self._spans_RL2[first : first + meta.num_rows] = spans_nL2
+
+
+def _position(meta: Any, name: str) -> tuple[int, bool]:
+    """A column's place among the columns, and whether its values may be absent."""
+    for k in range(meta.num_columns):
+        column = meta.schema.column(k)
+        if column.path == name and column.max_repetition_level == 0 and column.max_definition_level <= 1:
+            return k, column.max_definition_level == 1
+    raise Unusual(f"no plain column '{name}'")
+
+
+def value_spans(data: memoryview, at: int, count: int, *, nullable: bool) -> list[tuple[int, int]]:
+    """Where the byte strings of a column chunk lie.
+
+    Args:
+        data: The file.
+        at: Where the chunk's first page begins.
+        count: Values of the chunk, with absent ones.
+        nullable: Whether values may be absent.
+
+    Returns:
+        First and one past the last byte of each value; ``(0, 0)`` for an absent one.
+
+    Raises:
+        Unusual: Another kind of page or encoding, or lengths that do not fit.
+    """
+    spans: list[tuple[int, int]] = []
+    while len(spans) < count:
+        header, at = _struct(data, at)
+        page = header.get(5)
+        if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
+            raise Unusual("not a data page of plain values")
+        if header[2] != header[3] or page[1] <= 0:
+            raise Unusual("a compressed or empty page")
+        end, present = at + header[3], [True] * page[1]
+        if end > len(data):
+            raise Unusual("a page that ends after the file")
+        if nullable:
+            size = _UINT.unpack_from(data, at)[0]
+            present = _levels(data, at + 4, at + 4 + size, page[1])
+            at += 4 + size
+        for there in present:
+            if not there:
+                spans.append((_NONE, _NONE))
+                continue
+            start = at + 4
+            at = start + _UINT.unpack_from(data, at)[0]
+            if at > end:
+                raise Unusual("a value that ends after its page")
+            spans.append((start, at))
+        if at != end:
+            raise Unusual("a page with something behind its values")
+    return spans
+
+
+def _levels(data: memoryview, at: int, end: int, count: int) -> list[bool]:
+    """Definition levels 0 and 1: runs of one level, and packed bits."""
+    out: list[bool] = []
+    while len(out) < count:
+        if at >= end:
+            raise Unusual("too few definition levels")
+        header, at = _varint(data, at)
+        if header & 1:
+            for byte in data[at : at + (header >> 1)]:
+                out += [bool(byte >> bit & 1) for bit in range(8)]
+            at += header >> 1
+        else:
+            out += [bool(data[at])] * (header >> 1)
+            at += 1
+    return out[:count]  # packed bits are filled up to eight
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
+    """A struct of Thrift's compact protocol: integers and structs by field number; where it ends."""
+    found: dict[int, Any] = {}
+    field = 0
+    while True:
+        byte, at = data[at], at + 1
+        kind = byte & 15
+        if kind == _STOP:
+            return found, at
+        if byte >> 4:
+            field += byte >> 4
+        else:
+            number, at = _varint(data, at)
+            field = number >> 1 ^ -(number & 1)
+        if kind in _INTS:
+            number, at = _varint(data, at)
+            found[field] = number >> 1 ^ -(number & 1)
+        elif kind == _STRUCT:
+            found[field], at = _struct(data, at)
+        elif kind == _BINARY:
+            size, at = _varint(data, at)
+            at += size
+        elif kind not in (_TRUE, _FALSE):
+            raise Unusual(f"a page header with a field of type {kind}")
