@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.small import TINY
+from ugrl.config import Config, load
 from ugrl.data.prepare import prepare
 from ugrl.data.shapes import ShapesSource, ShapesSpec
+from ugrl.train.loop import Trainer
+from ugrl.train.run import ensure_shards
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -23,4 +27,25 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seed=0,
         progress=False,
     )
+    return out
+
+
+@pytest.fixture(scope="session")
+def small() -> Config:
+    """The run that clusters repeat, whatever happens to them."""
+    return load("shapes", TINY)
+
+
+@pytest.fixture(scope="session")
+def small_shards(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UGRL_DATA", str(tmp_path_factory.mktemp("data")))
+        return Path(ensure_shards(small, None))
+
+
+@pytest.fixture(scope="session")
+def alone(small: Config, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, undisturbed, in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    Trainer(small, shards=small_shards, out=out, quiet=True, device="cpu").fit()
     return out

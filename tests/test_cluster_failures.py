@@ -15,36 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.raycluster import TINY, curve, kill_raylet, lines, raylets, training_workers, wait_for
+from tests.raycluster import curve, kill_raylet, lines, raylets, training_workers, wait_for
+from tests.small import TINY
 from ugrl import config as configs
 from ugrl.train import checkpoint
-from ugrl.train.loop import Trainer
-from ugrl.train.run import ensure_shards
 
 pytest.importorskip("ray")
 
 # float64: only the order of sums differs between numbers of workers.
 CLOSE = 1e-7
-
-
-@pytest.fixture(scope="module")
-def cfg() -> configs.Config:
-    return configs.load("shapes", TINY)
-
-
-@pytest.fixture(scope="module")
-def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UGRL_DATA", str(tmp_path_factory.mktemp("data")))
-        return Path(ensure_shards(cfg, None))
-
-
-@pytest.fixture(scope="module")
-def alone(cfg: configs.Config, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run, in one process."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    Trainer(cfg, shards=shards, out=out, quiet=True, device="cpu").fit()
-    return out
 
 
 def check_same(out: Path, alone: Path) -> None:
@@ -73,14 +52,14 @@ def when_saved(out: Path, step: int, action) -> threading.Thread:
 
 
 def test_a_worker_and_then_a_whole_node_are_killed(
-    cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path
+    small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
 ) -> None:
     """Three nodes of one worker each. A worker dies and is replaced; then a raylet dies with all that ran on it, and
     the run goes on with the two that are left and the same global batch."""
     from cluster.launch import launch
 
     out, said, killed = tmp_path / "run", [], []
-    elastic = replace(cfg, cluster=replace(cfg.cluster, min_workers=1, start_timeout_s=15))
+    elastic = replace(small, cluster=replace(small.cluster, min_workers=1, start_timeout_s=15))
 
     with raylets(3) as made:
 
@@ -94,7 +73,7 @@ def test_a_worker_and_then_a_whole_node_are_killed(
             killed.append("node")
 
         threads = [when_saved(out, 4, kill_worker), when_saved(out, 12, kill_node)]
-        metrics = launch(elastic, shards=shards, out=out, workers=3, say=said.append)
+        metrics = launch(elastic, shards=small_shards, out=out, workers=3, say=said.append)
         for thread in threads:
             thread.join(10)
     assert killed == ["worker", "node"]
@@ -118,7 +97,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
-    cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path
+    small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
 
@@ -126,7 +105,7 @@ def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
         found = checkpoint.latest(out)
         return found is not None and checkpoint.step_of(found.name) >= step
 
-    driver = start(command(shards, out))
+    driver = start(command(small_shards, out))
     try:
         wait_for(lambda: saved(2) or driver.poll() is not None, 300)
         assert driver.poll() is None, driver.stderr and driver.stderr.read()
@@ -141,10 +120,10 @@ def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
     assert len(curve(out)) == left  # nothing was lost
     assert not (out / "owner.json").exists()
 
-    driver = start(command(shards, out))
+    driver = start(command(small_shards, out))
     try:
         wait_for(lambda: (out / "owner.json").exists() or driver.poll() is not None, 300)
-        second = subprocess.run(command(shards, out), capture_output=True, text=True)
+        second = subprocess.run(command(small_shards, out), capture_output=True, text=True)
         assert second.returncode == 2 and "another driver is running it" in second.stderr
         wait_for(lambda: saved(left + 3) or driver.poll() is not None, 300)
         assert driver.poll() is None, driver.stderr and driver.stderr.read()
@@ -155,34 +134,38 @@ def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
     assert (out / "owner.json").exists()  # it had no time to take it away
     assert checkpoint.read_state(checkpoint.find(out)).step < 20
 
-    driver = start(command(shards, out))
+    driver = start(command(small_shards, out))
     _, err = driver.communicate(timeout=400)
     assert driver.returncode == 0, err
     check_same(out, alone)
 
 
-def test_without_room_for_all_workers_a_run_says_so_and_ends(cfg: configs.Config, shards: Path, tmp_path: Path) -> None:
+def test_without_room_for_all_workers_a_run_says_so_and_ends(
+    small: configs.Config, small_shards: Path, tmp_path: Path
+) -> None:
     from cluster.launch import launch
     from ugrl.errors import UgrlError
 
     out = tmp_path / "run"
-    fixed = replace(cfg, cluster=replace(cfg.cluster, start_timeout_s=8))
+    fixed = replace(small, cluster=replace(small.cluster, start_timeout_s=8))
     with raylets(2) as made:
         killer = when_saved(out, 4, lambda: kill_raylet(made.nodes[-1]))
         with pytest.raises(
             UgrlError, match=r"2 workers could not be started in 8 s; the cluster has 1 CPUs now; .*--res"
         ):
-            launch(fixed, shards=shards, out=out, workers=2)
+            launch(fixed, shards=small_shards, out=out, workers=2)
         killer.join(10)
     assert 4 <= checkpoint.read_state(checkpoint.find(out)).step < 20
 
 
 @pytest.mark.full
-def test_many_kills_at_random_moments(cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path) -> None:
+def test_many_kills_at_random_moments(small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path) -> None:
     from cluster.launch import launch
 
     out, dice = tmp_path / "run", random.Random(0)
-    patient = replace(cfg, cluster=replace(cfg.cluster, max_failures=20), train=replace(cfg.train, checkpoint_every=1))
+    patient = replace(
+        small, cluster=replace(small.cluster, max_failures=20), train=replace(small.train, checkpoint_every=1)
+    )
     kills: list[int] = []
     done = threading.Event()
 
@@ -196,7 +179,7 @@ def test_many_kills_at_random_moments(cfg: configs.Config, shards: Path, alone: 
     with raylets(3):
         thread = threading.Thread(target=killer, daemon=True)
         thread.start()
-        launch(patient, shards=shards, out=out, workers=2)
+        launch(patient, shards=small_shards, out=out, workers=2)
         done.set()
         thread.join(60)
     assert kills
@@ -204,14 +187,16 @@ def test_many_kills_at_random_moments(cfg: configs.Config, shards: Path, alone: 
 
 
 @pytest.mark.full
-def test_a_node_that_comes_back_is_used_again(cfg: configs.Config, shards: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_node_that_comes_back_is_used_again(
+    small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
+) -> None:
     import cluster.launch as launching
 
     out, said = tmp_path / "run", []
     slow = replace(
-        cfg,
-        cluster=replace(cfg.cluster, min_workers=1, start_timeout_s=15),
-        train=replace(cfg.train, checkpoint_every=1),
+        small,
+        cluster=replace(small.cluster, min_workers=1, start_timeout_s=15),
+        train=replace(small.train, checkpoint_every=1),
     )
     with raylets(2) as made, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "GROW_EVERY_S", 0.5)
@@ -223,7 +208,7 @@ def test_a_node_that_comes_back_is_used_again(cfg: configs.Config, shards: Path,
             made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
 
         changer = when_saved(out, 2, change)
-        launching.launch(slow, shards=shards, out=out, workers=2, say=said.append)
+        launching.launch(slow, shards=small_shards, out=out, workers=2, say=said.append)
         changer.join(60)
     assert any("there is room again: going on with 2 workers" in text for text in said)
     check_same(out, alone)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.raycluster import TINY
 from tests.s3server import Server, bucket_server
+from tests.small import TINY
 from ugrl import config as configs
 from ugrl.storage import place
 from ugrl.train import checkpoint

@@ -10,37 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.raycluster import TINY, curve, lines, raylets
+from tests.raycluster import curve, lines, raylets
 from ugrl import config as configs
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
-from ugrl.train.loop import Trainer
-from ugrl.train.run import ensure_shards
 
 # Of float64, where only the order of sums differs: measured below 1e-9 after 20 steps. In float32 a pseudo-label that
 # lies on a threshold can fall on either side of it: there the curves part by up to 3e-3.
 CLOSE = 1e-7
-
-
-@pytest.fixture(scope="module")
-def cfg() -> configs.Config:
-    return configs.load("shapes", TINY)
-
-
-@pytest.fixture(scope="module")
-def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UGRL_DATA", str(tmp_path_factory.mktemp("data")))
-        return Path(ensure_shards(cfg, None))
-
-
-@pytest.fixture(scope="module")
-def alone(cfg: configs.Config, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run of one process."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    Trainer(cfg, shards=shards, out=out, quiet=True, device="cpu").fit()
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +61,15 @@ def check_ids(out: Path, shards: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2, 3])
 def test_the_curve_and_the_samples_do_not_depend_on_the_number_of_workers(
-    workers: int, cfg: configs.Config, shards: Path, alone: Path, cluster: object, tmp_path: Path
+    workers: int, small: configs.Config, small_shards: Path, alone: Path, cluster: object, tmp_path: Path
 ) -> None:
     from cluster.launch import launch
 
-    metrics = launch(cfg, shards=shards, out=tmp_path / "run", workers=workers)
+    metrics = launch(small, shards=small_shards, out=tmp_path / "run", workers=workers)
     worst = same_curve(tmp_path / "run", alone)
     print(f"{workers} workers: largest relative difference {worst:.2e}")
     assert worst < CLOSE
-    check_ids(tmp_path / "run", shards, workers)
+    check_ids(tmp_path / "run", small_shards, workers)
     last = next(r for r in lines(alone) if "val/seg_miou" in r)
     assert metrics["step"] == 20
     for name in ("seg_miou", "cam_miou", "tag_map"):
@@ -99,19 +77,19 @@ def test_the_curve_and_the_samples_do_not_depend_on_the_number_of_workers(
 
 
 def test_four_workers_and_a_batch_of_six_are_refused_before_the_start(
-    cfg: configs.Config, shards: Path, cluster: object, tmp_path: Path
+    small: configs.Config, small_shards: Path, cluster: object, tmp_path: Path
 ) -> None:
     from cluster.launch import launch
 
     with pytest.raises(
         ConfigError, match=r"train.global_batch is 6; expected a multiple of the 4 workers \(it divides"
     ):
-        launch(cfg, shards=shards, out=tmp_path / "run", workers=4)
+        launch(small, shards=small_shards, out=tmp_path / "run", workers=4)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_two_workers_then_one_then_two_again(
-    cfg: configs.Config, shards: Path, alone: Path, cluster: object, tmp_path: Path
+    small: configs.Config, small_shards: Path, alone: Path, cluster: object, tmp_path: Path
 ) -> None:
     from cluster.launch import launch
     from cluster.line import Line
@@ -134,18 +112,18 @@ def test_two_workers_then_one_then_two_again(
         asker = threading.Thread(target=ask, daemon=True)
         asker.start()
         with pytest.raises(Interrupted) as stopped:
-            launch(slow, shards=shards, out=out, workers=workers, line=line)
+            launch(slow, shards=small_shards, out=out, workers=workers, line=line)
         asker.join()
         line.close()
         assert step <= stopped.value.step < 20
         assert checkpoint.step_of(checkpoint.latest(out).name) == stopped.value.step
 
     # More decoding threads would not change a number; fewer steps a checkpoint give the wish to stop its time.
-    slow = replace(cfg, train=replace(cfg.train, checkpoint_every=1, keep_checkpoints=1))
+    slow = replace(small, train=replace(small.train, checkpoint_every=1, keep_checkpoints=1))
     until(3, 2)
     until(9, 1)
-    launch(cfg, shards=shards, out=out, workers=2)
+    launch(small, shards=small_shards, out=out, workers=2)
     worst = same_curve(out, alone)
     print(f"2, 1, 2 workers: largest relative difference {worst:.2e}")
     assert worst < CLOSE
-    check_ids(out, shards, 2)
+    check_ids(out, small_shards, 2)
