@@ -72,10 +72,7 @@ class MappedShard:
             chunk = meta.column(column)
             if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
                 raise Unusual("a compressed chunk, or one with a dictionary")
-            try:
-                spans = value_spans(self._bytes, chunk.data_page_offset, chunk.num_values, nullable=nullable)
-            except (IndexError, struct.error) as error:
-                raise Unusual(str(error)) from None
+            spans = value_spans(self._bytes, chunk.data_page_offset, chunk.num_values, nullable=nullable)
             if len(spans) != meta.num_rows:
                 raise Unusual(f"{len(spans)} values for {meta.num_rows} rows")
             spans_nL2[:, k] = spans
@@ -107,6 +104,13 @@ def value_spans(data: memoryview, at: int, count: int, *, nullable: bool) -> lis
     Raises:
         Unusual: Another kind of page or encoding, or lengths that do not fit.
     """
+    try:
+        return _walk(data, at, count, nullable)
+    except (IndexError, KeyError, struct.error) as error:
+        raise Unusual(f"a page that makes no sense ({error})") from None
+
+
+def _walk(data: memoryview, at: int, count: int, nullable: bool) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     while len(spans) < count:
         header, at = _struct(data, at)
@@ -143,12 +147,13 @@ def _levels(data: memoryview, at: int, end: int, count: int) -> list[bool]:
         if at >= end:
             raise Unusual("too few definition levels")
         header, at = _varint(data, at)
+        length = header >> 1
         if header & 1:
-            for byte in data[at : at + (header >> 1)]:
+            for byte in data[at : min(at + length, end)]:
                 out += [bool(byte >> bit & 1) for bit in range(8)]
-            at += header >> 1
+            at += length
         else:
-            out += [bool(data[at])] * (header >> 1)
+            out += [bool(data[at])] * min(length, count)
             at += 1
     return out[:count]  # packed bits are filled up to eight
 
