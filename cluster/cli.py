@@ -19,7 +19,7 @@ from ugrl import config as configs
 from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError, UgrlError
-from ugrl.storage import place
+from ugrl.storage import is_uri, place
 from ugrl.train.interrupt import StopRequest
 from ugrl.train.run import RunPlan, plan_run, stored_config
 
@@ -225,15 +225,15 @@ def patiently(work: Callable[[], object], stop: StopRequest, line: Line, say: Ca
 
 def _ended(plan: RunPlan, console: Console) -> None:
     console.print(f"run: {plan.out}", highlight=False, soft_wrap=True)
-    words = ["ugrl", "eval", plan.out.where, "--data", plan.shards.where, "--split", plan.cfg.data.val_split]
+    words = ["ugrl", "eval", plan.out.public, "--data", plan.shards.public, "--split", plan.cfg.data.val_split]
     console.print(f"next: {shlex.join(words)}", highlight=False, soft_wrap=True)
 
 
 def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, number: int | None) -> int:
-    words = ["ugrl-train", "--config", args.config, "--out", plan.out.where, "--resume", *args.overrides]
+    words = ["ugrl-train", "--config", args.config, "--out", plan.out.public, "--resume", *args.overrides]
     for name in ("data", "cluster", "workers", "address"):
         value = getattr(args, name)
-        words += [f"--{name}", str(value)] if value else []
+        words += [f"--{name}", place(value).public if is_uri(value) else str(value)] if value else []
     console.print(f"interrupted; continue with: {shlex.join(words)}", highlight=False, soft_wrap=True)
     return 128 + (number if number == signal.SIGTERM else signal.SIGINT)
 

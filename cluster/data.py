@@ -51,7 +51,7 @@ from ugrl.train.loop import LoaderSpec
 from ugrl.types import Row
 
 # A block costs Ray about 20 ms of processor time, whatever is in it: worth it for a hundred rows and more.
-BLOCK_BYTES, BLOCK_ROWS = 16_000_000, 2048
+BLOCK_BYTES, BLOCK_ROWS = 32_000_000, 4096
 # Of a node's object store, what the streams that it may have to hold can fill together.
 STORE_SHARE = 0.5
 # Blocks that live besides those of running tasks: some that wait for their turn, and those that Ray Data no longer
@@ -334,7 +334,7 @@ class Pace(ExecutionCallback):
     has changed: most of a core, taken from the training that everybody waits for.
     """
 
-    PAUSE_S = 0.03
+    PAUSE_S = 0.05
 
     def __init__(self) -> None:
         self.ended = 0.0

@@ -166,7 +166,12 @@ def test_what_cannot_start_is_one_line(slurm: Slurm, command: list[str], env: di
 @pytest.mark.parametrize(
     ("nodes", "patience", "said"),
     [
-        ("n1,silent", "4", r"[01] of 2 nodes joined within 4 s \(.*\)\n.*not all nodes are there: see .*/ray-\*\.log"),
+        pytest.param(
+            "n1,silent",
+            "4",
+            r"[01] of 2 nodes joined within 4 s \(.*\)\n.*not all nodes are there: see .*/ray-\*\.log",
+            marks=pytest.mark.full,
+        ),
         ("n1,broken", "900", r"ray start ended before all nodes had joined: see .*/ray-\*\.log"),
     ],
 )

@@ -155,6 +155,18 @@ class Place:
 
     __repr__ = __str__
 
+    @property
+    def public(self) -> str:
+        """What may be written down to find the place again: the path, or the URI without credentials.
+
+        >>> place("s3://key:secret@bucket/runs?region=eu-west-1").public
+        's3://bucket/runs?region=eu-west-1'
+        """
+        if self.local is not None:
+            return self.where
+        u = urlsplit(self.where)
+        return urlunsplit((u.scheme, _host(u.netloc), u.path, u.query, ""))
+
     def __fspath__(self) -> str:
         """The path, for what takes nothing else.
 

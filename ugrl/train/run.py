@@ -118,7 +118,7 @@ def plan_run(
     steps_per_epoch(manifest.split(cfg.data.train_split).rows, cfg.train.global_batch)
     if len(ShardReader(shards, cfg.data.val_split)) == 0:
         raise DataError(f"{shards}: split '{cfg.data.val_split}' is empty; expected at least one image")
-    return RunPlan(replace(cfg, data=replace(cfg.data, shards=str(shards))), shards, out, resume)
+    return RunPlan(replace(cfg, data=replace(cfg.data, shards=shards.public)), shards, out, resume)
 
 
 def stored_config(out: Place) -> Config:
