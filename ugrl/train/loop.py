@@ -26,6 +26,7 @@ from ugrl.data.make import Loaded, OnDevice
 from ugrl.data.order import batch_rows, steps_per_epoch
 from ugrl.data.reader import LocalLoader, ShardReader
 from ugrl.data.shards import Manifest
+from ugrl.data.transfer import Transfer
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.evaluate import EvalResult, evaluate
@@ -45,6 +46,7 @@ from ugrl.train.optim import Optimizer
 from ugrl.train.progress import Progress
 from ugrl.train.saver import Snapshot, snapshot
 from ugrl.train.step import Step
+from ugrl.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +290,7 @@ class Trainer:
             say=self.say,
         )
         status = "FAILED"
-        batches = self.loader(self._spec())
+        batches = Transfer(self.loader(self._spec()), self.device, self.dtype)
         try:
             bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet)
             with bar as progress, StopRequest() as stop:
@@ -299,15 +301,13 @@ class Trainer:
             status = "KILLED"
             raise
         finally:
-            close = getattr(batches, "close", None)
-            if close:
-                close()
+            batches.close()
             board.close(status)
             self.folder.close()
         barrier()
         return dict(self.metrics)
 
-    def _loop(self, batches: Iterator[Loaded], board: Board, progress: Progress, stop: StopRequest) -> None:
+    def _loop(self, batches: Iterator[Batch], board: Board, progress: Progress, stop: StopRequest) -> None:
         cfg = self.cfg
         model = self._wrapped()
         amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
@@ -325,7 +325,7 @@ class Trainer:
         while self.done < cfg.train.steps:
             step = self.done
             with meter.data():
-                batch = next(batches).to(self.device, self.dtype)
+                batch = next(batches)
             self.folder.note_ids({"step": step + 1}, batch.ids)
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
