@@ -25,13 +25,17 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/ugrl-tune --space tuning/shapes.yaml --out runs/demo --resume
 
-# One OpenMP thread a process: the tests start several processes on two cores.
+# One OpenMP thread a process. Tests side by side, but for those that start clusters: these have the machine to
+# themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+	$(PYTEST) -m "not ray and not full" -n 2 --dist loadfile
+	$(PYTEST) -m "ray and not full"
 
 # The longer forms as well: more kills, larger streams.
-test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test-full: test
+	$(PYTEST) -m full
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

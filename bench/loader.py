@@ -28,8 +28,9 @@ from bench.measure import Context, Different, Entry, Skipped, compare, entry
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.images import decode_pixels, decode_rgb
+from ugrl.data.loader import LocalLoader
 from ugrl.data.make import BatchMaker, Loaded, OnDevice
-from ugrl.data.reader import LocalLoader, ShardReader
+from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
 from ugrl.types import Row
 

@@ -259,7 +259,7 @@ def bucket(ctx: Context) -> Iterator[str]:
 
 def read_rate(spec: LoaderSpec, images: int, stream: str) -> float:
     """Rows per second by the clock, as a task of Ray Data reads them."""
-    from cluster.data import fetch
+    from cluster.reading import fetch
 
     manifest = Manifest.load(spec.shards)
     start = time.perf_counter()
@@ -288,7 +288,7 @@ def remote(ctx: Context, shards: Path) -> Entry | Skipped:
         for k in range(rounds):
             ours.append(read_rate(replace(spec, shards=there), images, f"s3-{k}"))
             baseline.append(read_rate(spec, images, f"disk-{k}"))
-    from cluster.data import REQUESTS
+    from cluster.reading import REQUESTS
 
     note = f"rows of a bucket (moto on this machine, {REQUESTS} requests at a time, each of 8 rows); of the disk"
     return entry("stream/s3", ours, baseline, unit="images/s", note=note)

@@ -9,11 +9,12 @@ Reading tasks ask for no logical CPU and are limited in number instead. Ray Data
 whole numbers: one free CPU between two workers' streams is none for either, and both wait for ever.
 That CPUs are left free for them is checked before a run starts.
 
-What Ray Data adds is that shards are read by tasks on any node. A task reads the rows of one block
-of a stream, in the stream's order, so that nothing is shuffled, split or copied afterwards. Only the
-bytes of JPEGs and PNGs go through the object store; decoded crops would be many times larger. How
-much of the store a stream may fill is decided here (:func:`cut`), since Ray Data's own limits know
-neither what a worker's neighbours take nor how large a block of ours is.
+What Ray Data adds is that shards are read by tasks of their own, on the node that consumes them, which
+are repeated where they die. A task reads the rows of one block of a stream, in the stream's order, so
+that nothing is shuffled, split or copied afterwards. Only the bytes of JPEGs and PNGs go through the
+object store; decoded crops would be many times larger. How much of the store a stream may fill is
+decided here (:func:`cut`), since Ray Data's own limits know neither what a worker's neighbours take
+nor how large a block of ours is.
 """
 
 from __future__ import annotations
@@ -22,33 +23,29 @@ import gc
 import logging
 import queue
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
-
-# What DataContext.custom_execution_callback_classes holds; it has no public name.
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.pace import Pace
+from cluster.reading import ERRORS, Carried, Wanted, fetch, unpack
 from ugrl.data.cache import PixelCache
 from ugrl.data.make import BatchMaker, Draft, Loaded
-from ugrl.data.order import batch_rows
-from ugrl.data.reader import ShardReader, wants_masks
-from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
+from ugrl.data.reader import wants_masks
+from ugrl.data.shards import Manifest
 from ugrl.errors import DataError, UgrlError
-from ugrl.storage import StorageError, place, retry
+from ugrl.storage import place, retry
 from ugrl.train.loop import LoaderSpec
-from ugrl.types import Row
 
 # A block costs Ray about 20 ms of processor time, whatever is in it: worth it for a hundred rows and more.
 BLOCK_BYTES, BLOCK_ROWS = 32_000_000, 4096
@@ -59,21 +56,6 @@ STORE_SHARE = 0.5
 WAITING, TAKEN = 2, 2
 # Ray Data puts the description of every block into the store before it begins, 1 ms each; so it is given so many.
 BLOCKS_AT_ONCE = 2000
-# Streams whose readers a process of Ray's pool keeps.
-OPEN_STREAMS = 4
-# Rows that a task asks for at a time where each is a request over a network.
-REQUESTS = 8
-
-# What a carried row has besides the shards' columns: its place, and what is wrong with it.
-ERRORS: dict[str, type[UgrlError]] = {kind.__name__: kind for kind in (DataError, StorageError)}
-PLACE = [
-    pa.field("position", pa.int64()),
-    pa.field("epoch", pa.int64()),
-    pa.field("shard", pa.string()),
-    pa.field("kind", pa.string()),
-    pa.field("error", pa.string()),
-]
-CARRIED = pa.schema([*SCHEMA, *PLACE])
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,128 +151,27 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1, store_bytes: float | None = 
     manifest = retry(str(place(spec.shards)), lambda: Manifest.load(spec.shards), patience_s=spec.patience_s)
     room = store_part(spec.world) if store_bytes is None else store_bytes
     made = cut(mean_row_bytes(manifest, spec.split), tasks=tasks, store_bytes=room)
-    work = partial(fetch, spec=spec, manifest=manifest, block_bytes=made.block_bytes, stream=uuid.uuid4().hex)
+    work = partial(fetch, spec=wanted(spec), manifest=manifest, block_bytes=made.block_bytes, stream=uuid.uuid4().hex)
     with Feeder(spec, _blocks(work, made, total, local)) as feeder:
         for _ in range(spec.start_step, spec.total_steps):
             yield feeder.next()
 
 
-# --- what runs in Ray Data's tasks --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """A row of a stream.
-
-    Attributes:
-        row: Without contents where something is wrong with it.
-        position: In the stream, counted from 0.
-        epoch: Decides the crop, with the seed and the row's id.
-        shard: Where it lies, for messages.
-        kind: Of what is wrong: a key of :data:`ERRORS`.
-        error: What is wrong.
-    """
-
-    row: Row
-    position: int
-    epoch: int
-    shard: str
-    kind: str | None = None
-    error: str | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Of the row's files."""
-        return len(self.row.image) + len(self.row.mask or b"")
-
-
-def fetch(
-    batch: dict[str, Any], *, spec: LoaderSpec, manifest: Manifest, block_bytes: int, stream: str
-) -> Iterator[pa.Table]:
-    """Bytes of the rows at some positions of a rank's stream.
-
-    What is wrong with a row travels in its place, so that it is heard of at its step and not before.
-
-    Args:
-        batch: ``start`` and ``stop`` (1,): a span of the stream's rows, counted from its first.
-        spec: Whose stream.
-        manifest: Of its shards.
-        block_bytes: See :class:`Cut`.
-        stream: Names the stream.
-
-    Yields:
-        Blocks of :data:`CARRIED`; usually one.
-    """
-    rows: list[Carried] = []
-    size = 0
-    reader = _opened.get(stream) or _open(stream, manifest, spec)
-    for row in _read_ahead(range(int(batch["start"][0]), int(batch["stop"][0])), spec, reader):
-        rows.append(row)
-        size += row.bytes
-        if row.error is not None:
-            break
-        if size >= block_bytes:
-            yield pack(rows)
-            rows, size = [], 0
-    if rows:
-        yield pack(rows)
-
-
-def _read_ahead(positions: range, spec: LoaderSpec, reader: ShardReader) -> Iterator[Carried]:
-    """Rows in order; those of a remote storage several at a time."""
-    read = partial(_read, spec=spec, reader=reader)
-    if place(spec.shards).local is not None:
-        yield from map(read, positions)
-        return
-    with ThreadPoolExecutor(REQUESTS, "ugrl-read") as pool:
-        yield from pool.map(read, positions)
-
-
-def _read(position: int, *, spec: LoaderSpec, reader: ShardReader) -> Carried:
-    local = spec.global_batch // spec.world
-    step, slot = spec.start_step + position // local, position % local
-    try:
-        epoch, indices = batch_rows(
-            step,
-            seed=spec.seed,
-            manifest=reader.manifest,
-            split=spec.split,
-            global_batch=spec.global_batch,
-            rank=spec.rank,
-            world=spec.world,
-        )
-        index = int(indices[slot])
-        row = reader[index]
-    except (DataError, StorageError) as error:
-        return Carried(Row("", b"", 0, 0, ()), position, 0, "", type(error).__name__, str(error))
-    row = row if wants_masks(step, spec.masks_every) else replace(row, mask=None)
-    return Carried(row, position, epoch, reader.shard_of(index))
-
-
-_opened: dict[str, ShardReader] = {}
-
-
-def _open(stream: str, manifest: Manifest, spec: LoaderSpec) -> ShardReader:
-    """One reader per process and stream: later tasks find shards open, and a new run looks anew."""
-    while len(_opened) >= OPEN_STREAMS:
-        del _opened[next(iter(_opened))]
-    _opened[stream] = ShardReader(
-        manifest, spec.split, cache_dir=spec.cache_dir, cache_disk_mb=spec.cache_disk_mb, patience_s=spec.patience_s
+def wanted(spec: LoaderSpec) -> Wanted:
+    """What reading tasks must know of a loader."""
+    return Wanted(
+        shards=place(spec.shards),
+        split=spec.split,
+        seed=spec.seed,
+        global_batch=spec.global_batch,
+        rank=spec.rank,
+        world=spec.world,
+        start_step=spec.start_step,
+        masks_every=spec.masks_every,
+        cache_dir=spec.cache_dir,
+        cache_disk_mb=spec.cache_disk_mb,
+        patience_s=spec.patience_s,
     )
-    return _opened[stream]
-
-
-def pack(rows: list[Carried]) -> pa.Table:
-    """Rows as a block of :data:`CARRIED`."""
-    columns = list(to_table([r.row for r in rows]).columns)
-    columns += [pa.chunked_array([[getattr(r, f.name) for r in rows]], f.type) for f in PLACE]
-    return pa.Table.from_arrays(columns, schema=CARRIED)
-
-
-def unpack(table: pa.Table) -> list[Carried]:
-    """The rows of a block, or of a part of it."""
-    places = zip(*(table.column(f.name).to_pylist() for f in PLACE), strict=True)
-    return [Carried(row, *place) for row, place in zip(from_table(table), places, strict=True)]
 
 
 # --- what runs in the consumer --------------------------------------------------------------------------------------
@@ -305,12 +186,16 @@ def _blocks(work: Callable[..., Iterator[pa.Table]], made: Cut, total: int, loca
 
 def _execute(work: Callable[..., Iterator[pa.Table]], spans: list[tuple[int, int]], made: Cut) -> Iterator[pa.Table]:
     """Blocks of some spans, made by Ray Data."""
+    # Where it is consumed: the bytes cross the network once, from the storage, and one process reads a worker's blocks
+    # instead of one on each node. A node that is about to go leaves them to others.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     items = [{"start": start, "stop": stop} for start, stop in spans]
     stream = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         work,
         batch_size=None,
         batch_format="numpy",
         num_cpus=0,
+        scheduling_strategy=here,
         compute=ray.data.TaskPoolStrategy(size=made.tasks),
     )
     context, options = stream.context, stream.context.execution_options
@@ -325,25 +210,6 @@ def _execute(work: Callable[..., Iterator[pa.Table]], spans: list[tuple[int, int
     for bundle in stream.iter_internal_ref_bundles():
         for ref in bundle.block_refs:
             yield ray.get(ref)
-
-
-class Pace(ExecutionCallback):
-    """Lets Ray Data's scheduling thread rest.
-
-    While the stream is as far ahead as it may be and no task runs, that thread asks again and again whether anything
-    has changed: most of a core, taken from the training that everybody waits for.
-    """
-
-    PAUSE_S = 0.05
-
-    def __init__(self) -> None:
-        self.ended = 0.0
-
-    def on_execution_step(self, executor: object) -> None:
-        """Called after each look at the tasks."""
-        if time.perf_counter() - self.ended < self.PAUSE_S:  # one that waited for a task took longer
-            time.sleep(self.PAUSE_S)
-        self.ended = time.perf_counter()
 
 
 class Feeder:

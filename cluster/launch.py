@@ -37,6 +37,9 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # Leave CUDA_VISIBLE_DEVICES alone in processes without a GPU: Ray's coming default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # On nodes that this process starts: a reading process that rests for a second between two blocks is not ended and
+    # started anew.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 
 

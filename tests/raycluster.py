@@ -23,10 +23,12 @@ def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.launch import start_ray, stop_ray
+    from cluster.launch import ENVIRONMENT, start_ray, stop_ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
         # A node that is gone is to be noticed within seconds.
         patch.setenv("RAY_health_check_period_ms", "1000")
         patch.setenv("RAY_health_check_failure_threshold", "3")

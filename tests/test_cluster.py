@@ -19,6 +19,8 @@ from ugrl.train import checkpoint
 from ugrl.train.loop import LoaderSpec, local_loader
 from ugrl.train.run import ensure_shards
 
+pytestmark = pytest.mark.ray
+
 TINY = {
     "data.crop": 32,
     "data.shapes.train": 40,

@@ -19,6 +19,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 
 from bench.ray_use import StoreWatch, private_cluster, processes, write_noise
 from cluster import data as ray_data
+from cluster.pace import Pace
 from ugrl.data.augment import Augment
 from ugrl.data.make import Loaded
 from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
@@ -26,6 +27,8 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
 from ugrl.errors import DataError
 from ugrl.train.loop import LoaderSpec
+
+pytestmark = pytest.mark.ray
 
 STORE = 80_000_000  # about the smallest that Ray takes
 
@@ -134,13 +137,13 @@ def test_a_stream_larger_than_the_object_store_is_bounded_and_whole(noise: Path,
 
 def test_a_consumer_that_waits_holds_the_tasks_back(noise: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers' streams side by side; and Ray Data's scheduler rests meanwhile."""
-    looks, step = [], ray_data.Pace.on_execution_step
+    looks, step = [], Pace.on_execution_step
 
     def counted(self: Any, executor: object) -> None:
         step(self, executor)
         looks.append(time.perf_counter())
 
-    monkeypatch.setattr(ray_data.Pace, "on_execution_step", counted)
+    monkeypatch.setattr(Pace, "on_execution_step", counted)
     specs = [asked(noise, Manifest.load(noise).rows("train") // 8, rank=rank, world=2) for rank in range(2)]
     row_bytes = ray_data.mean_row_bytes(Manifest.load(noise), "train")
     bound = 2 * ray_data.stream_bytes(row_bytes, tasks=2, store_bytes=ray_data.store_part(2))
@@ -155,7 +158,7 @@ def test_a_consumer_that_waits_holds_the_tasks_back(noise: Path, mark: str, monk
         begin = time.perf_counter()
         time.sleep(1)
         rested = [t for t in looks if begin <= t < begin + 1]
-        assert len(rested) <= 2 * (1 / ray_data.Pace.PAUSE_S + 1)
+        assert len(rested) <= 2 * (1 / Pace.PAUSE_S + 1)
         assert 0.2 * bound < watch.pinned <= bound
         more = [[ids_of(next(stream)) for _ in range(4)] for stream in streams]
         for spec, one, some in zip(specs, first, more, strict=True):

@@ -20,6 +20,8 @@ from tests.small import TINY
 from ugrl import config as configs
 from ugrl.train import checkpoint
 
+pytestmark = pytest.mark.ray
+
 pytest.importorskip("ray")
 
 # float64: only the order of sums differs between numbers of workers.
@@ -96,37 +98,24 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
-    small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
-) -> None:
+def saved(out: Path, step: int) -> bool:
+    found = checkpoint.latest(out)
+    return found is not None and checkpoint.step_of(found.name) >= step
+
+
+def until(driver: subprocess.Popen[str], done) -> None:
+    wait_for(lambda: done() or driver.poll() is not None, 300)
+    assert driver.poll() is None, driver.stderr and driver.stderr.read()
+
+
+def test_the_driver_is_killed_and_the_same_command_goes_on(small_shards: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-
-    def saved(step: int) -> bool:
-        found = checkpoint.latest(out)
-        return found is not None and checkpoint.step_of(found.name) >= step
-
     driver = start(command(small_shards, out))
     try:
-        wait_for(lambda: saved(2) or driver.poll() is not None, 300)
-        assert driver.poll() is None, driver.stderr and driver.stderr.read()
-        driver.send_signal(signal.SIGTERM)
-        _, err = driver.communicate(timeout=180)
-    finally:
-        driver.kill()
-    assert driver.returncode == 143, err
-    assert "stopping after a checkpoint" in err and "interrupted; continue with: ugrl-train --config shapes" in err
-    left = checkpoint.read_state(checkpoint.find(out)).step
-    assert 2 <= left < 20
-    assert len(curve(out)) == left  # nothing was lost
-    assert not (out / "owner.json").exists()
-
-    driver = start(command(small_shards, out))
-    try:
-        wait_for(lambda: (out / "owner.json").exists() or driver.poll() is not None, 300)
+        until(driver, lambda: (out / "owner.json").exists())
         second = subprocess.run(command(small_shards, out), capture_output=True, text=True)
         assert second.returncode == 2 and "another driver is running it" in second.stderr
-        wait_for(lambda: saved(left + 3) or driver.poll() is not None, 300)
-        assert driver.poll() is None, driver.stderr and driver.stderr.read()
+        until(driver, lambda: saved(out, 3))
         os.kill(driver.pid, signal.SIGKILL)
         driver.communicate(timeout=60)
     finally:
@@ -140,6 +129,32 @@ def test_the_driver_is_asked_to_leave_then_killed_and_the_same_command_goes_on(
     check_same(out, alone)
 
 
+@pytest.mark.full
+def test_the_driver_is_asked_to_leave_and_the_same_command_goes_on(
+    small_shards: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    driver = start(command(small_shards, out))
+    try:
+        until(driver, lambda: saved(out, 2))
+        driver.send_signal(signal.SIGTERM)
+        _, err = driver.communicate(timeout=180)
+    finally:
+        driver.kill()
+    assert driver.returncode == 143, err
+    assert "stopping after a checkpoint" in err and "interrupted; continue with: ugrl-train --config shapes" in err
+    left = checkpoint.read_state(checkpoint.find(out)).step
+    assert 2 <= left < 20
+    assert len(curve(out)) == left  # nothing was lost
+    assert not (out / "owner.json").exists()
+
+    driver = start(command(small_shards, out))
+    _, err = driver.communicate(timeout=400)
+    assert driver.returncode == 0, err
+    check_same(out, alone)
+
+
+@pytest.mark.full
 def test_without_room_for_all_workers_a_run_says_so_and_ends(
     small: configs.Config, small_shards: Path, tmp_path: Path
 ) -> None:

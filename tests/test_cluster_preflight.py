@@ -14,6 +14,8 @@ from cluster.preflight import Capacity, Node, check_fits, data_tasks, sizes
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 
+pytestmark = pytest.mark.ray
+
 BASE = {
     "train.steps": 24,
     "train.lr_warmup_iters": 2,

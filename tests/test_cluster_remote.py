@@ -17,6 +17,8 @@ from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
 
+pytestmark = pytest.mark.ray
+
 pytest.importorskip("ray")
 
 

@@ -10,8 +10,9 @@ import torch
 from ugrl.data import make
 from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
+from ugrl.data.loader import LocalLoader
 from ugrl.data.prepare import prepare
-from ugrl.data.reader import LocalLoader, ShardReader
+from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import write_rows
 from ugrl.errors import DataError

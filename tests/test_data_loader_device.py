@@ -13,9 +13,10 @@ from tests.test_data_augment import Draws
 from ugrl import config as configs
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.device import PixelBatch, RawBatch, triangles
+from ugrl.data.loader import LocalLoader
 from ugrl.data.make import BatchMaker, Recycler
 from ugrl.data.prepare import prepare
-from ugrl.data.reader import LocalLoader, ShardReader, wants_masks
+from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import ConfigError
 from ugrl.train.loop import Trainer

@@ -18,7 +18,10 @@ from ugrl.errors import DataError
 from ugrl.storage import StorageError
 from ugrl.train.loop import LoaderSpec, local_loader
 
+pytestmark = pytest.mark.ray
+
 ray_data = pytest.importorskip("cluster.data", exc_type=ImportError)
+reading = pytest.importorskip("cluster.reading")
 
 
 def asked(shards: Path, **changes: Any) -> LoaderSpec:
@@ -45,7 +48,9 @@ def blocks(spec: LoaderSpec, sizes: list[int], block_bytes: int = 10**9, stream:
     for start, stop in zip([0, *stops], stops, strict=False):
         span = {"start": np.array([start]), "stop": np.array([stop])}
         name = stream or f"{spec.shards}"
-        yield from ray_data.fetch(span, spec=spec, manifest=manifest, block_bytes=block_bytes, stream=name)
+        yield from reading.fetch(
+            span, spec=ray_data.wanted(spec), manifest=manifest, block_bytes=block_bytes, stream=name
+        )
 
 
 @pytest.mark.parametrize("mode", ["none", "normalize", "augment"])
@@ -69,9 +74,9 @@ def test_batches_are_those_of_the_local_loader(shards, mode, cache_mb, masks_eve
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_broken_image_is_named_when_its_step_is_reached_and_not_before(shards, threads):
     spec = asked(shards, threads=threads, prefetch=4)
-    rows = [r for block in blocks(spec, [32]) for r in ray_data.unpack(block)]
+    rows = [r for block in blocks(spec, [32]) for r in reading.unpack(block)]
     rows[6] = replace(rows[6], row=replace(rows[6].row, image=rows[6].row.image[:-40]))
-    with ray_data.Feeder(spec, iter([ray_data.pack(rows)])) as feeder:
+    with ray_data.Feeder(spec, iter([reading.pack(rows)])) as feeder:
         assert feeder.next().ids == tuple(r.row.id for r in rows[:4])
         with pytest.raises(DataError, match=rf"train-00000\.parquet: row {rows[6].row.id}: truncated image"):
             feeder.next()
@@ -99,12 +104,12 @@ def test_what_a_task_meets_is_raised_as_what_it_was_at_its_step(shards, monkeypa
 
 def test_a_missing_or_misplaced_row_is_refused(shards):
     spec = asked(shards)
-    rows = [r for block in blocks(spec, [32]) for r in ray_data.unpack(block)]
+    rows = [r for block in blocks(spec, [32]) for r in reading.unpack(block)]
     for wrong in ([*rows[:5], *rows[6:]], [*rows[:5], rows[6], rows[5], *rows[7:]], [rows[0], *rows]):
-        with ray_data.Feeder(spec, iter([ray_data.pack(wrong)])) as feeder, pytest.raises(DataError, match="expected"):
+        with ray_data.Feeder(spec, iter([reading.pack(wrong)])) as feeder, pytest.raises(DataError, match="expected"):
             for _ in range(8):
                 feeder.next()
-    with ray_data.Feeder(spec, iter([ray_data.pack(rows[:30])])) as feeder:
+    with ray_data.Feeder(spec, iter([reading.pack(rows[:30])])) as feeder:
         for _ in range(7):
             feeder.next()
         with pytest.raises(DataError, match="ended before the run"):
@@ -113,9 +118,9 @@ def test_a_missing_or_misplaced_row_is_refused(shards):
 
 def test_blocks_end_at_their_size_and_lose_nothing(shards):
     spec = asked(shards)
-    whole = [r for block in blocks(spec, [32]) for r in ray_data.unpack(block)]
+    whole = [r for block in blocks(spec, [32]) for r in reading.unpack(block)]
     limit = sum(r.bytes for r in whole[:5])
-    small = [ray_data.unpack(block) for block in blocks(spec, [20, 12], block_bytes=limit)]
+    small = [reading.unpack(block) for block in blocks(spec, [20, 12], block_bytes=limit)]
     assert [r for block in small for r in block] == whole
     assert len(small[0]) == 5 and len(small) > 4
     largest = max(r.bytes for r in whole)

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ugrl.data.augment import Augment
+from ugrl.data.loader import LocalLoader
 from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
 from ugrl.data.prepare import JOURNAL, hold_out, prepare, write_shard
-from ugrl.data.reader import LocalLoader, ShardReader
+from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest, ShardInfo, open_shard, verify, write_rows
 from ugrl.data.source import RowError, make_row

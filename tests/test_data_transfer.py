@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ugrl.data.augment import Augment
-from ugrl.data.reader import LocalLoader, ShardReader
+from ugrl.data.loader import LocalLoader
+from ugrl.data.reader import ShardReader
 from ugrl.data.transfer import Transfer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

@@ -77,6 +77,16 @@ def test_ugrl_needs_neither_ray_nor_optuna() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_reading_processes_need_no_torch() -> None:
+    """There may be one for each worker: they start in a second and stay small."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'timm', 'cv2', 'torchvision'): sys.modules[name] = None\n"
+        "import cluster.reading, cluster.pace\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 ALONE = """
 import importlib, pkgutil, sys
 ABSENT = {"ray", "optuna", "cv2", "simplejpeg", "matplotlib", "tensorboardX", "pandas", "transformers", "triton"}

@@ -26,6 +26,8 @@ from tests.test_slurm import MARK, PATIENCE, TINY
 from tuning import cli as tune_cli
 from ugrl.train import checkpoint
 
+pytestmark = pytest.mark.ray
+
 
 def commands(path: Path) -> list[list[str]]:
     """Every `ray job submit` in the code blocks of a document, as words."""

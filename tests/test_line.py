@@ -24,6 +24,8 @@ from cluster.line import Line, Outbox, WorkerEnd, event_record, log_record, star
 from cluster.metrics import RayGauges
 from cluster.watch import watch
 
+pytestmark = pytest.mark.ray
+
 
 def free_port() -> int:
     with socket.socket() as free:

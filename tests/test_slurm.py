@@ -20,6 +20,8 @@ import pytest
 from tests.test_deploy import DEPLOY, tool
 from ugrl.train import checkpoint
 
+pytestmark = pytest.mark.ray
+
 SCRIPT = DEPLOY / "slurm" / "train.sbatch"
 MARK = "UGRL_TEST_MARK"
 PATIENCE = 240

@@ -28,6 +28,8 @@ from tuning.study import StudySearch, close_orphans, is_spent, open_study
 from ugrl import config as configs
 from ugrl.errors import ConfigError, UgrlError
 
+pytestmark = pytest.mark.ray
+
 SPACE: dict[str, Any] = {
     "config": "shapes",
     "overrides": {

@@ -7,10 +7,12 @@ of workers, rank or resume can change them.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def derive(*keys: int | str) -> int:
@@ -38,6 +40,8 @@ def hash_uniform(keys_B: Tensor, n: int) -> Tensor:
     Returns:
         float64 (B, n). The same key gives the same row whatever the batch around it.
     """
+    import torch  # here: processes that only read rows need none
+
     x = keys_B[:, None] + torch.arange(1, n + 1, device=keys_B.device) * -7046029254386353131
     # splitmix64's finaliser; >> is arithmetic on int64, so the sign bits are masked away.
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687

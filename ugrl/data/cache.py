@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ugrl.types import Row
+from ugrl.data.row import Row
 
 
 @dataclass(frozen=True, slots=True)

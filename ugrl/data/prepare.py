@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ugrl.data.progress import Progress
+from ugrl.data.row import Row
 from ugrl.data.shards import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -36,7 +37,6 @@ from ugrl.data.shards import (
 from ugrl.data.source import RowError, Source
 from ugrl.errors import DataError
 from ugrl.seeding import derive
-from ugrl.types import Row
 
 JOURNAL = "journal.json"
 TUNE_VAL = "tune_val"

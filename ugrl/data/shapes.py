@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from ugrl.data.images import encode_labels
+from ugrl.data.row import Row
 from ugrl.data.source import RowError
 from ugrl.errors import DataError
 from ugrl.seeding import generator
-from ugrl.types import Row
 
 # Class f has body (f - 1) // 2: neighbours share it.
 CLASS_NAMES = ("egg-cross", "egg-ring", "brick-bar", "brick-check", "kite-dot", "kite-ray")

@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl.config import nearest
+from ugrl.data.row import Row
 from ugrl.errors import DataError
 from ugrl.storage import Place, StorageError, lasting, place
-from ugrl.types import Row
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

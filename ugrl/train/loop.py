@@ -22,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.data.augment import Augment
+from ugrl.data.loader import LocalLoader
 from ugrl.data.make import Loaded, OnDevice
 from ugrl.data.order import batch_rows, steps_per_epoch
-from ugrl.data.reader import LocalLoader, ShardReader
+from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.transfer import Transfer
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
