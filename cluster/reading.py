@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
-from ugrl.data.row import Row
 from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
 from ugrl.errors import DataError, UgrlError
+from ugrl.row import Row
 from ugrl.storage import Place, StorageError, place
 
 # Streams whose readers a process of Ray's pool keeps.

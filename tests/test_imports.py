@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
-    *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.types"),
+    *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
     *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage"),
 }
 # A layer may import itself and everything below it.

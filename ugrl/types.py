@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ugrl.data.row import Row as Row
+from ugrl.row import Row as Row
 
 IGNORE = 255
 

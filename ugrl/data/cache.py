@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ugrl.data.row import Row
+from ugrl.row import Row
 
 
 @dataclass(frozen=True, slots=True)

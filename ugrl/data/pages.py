@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ugrl.data.row import Row
+from ugrl.row import Row
 
 SMALL = ["id", "width", "height", "tags"]
 LARGE = ("image", "mask")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ugrl.data.progress import Progress
-from ugrl.data.row import Row
 from ugrl.data.shards import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -36,6 +35,7 @@ from ugrl.data.shards import (
 )
 from ugrl.data.source import RowError, Source
 from ugrl.errors import DataError
+from ugrl.row import Row
 from ugrl.seeding import derive
 
 JOURNAL = "journal.json"

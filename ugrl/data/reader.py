@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl.data.pages import MappedShard, Unusual
-from ugrl.data.row import Row
 from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, from_table, open_shard
 from ugrl.errors import DataError
+from ugrl.row import Row
 from ugrl.storage import Place, StorageError, retry
 
 # Shards that a thread keeps open: opening one costs a fifth of reading a row, but hundreds of shards times

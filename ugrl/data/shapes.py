@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from ugrl.data.images import encode_labels
-from ugrl.data.row import Row
 from ugrl.data.source import RowError
 from ugrl.errors import DataError
+from ugrl.row import Row
 from ugrl.seeding import generator
 
 # Class f has body (f - 1) // 2: neighbours share it.

@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl.config import nearest
-from ugrl.data.row import Row
 from ugrl.errors import DataError
+from ugrl.row import Row
 from ugrl.storage import Place, StorageError, lasting, place
 
 SCHEMA_VERSION = 1
