@@ -35,7 +35,6 @@ import ray
 import ray.data
 from ray.data import ExecutionResources
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.pace import Pace
 from cluster.reading import ERRORS, Carried, Wanted, fetch, unpack
@@ -187,15 +186,15 @@ def _blocks(work: Callable[..., Iterator[pa.Table]], made: Cut, total: int, loca
 def _execute(work: Callable[..., Iterator[pa.Table]], spans: list[tuple[int, int]], made: Cut) -> Iterator[pa.Table]:
     """Blocks of some spans, made by Ray Data."""
     # Where it is consumed: the bytes cross the network once, from the storage, and one process reads a worker's blocks
-    # instead of one on each node. A node that is about to go leaves them to others.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # instead of one on each node. A node that goes takes the consumer along, so that nobody waits for it.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     items = [{"start": start, "stop": stop} for start, stop in spans]
     stream = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         work,
         batch_size=None,
         batch_format="numpy",
         num_cpus=0,
-        scheduling_strategy=here,
+        label_selector=here,
         compute=ray.data.TaskPoolStrategy(size=made.tasks),
     )
     context, options = stream.context, stream.context.execution_options
