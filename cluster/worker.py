@@ -32,6 +32,8 @@ from ugrl.train.loop import Hooks, LoaderSpec, Trainer
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
 PLACEMENT = ".placement_group"
+# Of the training line, what a search may be constrained by.
+COSTS = ("step_s", "device_memory_mb", "images_per_s")
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -57,15 +59,18 @@ def train_worker(config: dict[str, Any]) -> None:
         asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
         return ray_loader(asked, tasks=config["data_tasks"], store_bytes=store)
 
+    logged: dict[str, float] = {}
+
     def on_log(step: int, values: dict[str, float]) -> None:
         gauges(step, values)
+        logged.update({k: values[k] for k in COSTS if k in values})
         if first:
             end.tell(log_record(step, values))
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         if first:
             end.tell(val_record(step, metrics))
-        ray.train.report({**metrics, "step": float(step), EVALUATED: 1.0})
+        ray.train.report({**metrics, **logged, "step": float(step), EVALUATED: 1.0})
 
     def on_checkpoint(step: int, where: Place | None, metrics: dict[str, float]) -> None:
         if where is not None:

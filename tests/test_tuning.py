@@ -1,261 +1,363 @@
-"""Searches: trial states in the storage, a search that is killed and resumed, and its report."""
+"""`ugrl-tune` on real clusters: searches that are killed and resumed, final runs, workers, the dashboard, bad input."""
 
 from __future__ import annotations
 
 import csv
-import math
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cluster.preflight import Capacity
+from cluster.preflight import Capacity, Node
+from tests.raycluster import wait_for
+from tests.searches import SOUND, SPACE, search_of, write_space
 from tuning import cli
-from tuning.driver import Search, concurrent_trials
-from tuning.plots import importance
-from tuning.report import best_trial, read_trials, write_report
-from tuning.space import SearchSpace, build_space
-from tuning.study import StudySearch, close_orphans, is_spent, open_study
+from tuning.driver import concurrent_trials, held
+from tuning.record import read_trials
+from tuning.search import Search
+from tuning.study import open_storage, study_name
 from ugrl import config as configs
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError
 
 pytestmark = pytest.mark.ray
 
-SPACE: dict[str, Any] = {
-    "config": "shapes",
-    "overrides": {
-        "data.crop": 32,
-        "data.shapes.train": 40,
-        "data.shapes.val": 6,
-        "data.shapes.size": 32,
-        "data.threads": 1,
-        "train.steps": 9,
-        "train.lr_warmup_iters": 1,
-        "train.cls_warmup_iters": 2,
-        "train.eval_every": 3,
-        "train.checkpoint_every": 9,
-        "train.picture_every": 1000,
-        "train.keep_checkpoints": 1,
-        "method.uncertainty.d_cls": 64,
-        "method.contrast.d_seg": 32,
-    },
-    "trials": 5,
-    "scheduler": {"grace_steps": 3, "reduction_factor": 2},
-    "first": [
-        {"train.global_batch": 4, "train.lr": 1e-3},
-        {"train.global_batch": 4096, "train.lr": 1e-3},  # more than there are images: fails when it starts
-    ],
-    "search": {
-        "train.global_batch": {"choice": [4, 8, 4096]},
-        "train.lr": {"loguniform": [1e-4, 1e-2]},
-    },
-}
-
-
-@pytest.fixture
-def space() -> SearchSpace:
-    return build_space(SPACE)
-
-
-def searcher(space: SearchSpace, out: Path, *, create: bool = True) -> StudySearch:
-    study = open_study(space, out, create=create)
-    return StudySearch(study, space, metric="seg_miou", max_step=9, out=out)
-
-
-def states(study: optuna.Study) -> list[str]:
-    return [t.state.name for t in study.get_trials() if t.state != TrialState.WAITING]
-
-
-def result(step: int, score: float) -> dict[str, float]:
-    return {"seg_miou": score, "cam_miou": score / 2, "step": step, "training_iteration": 1}
-
-
-@pytest.mark.parametrize("storage", ["journal", "sqlite:///study.db"])
-def test_states_are_true(storage: str, tmp_path: Path) -> None:
-    found = searcher(build_space(SPACE | {"storage": storage}), tmp_path)
-    points = {name: found.suggest(name) for name in ("full", "stopped", "nan", "error", "silent")}
-    assert points["full"] == {"number": 0, "point": {"train.global_batch": 4, "train.lr": 1e-3}}
-    for name in ("full", "stopped"):
-        found.on_trial_result(name, result(3, 0.2))
-    # Tune tells a searcher that a trial is complete without having told it the last result.
-    found.on_trial_complete("full", result(9, 0.5))
-    found.on_trial_complete("stopped", result(6, 0.3))
-    found.on_trial_complete("nan", result(9, math.nan))
-    found.on_trial_complete("error", None, error=True)
-    found.on_trial_complete("silent", None)
-    found.on_trial_result("full", result(9, 0.9))  # late news changes nothing
-    found.on_trial_complete("full", result(9, 0.9))
-
-    trials = open_study(build_space(SPACE | {"storage": storage}), tmp_path, create=False).get_trials()
-    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL"]
-    assert [t.value for t in trials[:2]] == [0.5, 0.3]
-    assert trials[0].intermediate_values == {3: 0.2, 9: 0.5}
-    assert trials[1].intermediate_values == {3: 0.2, 6: 0.3}
-    assert trials[1].user_attrs["metrics"] == {"seg_miou": 0.3, "cam_miou": 0.15, "step": 6.0}
-    assert trials[2].user_attrs["error"] == "the objective is not a number"
-    assert all(is_spent(t) for t in trials)
-
-
-def test_a_resumed_study_goes_on_where_it_was(space: SearchSpace, tmp_path: Path) -> None:
-    first = searcher(space, tmp_path)
-    points = [first.suggest(str(i))["point"] for i in range(5)]
-    first.on_trial_complete("0", result(9, 0.5))
-    study = open_study(space, tmp_path, create=False)
-    assert close_orphans(study) == [1, 2, 3, 4]
-    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "FAIL"]
-    assert sum(is_spent(t) for t in study.get_trials()) == 1
-    again = searcher(space, tmp_path, create=False)
-    # The points that were interrupted come again; what is sampled after them is new.
-    assert [again.suggest(f"again {i}")["point"] for i in range(4)] == points[1:]
-    assert again.suggest("new")["point"] not in points
-
-
-def test_a_second_study_of_one_name_is_refused(space: SearchSpace, tmp_path: Path) -> None:
-    open_study(space, tmp_path, create=True)
-    with pytest.raises(UgrlError, match="already holds a study"):
-        open_study(space, tmp_path, create=True)
-
-
-def search_of(space: SearchSpace, out: Path) -> Search:
-    return Search(space, space.base(), out / "shards", "seg_miou", out)
-
-
-def test_trials_side_by_side_are_what_fits(tmp_path: Path) -> None:
-    def fits(have: Capacity, **changes: Any) -> int:
-        return concurrent_trials(search_of(build_space(SPACE, **changes), tmp_path), have)
-
-    assert fits(Capacity(2, 0, 2)) == 2
-    assert fits(Capacity(64, 0, 64)) == 5  # never more than trials
-    assert fits(Capacity(2, 0, 2), workers=2) == 1  # two half CPUs, and one for reading data
-    assert fits(Capacity(4, 0, 4), workers=2) == 3
-    with pytest.raises(ConfigError, match="3 concurrent trials × 1 CPU; the cluster has 2 CPUs: at most 2 fit"):
-        fits(Capacity(2, 0, 2), concurrent=3)
-    with pytest.raises(ConfigError, match=r"2 runs × 2 workers × 0.5 CPU \+ 1 for reading data = 3 CPUs"):
-        fits(Capacity(2, 0, 2), concurrent=2, workers=2)
-
-
-def test_importance_of_few_trials_is_not_told(space: SearchSpace, tmp_path: Path) -> None:
-    found = searcher(space, tmp_path)
-    for i in range(12):
-        found.suggest(str(i))
-        found.on_trial_complete(str(i), result(9 if i < 9 else 6, 0.1 * i))
-    assert importance(found.study) == "importance: 9 complete trials are too few to tell (from 10 on); no plot"
-
-
-def test_a_report_of_many_trials_has_every_plot(space: SearchSpace, tmp_path: Path) -> None:
-    from rich.console import Console
-
-    found = searcher(space, tmp_path)
-    for i in range(16):
-        point = found.suggest(str(i))["point"]
-        score = 0.3 + 0.1 * math.log10(point["train.lr"] / 1e-4) + 0.01 * (point["train.global_batch"] == 8)
-        found.on_trial_result(str(i), result(3, score / 2))
-        found.on_trial_complete(str(i), result(6 if i % 4 == 3 else 9, score))
-    with (tmp_path / "table.txt").open("w") as file:
-        write_report(search_of(space, tmp_path), found.study, Console(file=file, width=120))
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
-        "history.png",
-        "curves.png",
-        "slices.png",
-        "importance.png",
-    }
-    ranking = importance(found.study)
-    assert isinstance(ranking, dict) and next(iter(ranking)) == "train.lr"
-    best = best_trial(read_trials(found.study))
-    assert best is not None and best.state == "COMPLETE"
-    assert best.value == max(t.value for t in found.study.get_trials(states=(TrialState.COMPLETE,)))
-    assert configs.load(tmp_path / "best.yaml").train.lr == best.params["train.lr"]
-
-
-# -- the command ------------------------------------------------------------------------------
+pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the space, where generated data go too."""
+    """A folder where generated data go."""
     folder = tmp_path_factory.mktemp("tune")
-    (folder / "mine.yaml").write_text(yaml.safe_dump(SPACE))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("UGRL_DATA", str(folder / "data"))
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield folder
 
 
-def ended(out: Path) -> int:
-    """Trials of a search that have ended, read while it runs."""
-    if not (out / "study.journal").is_file():
-        return 0
+def study_of(out: Path, storage: str = "journal") -> optuna.Study | None:
+    """A search's study, read while it runs."""
+    if storage == "journal" and not (out / "study.journal").is_file():
+        return None
     try:
-        study = optuna.load_study(study_name="ugrl", storage=study_storage(out))
-    except KeyError:
-        return 0
-    return sum(is_spent(t) for t in study.get_trials())
+        return optuna.load_study(study_name=study_name(storage, out), storage=open_storage(storage, out))
+    except (KeyError, ConfigError):
+        return None
 
 
-def study_storage(out: Path) -> optuna.storages.BaseStorage:
-    from tuning.study import open_storage
+def count(out: Path, storage: str, *states: TrialState) -> int:
+    """Trials in some states."""
+    found = study_of(out, storage)
+    return 0 if found is None else len(found.get_trials(deepcopy=False, states=states))
 
-    return open_storage("journal", out)
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-def test_a_search_that_was_killed_is_resumed_to_its_budget(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = home / "search"
-    args = ["--space", str(home / "mine.yaml"), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tuning.cli", *args], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+def start(*words: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    target = open(log, "ab") if log is not None else subprocess.DEVNULL  # noqa: SIM115
+    return subprocess.Popen([sys.executable, "-m", "tuning.cli", *words], stdout=target, stderr=target)
+
+
+def check_whole(out: Path, planned: int, storage: str = "journal", *, failed: int = 0) -> optuna.Study:
+    """Exactly the planned trials, each once, none lost, none left RUNNING; and their files agree."""
+    study = study_of(out, storage)
+    assert study is not None
+    trials = study.get_trials()
+    states = Counter(t.state for t in trials)
+    assert len(trials) == planned == states[TrialState.COMPLETE] + states[TrialState.PRUNED] + states[TrialState.FAIL]
+    assert states[TrialState.FAIL] == failed
+    points = [tuple(sorted(t.params.items())) for t in trials]
+    assert len(set(points)) == planned  # nothing was sampled twice
+    for trial in trials:
+        last = max(trial.intermediate_values, default=0)
+        for run in trial.user_attrs.get("runs", {}).values():
+            steps = [step for step, _ in run["curve"]]
+            assert steps == sorted(set(steps))
+        if trial.state == TrialState.COMPLETE:
+            assert last == 9 and trial.value is not None
+            for seed in trial.user_attrs["runs"]:
+                lines = (out / "trials" / f"{trial.number:03d}" / f"seed_{seed}" / "metrics.jsonl").read_text()
+                steps = [r["step"] for r in map(json.loads, lines.splitlines()) if "val/seg_miou" in r]
+                assert steps == [3, 6, 9]  # one training, whatever happened to it
+        if trial.state == TrialState.PRUNED:
+            assert 3 <= last < 9 and trial.value == trial.intermediate_values[last]
+    return study
+
+
+# -- kills -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite:///study.db"])
+def test_a_search_whose_driver_was_killed_is_resumed_to_its_budget(
+    storage: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = home / f"killed-{storage[:6]}"
+    file = write_space(home / "killed.yaml", SPACE, storage=storage, final={"best": 1, "seeds": 2})
+    args = ["--space", str(file), "--out", str(out)]
+    driver = start(*args)
     try:
-        while ended(out) < 1 and process.poll() is None:
-            time.sleep(0.2)
+        wait_for(lambda: count(out, storage, *ENDED) >= 1 or driver.poll() is not None)
+        running = count(out, storage, TrialState.RUNNING)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert 1 <= ended(out) < 5
+        driver.kill()
+        driver.wait()
+    before = study_of(out, storage)
+    assert before is not None and 1 <= count(out, storage, *ENDED) < 5
+    points = {t.number: t.params for t in before.get_trials() if t.state == TrialState.RUNNING}
+    assert running and points
 
     assert cli.main(args) == 2
-    assert "search 'search' exists already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert cli.main([*args, "--resume", "train.weight_decay=0.5"]) == 2
     assert "was started with overrides.train.weight_decay = None, not 0.5" in capsys.readouterr().err
 
     assert cli.main(["--out", str(out), "--resume"]) == 0
     shown = capsys.readouterr().err
-    study = optuna.load_study(study_name="ugrl", storage=study_storage(out))
-    trials = study.get_trials()
-    assert sum(is_spent(t) for t in trials) == 5
-    assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-    for trial in trials:
-        last = max(trial.intermediate_values, default=0)
-        if trial.state == TrialState.COMPLETE:
-            assert last == 9 and trial.value == trial.intermediate_values[9]
-        if trial.state == TrialState.PRUNED:
-            assert 3 <= last < 9 and trial.value == trial.intermediate_values[last]
-    failed = [t for t in trials if t.state == TrialState.FAIL and is_spent(t)]
-    assert any(t.params["train.global_batch"] == 4096 for t in failed)
+    found = study_of(out, storage)
+    assert found is not None
+    hopeless = sum(t.params.get("train.global_batch") == 4096 for t in found.get_trials())
+    study = check_whole(out, 5, storage, failed=hopeless)
+    assert hopeless >= 1
+    for number, point in points.items():  # what was running went on with the same parameters
+        assert not point or study.get_trials()[number].params == point
+    failed = study.get_trials(states=(TrialState.FAIL,))
     assert all("do not fill one global batch of 4096" in t.user_attrs["error"] for t in failed)
     assert "do not fill one global batch of 4096" in shown
 
+    finals = optuna.load_study(study_name=study.study_name + ":final", storage=open_storage(storage, out))
+    assert [t.state for t in finals.get_trials()] == [TrialState.COMPLETE] * 2
+    for trial in finals.get_trials():
+        (run,) = trial.user_attrs["runs"].values()
+        assert 0 <= run["final"]["seg_miou"] <= 1 and run["ended"]
+    assert {t.params["seed"] for t in finals.get_trials()} == {1000, 1001}
+
     best = configs.load(out / "best.yaml")
-    assert best.data.val_split == "val"
-    assert (
-        best.train.lr == max(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda t: t.value).params["train.lr"]
-    )
-    with (out / "trials.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(r["number"]) for r in rows] == [t.number for t in trials]
-    assert {"seg_miou", "cam_miou", "tag_map", "tag_f1", "train.lr", "seconds"} <= set(rows[0])
-    for name in ("history.png", "curves.png", "slices.png"):
-        assert (out / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    chosen = max(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda t: t.value)
+    assert best.data.val_split == "val" and best.train.lr == chosen.params["train.lr"]
+    with (out / "trials.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [int(r["number"]) for r in rows] == list(range(5))
+    for name in ("report.html", "report.md", "plots/history.png"):
+        assert (out / name).stat().st_size > 1000
 
     assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0  # nothing is left to run
+    check_whole(out, 5, storage, failed=len(failed))
+
+
+def trial_processes(root: int) -> list[int]:
+    """Processes of trials among the descendants of a process."""
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            if "ray::trial" in " ".join(process.cmdline()) or "ImplicitFunc" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_trial_whose_process_is_killed_goes_on_and_counts_once(home: Path) -> None:
+    out = home / "worker"
+    file = write_space(home / "worker.yaml", SOUND, trials=3, scheduler={"name": "none"}, concurrent=1)
+    log = home / "worker.log"
+    driver = start("--space", str(file), "--out", str(out), log=log)
+    try:
+        wait_for(lambda: driver.poll() is not None or _curve(out, 0))
+        (pid,) = trial_processes(driver.pid)
+        os.kill(pid, signal.SIGKILL)
+        assert driver.wait(120) == 0
+    finally:
+        driver.kill()
+    check_whole(out, 3)
+    assert "trial 0 started again: its process had died" in log.read_text()
+
+
+def _curve(out: Path, number: int) -> list:
+    found = study_of(out)
+    trials = found.get_trials(deepcopy=False) if found is not None else []
+    runs = trials[number].user_attrs.get("runs", {}) if trials else {}
+    return next(iter(runs.values()), {}).get("curve", [])
+
+
+def test_sigterm_puts_trials_back_and_writes_the_report(home: Path) -> None:
+    out = home / "asked"
+    file = write_space(home / "asked.yaml", SOUND, trials=4, scheduler={"name": "none"})
+    log = home / "asked.log"
+    driver = start("--space", str(file), "--out", str(out), log=log)
+    try:
+        wait_for(lambda: driver.poll() is not None or _curve(out, 0))
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(90) == 130
+    finally:
+        driver.kill()
+    study = study_of(out)
+    assert study is not None
+    assert not study.get_trials(states=(TrialState.RUNNING,)) and len(study.get_trials()) == 4
+    assert "continue with: ugrl-tune --out" in log.read_text()
+    assert (out / "report.html").is_file()
+    assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
+    check_whole(out, 4)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("storage", ["journal", "sqlite:///study.db"])
+def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path) -> None:
+    """Driver, trial, node, in random order and at random moments; a driver is started again by the same command."""
+    import random
+
+    from tests.raycluster import kill_raylet, raylets
+
+    chance = random.Random(storage)
+    kinds = ["driver", "driver", "trial", "node", chance.choice(["driver", "trial", "node"])]
+    chance.shuffle(kinds)
+    out, log = home / f"chaos-{storage[:6]}", home / f"chaos-{storage[:6]}.log"
+    file = write_space(home / "chaos.yaml", SOUND, trials=14, storage=storage, repeats={"seeds": 2}, max_failures=10)
+    with raylets(2) as made:
+        words = ["--space", str(file), "--out", str(out), "--resume", "--address", made.address]
+        driver = start(*words, log=log)
+        try:
+            for kind in kinds:
+                ended = count(out, storage, *ENDED)
+                wait_for(lambda: driver.poll() is not None or count(out, storage, *ENDED) > ended)  # noqa: B023
+                time.sleep(chance.uniform(0, 3))
+                assert driver.poll() is None, log.read_text()
+                if kind == "driver":
+                    driver.kill()
+                    driver.wait()
+                    driver = start(*words, log=log)
+                elif kind == "trial":
+                    pids = trial_processes(os.getpid())
+                    if pids:
+                        os.kill(chance.choice(pids), signal.SIGKILL)
+                else:
+                    kill_raylet(made.nodes.pop())
+                    made.nodes.append(made.add_node(num_cpus=1, object_store_memory=100 * 2**20))
+            assert driver.wait(600) == 0, log.read_text()
+        finally:
+            driver.kill()
+    check_whole(out, 14, storage)
+
+
+# -- what else runs -------------------------------------------------------------------------------------
+
+
+def test_a_trial_of_two_workers_is_measured_like_one_of_one(home: Path) -> None:
+    values = {}
+    for workers in (1, 2):
+        out = home / f"workers-{workers}"
+        file = write_space(
+            home / "workers.yaml",
+            SOUND,
+            first=[{"train.global_batch": 8, "train.lr": 1e-3}],
+            trials=1,
+            workers=workers,
+            scheduler={"name": "none"},
+            final={"every": True},
+            constraints={"step_s": 60, "gflop": 50},
+        )
+        words = ["cluster.cpus_per_worker=0.5", "cluster.data_cpus=0.5", "train.dtype=float64"]
+        assert cli.main(["--space", str(file), "--out", str(out), "--quiet", *words]) == 0
+        study = check_whole(out, 1)
+        (run,) = study.get_trials()[0].user_attrs["runs"].values()
+        values[workers] = (run["value"], run["final"]["seg_miou"], run["final"]["tag_map"])
+        assert run["metrics"]["step_s"] > 0 and run["metrics"]["memory_gb"] > 0
+        assert 0.001 < run["metrics"]["gflop"] < 10
+        assert study.get_trials()[0].user_attrs["held"]["cpus"] == (1.0 if workers == 1 else 1.0)
+    assert values[2] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_the_dashboard_shows_a_search_while_it_runs(home: Path) -> None:
+    pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    out = home / "shown"
+    file = write_space(home / "shown.yaml", SOUND, trials=6, scheduler={"name": "none"})
+    driver = start("--space", str(file), "--out", str(out))
+    board = None
+    try:
+        wait_for(lambda: driver.poll() is not None or _curve(out, 0))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        program = Path(sys.executable).parent / "optuna-dashboard"
+        board = subprocess.Popen(
+            [str(program), str(out / "study.journal"), "--port", str(port), "--host", "127.0.0.1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def asked(path: str) -> Any:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                    return json.loads(answer.read()) if path.startswith("/api") else answer.status
+            except OSError:
+                return None
+
+        wait_for(lambda: asked("/dashboard/") == 200, 60)
+        (summary,) = asked("/api/studies")["study_summaries"]
+        assert summary["study_name"] == "ugrl"
+        detail = asked(f"/api/studies/{summary['study_id']}?after=0")
+        assert len(detail["trials"]) == 6
+        assert any(t["intermediate_values"] for t in detail["trials"])
+        assert driver.poll() is None, "the search had ended before the dashboard answered"
+    finally:
+        driver.terminate()
+        driver.wait(60)
+        if board is not None:
+            board.kill()
+
+
+def test_the_report_of_a_search_that_was_never_finished(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = home / "killed-journa"
+    if not out.is_dir():
+        pytest.skip("needs the search that another test of this module leaves")
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").is_file()
+    assert cli.main(["report", str(home / "nothing")]) == 2
+    assert "holds no search; expected space.yaml and base.yaml in it" in capsys.readouterr().err
+
+
+# -- refusals -------------------------------------------------------------------------------------------
+
+
+def test_trials_side_by_side_are_what_fits(tmp_path: Path) -> None:
+    def fits(have: Capacity, **changes: Any) -> int:
+        return concurrent_trials(search_of(SPACE, tmp_path, **changes), have)
+
+    assert fits(Capacity(2, 0, 2)) == 2
+    # Two half CPUs a run, and one for reading data.
+    assert fits(Capacity(2, 0, 2), workers=2) == 1
+    assert fits(Capacity(4, 0, 4), workers=2) == 3
+    gpus = Capacity(32, 5, 16, (Node("a", 16, 4), Node("b", 16, 1)))
+    assert fits(gpus) == 5
+    # A fraction lies on one GPU: two of 0.4 on each, not twelve on five.
+    assert fits(gpus, resources={"cpus_per_trial": 1, "gpus_per_trial": 0.4}) == 10
+    assert fits(gpus, resources={"cpus_per_trial": 4, "gpus_per_trial": 0.25}) == 8
+    assert fits(gpus, resources={"cpus_per_trial": 1, "gpus_per_trial": 2}) == 2
+    assert held(search_of(SPACE, tmp_path), gpus) == (4.0, 1.0)
+    assert held(search_of(SPACE, tmp_path, resources={"gpus_per_trial": 0.5}), Capacity(8, 1, 8)) == (4.0, 0.5)
+    assert held(search_of(SPACE, tmp_path), Capacity(8, 0, 8)) == (1.0, 0.0)
+    with pytest.raises(ConfigError, match="3 concurrent trials × 1 CPU; the cluster has 2 CPUs: at most 2 fit"):
+        fits(Capacity(2, 0, 2), concurrent=3)
+    with pytest.raises(ConfigError, match=r"a trial takes 1 CPU and 1 GPU; the cluster has 2 CPUs"):
+        fits(Capacity(2, 0, 2), resources={"gpus_per_trial": 1})
+    with pytest.raises(ConfigError, match=r"2 runs × 2 workers × 0.5 CPU \+ 1 for reading data = 3 CPUs"):
+        fits(Capacity(2, 0, 2), concurrent=2, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -266,14 +368,20 @@ def test_a_search_that_was_killed_is_resumed_to_its_budget(home: Path, capsys: p
         (["--trials", "0"], "'trials' is 0; expected an integer ≥ 1"),
         (["--space", "voc"], "no shards"),
         (["eval.cam=false", "--space", "WRONG"], "objective 'cam_miou': split 'tune_val' does not measure it"),
+        (["--space", "UNTOUCHED"], "no split 'test'; expected one of train, tune_val, val"),
+        (["--storage", "study.db"], "expected journal or a URL"),
+        (["--warm-start", "nowhere"], "holds no search"),
+        (["--dry-run", "--step-s", "0"], "--step-s is 0; expected a number > 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
     words: list[str], text: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = home / "wrong.yaml"
-    wrong.write_text(yaml.safe_dump(SPACE | {"objective": "cam_miou"}))
-    words = [str(wrong) if w == "WRONG" else w for w in words]
+    files = {
+        "WRONG": write_space(home / "wrong.yaml", SPACE, objective="cam_miou"),
+        "UNTOUCHED": write_space(home / "untouched.yaml", SPACE, final={"best": 1, "split": "test"}),
+    }
+    words = [str(files.get(w, w)) for w in words]
     assert cli.main([*words, "--out", str(home / "refused")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert text in error[-1]
@@ -281,6 +389,69 @@ def test_bad_input_is_one_line_and_status_2(
     assert not (home / "refused").exists()
 
 
+def test_resources_that_are_not_there_are_said_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_space(home / "large.yaml", SOUND, resources={"cpus_per_trial": 64})
+    assert cli.main(["--space", str(file), "--out", str(home / "large")]) == 2
+    assert "a trial takes 64 CPU; the cluster has" in capsys.readouterr().err
+    assert not (home / "large").exists()
+
+
+def test_a_folder_holds_one_search(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = home / "killed-journa"
+    if not out.is_dir():
+        pytest.skip("needs the search that another test of this module leaves")
+    other = write_space(home / "other.yaml", SOUND)
+    assert cli.main(["--space", str(other), "--out", str(out), "--resume"]) == 2
+    assert "a search is resumed as it was" in capsys.readouterr().err
+    (home / "file").write_text("")
+    assert cli.main(["--space", str(other), "--out", str(home / "file")]) == 2
+    assert "is a file; expected a folder" in capsys.readouterr().err
+    (home / "stranger").mkdir()
+    (home / "stranger" / "notes.txt").write_text("")
+    assert cli.main(["--space", str(other), "--out", str(home / "stranger"), "--resume"]) == 2
+    assert "holds no search to resume; expected space.yaml in it" in capsys.readouterr().err
+
+
+def test_a_search_whose_trials_all_fail_alike_stops_and_quotes_the_error(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {
+        **SOUND,
+        "search": {"train.global_batch": {"choice": [2048, 4096]}, "train.lr": {"loguniform": [1e-4, 1e-2]}},
+    }
+    file = write_space(home / "hopeless.yaml", tree, trials=30)
+    out = home / "hopeless"
+    assert cli.main(["--space", str(file), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "trials all failed alike: 34 training rows do not fill one global batch of" in error
+    assert 3 <= count(out, "journal", TrialState.FAIL) <= 5
+    assert not count(out, "journal", TrialState.RUNNING)
+
+
+def test_a_dry_run_needs_no_data_and_leaves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--space", "voc", "--dry-run", "--step-s", "0.1", "model.backbone=tiny", "data.crop=64"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "method.uncertainty.alpha [1, 50] log" in shown
+    assert "rungs at 6000, 18000 of 20000 steps, 1 in 3 goes on" in shown
+    assert "a whole run: 0:33:20 without validations" in shown
+    assert "side by side:" in shown and "first suggestions" in shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
-    assert "coco, coco100, shapes, voc" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "coco, coco100, fig7, shapes, table3, table4, voc" in shown
+
+
+def test_what_a_search_was_is_read_back(home: Path) -> None:
+    out = home / "killed-journa"
+    if not out.is_dir():
+        pytest.skip("needs the search that another test of this module leaves")
+    search, study = cli.stored_search(out)
+    assert isinstance(search, Search) and search.objective == "seg_miou"
+    rows = read_trials(study, search.objectives)
+    assert len(rows) == 5 and yaml.safe_load((out / "space.yaml").read_text())["budget"]["trials"] == 5

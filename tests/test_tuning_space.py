@@ -66,6 +66,7 @@ def test_a_trial_is_validated_on_the_tuning_split() -> None:
 def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: str) -> None:
     space = load_space(name)
     leaves = {a.path.rsplit(".", 1)[-1] for a in space.search}
+    assert space.final.best >= 1 and space.final.split == "val"
     assert leaves == {"alpha", "beta", "tau", "keep", "d_cls", "d_seg", "lambda1", "lambda2", "lambda3"}
     published = {k: v for p in space.first for k, v in p.items()}
     assert published["method.uncertainty.d_cls"] == 1024
@@ -114,8 +115,40 @@ def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: st
             "is 20; expected > both warm-ups (train.lr_warmup_iters 5, train.cls_warmup_iters 20)",
         ),
         ("scheduler/grace_steps", 101, "expected ≤ train.steps 100"),
-        ("scheduler/name", "hyperband", "expected one of asha, none"),
-        ("scheduler/reduction_factor", 1, "expected a number > 1"),
+        ("scheduler/name", "bohb", "expected one of asha, hyperband, median, none"),
+        ("scheduler/reduction_factor", 1, "expected an integer > 1"),
+        ("scheduler/reduction_factor", 2.5, "expected an integer > 1"),
+        ("search/method.uncertainty.radius", {"uniform": [4, 16]}, "is a uniform range, but the key is an integer"),
+        ("search/method.uncertainty.radius", {"loguniform": [4, 16]}, "expected logint or a choice"),
+        ("search/method.uncertainty.radius", {"int": [4, 16], "step": 1.5}, "expected an integer > 0 and ≤ 12"),
+        ("search/method.uncertainty.radius", {"int": [4, 16], "step": 5}, "16 is not a whole number of steps away"),
+        ("search/method.contrast.keep", {"uniform": [0.2, 0.8], "step": 1}, "expected a number > 0 and ≤ 0.6"),
+        ("search/method.contrast.tau", {"loguniform": [0.1, 1], "step": 0.1}, "a log scale has no step"),
+        ("search/method.uncertainty.d_cls", {"choice": [256, 1024], "step": 2}, "a choice has no step"),
+        ("search/method.contrast.keep", {"uniform": [0.1, 0.8], "when": {"seed": 1}}, "is not a searched path"),
+        (
+            "search/method.contrast.keep",
+            {"uniform": [0.1, 0.8], "when": {"method.uncertainty.d_cls": 512}},
+            "expected values of a choice among 256, 1024",
+        ),
+        ("search/cluster.workers", {"int": [1, 2]}, "says where a run runs, not what it is"),
+        ("search/seed", {"int": [1, 2]}, "is what 'repeats' is for"),
+        ("objective", "seg_mio", "'seg_mio' is measured by nothing; did you mean 'seg_miou'?"),
+        ("objective", "step_s", "expected a metric first"),
+        ("objective", ["seg_miou", "step_s"], "with 2 objectives no trial can be stopped early: expected none"),
+        ("sampler", "tpee", "'sampler.name' is 'tpee'; expected one of tpe, random, grid, gp, cmaes, nsga2"),
+        ("sampler", "grid", "a grid needs a choice, an int, or a range with a step"),
+        ("sampler", "cmaes", "which cannot vary the choice 'method.uncertainty.d_cls'"),
+        ("budget", {"hour": 2}, "unknown space key 'budget.hour'; did you mean 'hours'?"),
+        ("budget", {"hours": "long"}, "expected a number ≥ 0"),
+        ("repeats", {"seeds": 0}, "expected an integer ≥ 1"),
+        ("repeats", {"seeds": 2, "skip": "no"}, "expected true or false"),
+        ("final", {"best": 1, "split": "tune_val"}, "which the search sees; expected an untouched split"),
+        ("constraints", {"step": 1}, "unknown space key 'constraints.step'; did you mean 'step_s'?"),
+        ("constraints", {"step_s": 0}, "expected a number > 0"),
+        ("resources", {"gpus_per_trial": 1.5}, "expected a fraction ≤ 1, or whole GPUs"),
+        ("resources", {"cpus_per_trial": 0}, "expected a number > 0"),
+        ("paper", "table5", "expected one of table3, table4, fig7"),
         ("split", "train", "the training split; expected another"),
         ("trials", 0, "'trials' is 0; expected an integer ≥ 1"),
         ("workers", "two", "'workers' is 'two'; expected an integer ≥ 1"),
@@ -131,11 +164,79 @@ def test_a_bad_space_is_refused_in_one_line(path: str, value: Any, words: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_conditional_axis_counts_where_its_condition_holds() -> None:
+    tree = copy.deepcopy(SPACE)
+    tree["search"] = {
+        "method.uncertainty.u_min": {
+            "loguniform": [0.01, 0.2],
+            "when": {"method.uncertainty.weighting": "inverse_exp"},
+        },
+        "method.uncertainty.weighting": {"choice": ["inverse_exp", "none"]},
+    }
+    tree["first"] = [{"method.uncertainty.weighting": "none"}, {}]
+    space = build_space(tree)
+    # What others depend on comes first, wherever it stands in the file.
+    assert [a.name for a in space.search] == ["weighting", "u_min"]
+    assert space.first == (
+        {"method.uncertainty.weighting": "none"},
+        {"method.uncertainty.weighting": "inverse_exp", "method.uncertainty.u_min": 0.05},
+    )
+    assert build_space(yaml.safe_load(space.to_yaml())) == space
+    tree["first"] = [{"method.uncertainty.weighting": "none", "method.uncertainty.u_min": 0.1}]
+    with pytest.raises(ConfigError, match="is given, but counts only weighting is inverse_exp"):
+        build_space(tree)
+
+
+def test_conditions_in_a_circle_are_refused() -> None:
+    tree = copy.deepcopy(SPACE)
+    a, b = "method.uncertainty.weighting", "method.contrast.pool"
+    tree["first"] = []
+    tree["search"] = {
+        a: {"choice": ["inverse_exp", "none"], "when": {b: "ranked"}},
+        b: {"choice": ["ranked", "random"], "when": {a: "none"}},
+    }
+    with pytest.raises(ConfigError, match="depend on each other in a circle"):
+        build_space(tree)
+
+
+def test_a_grid_has_all_its_points_and_sets_the_budget() -> None:
+    tree = {
+        "config": "shapes",
+        "sampler": "grid",
+        "scheduler": {"name": "none"},
+        "search": {
+            "method.uncertainty.weighting": {"choice": ["inverse_exp", "none"]},
+            "method.contrast.keep": {"uniform": [0.2, 0.8], "step": 0.3},
+            "method.uncertainty.radius": {"int": [4, 8], "step": 4, "when": {"method.uncertainty.weighting": "none"}},
+        },
+    }
+    space = build_space(tree)
+    points = space.grid()
+    assert len(points) == space.trials == 3 + 6
+    assert points[0] == {"method.uncertainty.weighting": "inverse_exp", "method.contrast.keep": 0.2}
+    assert points[-1] == {
+        "method.uncertainty.weighting": "none",
+        "method.contrast.keep": 0.8,
+        "method.uncertainty.radius": 8,
+    }
+    assert len({tuple(sorted(p.items())) for p in points}) == 9
+    assert build_space({**tree, "trials": 4}).trials == 4
+
+
+@pytest.mark.parametrize(("name", "trials", "seeds"), [("table3", 5, 3), ("table4", 5, 3), ("fig7", 16, 2)])
+def test_the_papers_tables_run_on_any_configuration(name: str, trials: int, seeds: int) -> None:
+    for config in ("voc", "shapes"):
+        space = load_space(name, config=config)
+        assert (space.trials, space.repeats.seeds, space.repeats.skip) == (trials, seeds, False)
+        assert space.paper == name and space.final.every and space.final.split == "val"
+        assert space.scheduler.name == "none"
+
+
 def test_differences_name_the_first_key() -> None:
     a, b = build_space(SPACE), build_space(changed("search/method.contrast.keep", {"uniform": [0.1, 0.8]}))
     found = list(differences(a, b))
     assert found == [("search.method.contrast.keep.uniform", [0.05, 0.8], [0.1, 0.8])]
-    assert not list(differences(a, build_space(changed("trials", 3)), ignore=("trials",)))
+    assert not list(differences(a, build_space(changed("trials", 3)), ignore=("budget",)))
 
 
 def test_a_file_that_is_not_there_is_looked_up_among_the_shipped_ones(tmp_path: Path) -> None:

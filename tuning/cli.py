@@ -1,38 +1,53 @@
-"""``ugrl-tune``: a hyperparameter search."""
+"""``ugrl-tune``: a hyperparameter search, and its report."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
 from cluster.cli import shipped
+from tuning.options import COSTS, Objective
+from tuning.search import Findings, Search, read_finalists, read_sessions
 from tuning.space import SearchSpace, differences, load_space
 from ugrl import config as configs
 from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
+from ugrl.storage import place
 from ugrl.train.objective import resolve_objective
 from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
-    from tuning.driver import Search
+    import optuna
+
+    from cluster.preflight import Capacity
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
-MAY_CHANGE = ("trials", "concurrent", "resources")
+MAY_CHANGE = ("budget", "concurrent", "resources", "workers", "final", "max_failures")
 
 SUMMARY = """\
 examples:
   ugrl-tune --space shapes                              the demo: generated images, minutes on two cores
   ugrl-tune --space voc --data DIR --out runs/voc       prepared shards with a split to tune on
-  ugrl-tune --space shapes --out runs/a --resume        run the rest of an interrupted search
+  ugrl-tune --space voc --dry-run                       what it would try and cost; needs no data
+  ugrl-tune --space shapes --out runs/a --resume        run the rest of a search; also beside its other drivers
   ugrl-tune --space shapes --trials 4 train.steps=300   other budget, other base configuration
+  ugrl-tune --space coco --data DIR --warm-start runs/voc    begin with what was best elsewhere
+  ugrl-tune --space table3 --config shapes              a table of the paper on other data
+  ugrl-tune report runs/voc                             table, plots, report.html, report.md, best.yaml, at any time
 """
 
 
@@ -45,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="NAME|FILE", help="a shipped search space or a YAML file (default: shapes)")
+    parser.add_argument("--config", metavar="NAME|FILE", help="another base configuration than the space names")
     parser.add_argument("--data", metavar="DIR|URI", help="prepared shards; shapes are generated without it")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
@@ -52,11 +68,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, metavar="N", help="trials that are to end")
     parser.add_argument("--workers", type=int, metavar="N", help="training workers of one trial")
     parser.add_argument("--concurrent", type=int, metavar="N", help="trials side by side; 0 for as many as fit")
+    parser.add_argument("--storage", metavar="URL", help="database of the study (default: a journal file in --out)")
+    parser.add_argument("--warm-start", metavar="DIR", help="begin with the best points of another search")
+    parser.add_argument("--warm-best", type=int, metavar="N", default=5, help="how many of them (default: 5)")
     parser.add_argument("--resume", action="store_true", help="run what is left of the search in --out")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be tried and what it would cost")
+    parser.add_argument("--step-s", type=float, metavar="S", help="seconds of a training step, for --dry-run")
     parser.add_argument("--address", metavar="ADDR", help="of a running Ray cluster (default: start Ray here)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the base configuration")
     return parser
+
+
+def build_report_parser() -> argparse.ArgumentParser:
+    """The parser of ``ugrl-tune report``."""
+    parser = argparse.ArgumentParser(
+        prog="ugrl-tune report", description="Write the report of a search, running or not, from its storage."
+    )
+    parser.add_argument("study", type=Path, metavar="DIR", help="the search's folder")
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
+    """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
+    name = args.space or (known if known is not None else "shapes")
+    return load_space(
+        name,
+        overrides=configs.parse_overrides(args.overrides),
+        trials=args.trials,
+        workers=args.workers,
+        concurrent=args.concurrent,
+        storage=args.storage,
+        config=args.config,
+    )
 
 
 def plan_search(args: argparse.Namespace, console: Console) -> Search:
@@ -65,8 +113,6 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     Raises:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
-    from tuning.driver import Search
-
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
     out = out.absolute()
     known = out / SPACE
@@ -79,23 +125,32 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
             )
         if not known.is_file():
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
-    name = args.space or (known if args.resume and known.is_file() else "shapes")
-    space = load_space(
-        name,
-        overrides=configs.parse_overrides(args.overrides),
-        trials=args.trials,
-        workers=args.workers,
-        concurrent=args.concurrent,
-    )
+    resumed = args.resume and known.is_file()
+    space = read_space(args, known if resumed else None)
     base = space.base()
-    if args.resume and known.is_file():
+    if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
-    manifest = Manifest.load(shards)
-    for split in (base.data.train_split, space.split):
+    return check_data(Search(space, base, shards, space.objectives, out))
+
+
+def check_data(search: Search) -> Search:
+    """The search with its objectives by their real names.
+
+    Raises:
+        UgrlError: The shards lack a split, or cannot supply an objective.
+    """
+    space, base = search.space, search.base
+    manifest = Manifest.load(search.shards)
+    splits = [base.data.train_split, space.split]
+    splits += [space.final.split] if space.final.best or space.final.every else []
+    for split in splits:
         manifest.split(split)
-    objective = resolve_objective(base, manifest, space.split, space.objective)
-    return Search(space, base, shards, objective, out)
+    found = tuple(
+        o if o.name in COSTS else Objective(resolve_objective(base, manifest, space.split, o.name))
+        for o in space.objectives
+    )
+    return replace(search, objectives=found)
 
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
@@ -111,14 +166,73 @@ def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
             )
 
 
+def stored_search(out: Path) -> tuple[Search, optuna.Study]:
+    """A search and its study from its folder.
+
+    Raises:
+        ConfigError: The folder holds none.
+    """
+    import optuna as library
+
+    from tuning.study import OBJECTIVES, WHERE, open_storage, study_name
+
+    out = out.absolute()
+    if not (out / SPACE).is_file() or not (out / BASE).is_file():
+        raise ConfigError(f"{out}: holds no search; expected {SPACE} and {BASE} in it")
+    space = load_space(out / SPACE)
+    base = configs.build(configs.read_yaml(out / BASE))
+    storage, name = open_storage(space.storage, out), study_name(space.storage, out)
+    if name not in library.get_all_study_names(storage):
+        raise ConfigError(f"{out}: its storage holds no study '{name}'")
+    study = library.load_study(storage=storage, study_name=name)
+    names = study.user_attrs.get(OBJECTIVES, [o.name for o in space.objectives])
+    shards = place(study.user_attrs.get(WHERE, {}).get("shards") or base.data.shards or "data")
+    return Search(space, base, shards, tuple(Objective(n) for n in names), out), study
+
+
+def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[str, Any]]]:
+    """The best points of another search that fit this one, with where they came from.
+
+    Raises:
+        ConfigError: The folder holds no search, or nothing of it can be used.
+    """
+    from tuning.record import ranked, read_trials
+    from tuning.space import complete_point
+
+    other, study = stored_search(Path(folder))
+    rows = ranked(read_trials(study, other.objectives), other.objectives[0])
+    ours = {a.path for a in search.space.search}
+    found: list[tuple[str, dict[str, Any]]] = []
+    why = "no trial of it is complete"
+    for row in rows:
+        shared = {k: v for k, v in row.params.items() if k in ours}
+        origin = f"warm: {Path(folder).name} trial {row.number}"
+        try:
+            point = complete_point(search.space, origin, shared, search.base)
+        except ConfigError as error:
+            why = str(error)
+            continue
+        if shared and point not in [p for _, p in found]:
+            found.append((origin, point))
+        if len(found) == best:
+            break
+    if not found:
+        raise ConfigError(f"--warm-start {folder}: no point fits this search ({why})")
+    return found
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Check, search, report."""
+    """Check, search, run the best again, report."""
+    if args.dry_run:
+        return run_dry(args, Console())
     search = plan_search(args, console)
+    warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
     from cluster.launch import start_ray, stop_ray
-    from tuning.driver import concurrent_trials, run_search
-    from tuning.progress import TrialProgress
-    from tuning.report import write_report
-    from tuning.study import close_orphans, is_spent, open_study, quiet_optuna
+    from tuning.driver import concurrent_trials, open_finals
+    from tuning.study import WHERE, open_study, quiet_optuna
 
     quiet_optuna()
     try:
@@ -126,43 +240,157 @@ def run(args: argparse.Namespace, console: Console) -> int:
         side_by_side = concurrent_trials(search, have)
         fresh = not (search.out / SPACE).is_file()
         search.out.mkdir(parents=True, exist_ok=True)
-        study = open_study(search.space, search.out, create=fresh)
-        close_orphans(study)
+        study = open_study(
+            search.space, search.out, create=fresh, objectives=search.objectives, steps=search.steps, warm=warm
+        )
+        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(search.out)})
         (search.out / SPACE).write_text(search.space.to_yaml(), encoding="utf-8")
         (search.out / BASE).write_text(yaml.safe_dump(configs.to_dict(search.base), sort_keys=False), encoding="utf-8")
-        ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
-        if not args.quiet:
-            console.print(
-                f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {side_by_side} at a time on "
-                f"{have}, objective {search.objective} on '{search.space.split}'",
-                highlight=False,
-                soft_wrap=True,
-            )
-        steps = search.base.train.steps
-        interrupted = False
-        with TrialProgress(search.objective, steps, console, enabled=not args.quiet) as shown:
-            try:
-                run_search(search, study, have, callbacks=[shown])
-            except KeyboardInterrupt:
-                interrupted = True
+        interrupted, halted = _run_parts(args, search, study, have, side_by_side, console)
     finally:
         stop_ray()
-    close_orphans(study)
-    write_report(search, study, console)
-    left = search.space.trials - sum(is_spent(t) for t in study.get_trials(deepcopy=False))
-    if interrupted or left > 0:
-        words = ["ugrl-tune", "--out", str(search.out), "--resume"]
-        words += ["--data", str(args.data)] if args.data else []
+    from tuning.report import write_report
+
+    finals = open_finals(search, study._storage, create=False)
+    write_report(findings(search, study, finals), console)
+    return _ended(args, search, study, finals, interrupted, halted, console)
+
+
+def _run_parts(
+    args: argparse.Namespace, search: Search, study: optuna.Study, have: Capacity, slots: int, console: Console
+) -> tuple[bool, str]:
+    """The search and its final runs; returns whether it was interrupted, and why it stopped early, if it did."""
+    from tuning.driver import open_finals, run_finals, run_search
+    from tuning.lease import Lease
+    from tuning.progress import TrialProgress
+    from tuning.study import is_spent
+
+    ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
+    shown = "" if args.quiet else f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {slots} at a "
+    names = ", ".join(o.name for o in search.objectives)
+    if shown:
         console.print(
-            f"interrupted with {left} trials left; continue with: {shlex.join(words)}", highlight=False, soft_wrap=True
+            f"{shown}time on {have}, objective {names} on '{search.space.split}'", highlight=False, soft_wrap=True
         )
-        return 130
+    with ExitStack() as stack:
+        stack.enter_context(sigterm_is_an_interrupt())
+        lease = stack.enter_context(Lease(study, slots=slots))
+        enabled = not args.quiet
+        with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
+            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar]), bar)
+        if searcher is None or search.space.final.best == 0:
+            return searcher is None, "" if searcher is None else searcher.halted
+        if (halted := searcher.halted) and not halted.startswith("budget."):
+            return False, halted
+        finals = open_finals(search, study._storage)
+        assert finals is not None
+        with TrialProgress(
+            search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
+        ) as bar:
+            again = _until_interrupted(lambda: run_finals(search, study, finals, have, lease, callbacks=[bar]), bar)
+        return again is None, halted or (again.halted if again is not None else "")
+
+
+def _until_interrupted(work: Any, bar: Any) -> Any:
+    """What the work returns; ``None`` where it was interrupted, and its trials were put back into the queue."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        if bar.searcher is not None:
+            bar.searcher.leave()
+        return None
+
+
+@contextmanager
+def sigterm_is_an_interrupt() -> Iterator[None]:
+    """A scheduler that wants the machine back is answered like Ctrl-C: trials are put back, the report is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
+    """All that the storage tells of a search."""
+    from tuning.record import read_trials
+
+    rows = tuple(read_trials(study, search.objectives))
+    return Findings(search, study, rows, read_finalists(rows, finals, search), read_sessions(study))
+
+
+def _ended(
+    args: argparse.Namespace,
+    search: Search,
+    study: optuna.Study,
+    finals: optuna.Study | None,
+    interrupted: bool,
+    halted: str,
+    console: Console,
+) -> int:
+    from tuning.study import is_spent
+
+    if halted and not halted.startswith("budget."):
+        raise ConfigError(f"{search.out.name}: {halted}")
+    if halted:
+        console.print(halted, highlight=False, soft_wrap=True)
+    left = search.space.trials - sum(is_spent(t) for t in study.get_trials(deepcopy=False))
+    again = sum(not is_spent(t) for t in finals.get_trials(deepcopy=False)) if finals is not None else 0
+    if not interrupted:
+        return 0
+    words = ["ugrl-tune", "--out", str(search.out), "--resume"]
+    words += ["--data", str(args.data)] if args.data else []
+    more = f" and {again} final runs" if again else ""
+    console.print(
+        f"interrupted with {left} trials{more} left; continue with: {shlex.join(words)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 130
+
+
+def run_dry(args: argparse.Namespace, console: Console) -> int:
+    """Say what a search would try and cost; needs no data and writes nothing."""
+    from cluster.launch import start_ray, stop_ray
+    from tuning.dryrun import dry_run, machine
+    from tuning.study import quiet_optuna
+
+    if args.step_s is not None and args.step_s <= 0:
+        raise ConfigError(f"--step-s is {args.step_s:g}; expected a number > 0")
+    quiet_optuna()
+    space = read_space(args)
+    search = Search(space, space.base(), place(args.data or "data"), space.objectives, Path("dry-run"))
+    if not args.address:
+        dry_run(search, machine(), console, step_s=args.step_s, where="this machine; --address asks a cluster")
+        return 0
+    try:
+        dry_run(search, start_ray(args.address), console, step_s=args.step_s)
+    finally:
+        stop_ray()
+    return 0
+
+
+def run_report(args: argparse.Namespace, console: Console) -> int:
+    """``ugrl-tune report``."""
+    from tuning.driver import open_finals
+    from tuning.report import write_report
+    from tuning.study import quiet_optuna
+
+    quiet_optuna()
+    search, study = stored_search(args.study)
+    write_report(findings(search, study, open_finals(search, study._storage, create=False)), console)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after an interrupt."""
-    return enter(build_parser(), argv, run, "interrupted before the search started")
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["report"]:
+        return enter(build_report_parser(), words[1:], run_report, "interrupted")
+    return enter(build_parser(), words, run, "interrupted before the search started")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The search itself: a Tuner over trials that are the trainer.
+"""The search itself: Ray Tune runs the trials that the study hands out, until none is left.
 
-A one-worker trial is a plain function trial that runs the trainer in its own process; one with more
-workers is a driver that holds no CPU and starts Ray Train, whose reports come back to Tune. Either
-way Tune sees one report per validation, under the step that the trainer counts, so that a scheduler
-compares like with like.
+A search has two parts. The first spends the budget. The second, where ``final.best`` asks for it, is a study of its own
+beside it, whose trials are (candidate, seed): the best configurations again with seeds that nothing was chosen by,
+measured on the untouched split too.
 """
 
 from __future__ import annotations
@@ -11,43 +10,30 @@ from __future__ import annotations
 import math
 import os
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import Trial, TrialState
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from cluster.launch import launch
 from cluster.preflight import Capacity, check_fits
-from tuning.space import SearchSpace, trial_config
-from tuning.study import ERROR_FILE, STEP, StudySearch, is_spent, trial_folder
+from tuning.lease import Lease
+from tuning.options import Repeats, Scheduler
+from tuning.record import ranked, read_trials
+from tuning.search import Search
+from tuning.searcher import StudyScheduler, StudySearch
+from tuning.study import FINALS, study_name
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import ConfigError, UgrlError
-from ugrl.storage import Place, place
+from ugrl.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Search:
-    """A search that was checked as a whole.
-
-    Attributes:
-        space: What is searched.
-        base: The configuration that all trials share.
-        shards: Prepared folder.
-        objective: The metric, larger is better.
-        out: The search's folder.
-    """
-
-    space: SearchSpace
-    base: Config
-    shards: Place
-    objective: str
-    out: Path
+# The seeds of the final runs begin so far above the search's own.
+FRESH = 1000
+READY = "ready"
 
 
 def concurrent_trials(search: Search, have: Capacity) -> int:
@@ -63,19 +49,33 @@ def concurrent_trials(search: Search, have: Capacity) -> int:
         fits = 1
         while not wanted and _fits(cfg, space.workers, have, fits + 1):
             fits += 1
-        return min(wanted or fits, space.trials)
-    cpus, gpus = space.resources.cpus_per_trial, space.resources.gpus_per_trial
+        return wanted or fits
+    cpus, gpus = held(search, have)
     each = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-    fits = math.floor(have.cpus / cpus + 1e-6)
-    if gpus:
-        fits = min(fits, math.floor(have.gpus / gpus + 1e-6))
-    if fits < 1 or cpus > have.node_cpus + 1e-6:
+    # A trial is placed on one node, and a fraction of a GPU on one GPU.
+    fits = sum(_takes(n.cpus, cpus, n.gpus, gpus) for n in have.each())
+    if fits < 1:
+        nodes = ", ".join(f"{n.name}: {n.cpus:g} CPUs" + (f", {n.gpus:g} GPUs" if gpus else "") for n in have.each())
         raise ConfigError(
-            f"a trial takes {each}; the cluster has {have}; lower resources.cpus_per_trial or gpus_per_trial"
+            f"a trial takes {each}; the cluster has {have} ({nodes}); lower resources.cpus_per_trial or gpus_per_trial"
         )
     if wanted > fits:
         raise ConfigError(f"{wanted} concurrent trials × {each}; the cluster has {have}: at most {fits} fit")
-    return min(wanted or fits, space.trials)
+    return wanted or fits
+
+
+def _takes(cpus: float, each_cpus: float, gpus: float, each_gpus: float) -> int:
+    """Trials that one node takes.
+
+    >>> _takes(8, 1, 1, 0.4), _takes(8, 1, 4, 2), _takes(1, 1, 4, 0.5)
+    (2, 2, 1)
+    """
+    most = math.floor(cpus / each_cpus + 1e-6)
+    if not each_gpus:
+        return most
+    if each_gpus < 1:
+        return min(most, math.floor(gpus + 1e-6) * math.floor(1 / each_gpus + 1e-6))
+    return min(most, math.floor(gpus / each_gpus + 1e-6))
 
 
 def _fits(cfg: Config, workers: int, have: Capacity, groups: int) -> bool:
@@ -86,78 +86,95 @@ def _fits(cfg: Config, workers: int, have: Capacity, groups: int) -> bool:
     return True
 
 
-def scheduler(search: Search) -> TrialScheduler:
-    """ASHA over the trainer's own step, or none."""
-    asked = search.space.scheduler
-    if asked.name == "none":
-        return FIFOScheduler()
-    # One more than the last step: a trial that gets there ends by itself and keeps its last checkpoint.
-    return ASHAScheduler(
-        time_attr=STEP,
-        grace_period=asked.grace_steps,
-        max_t=search.base.train.steps + 1,
-        reduction_factor=asked.reduction_factor,
-    )
+def held(search: Search, have: Capacity) -> tuple[float, float]:
+    """CPUs and GPUs that a trial holds."""
+    space, cfg = search.space, search.base
+    if space.workers > 1:
+        gpus = cfg.cluster.gpus_per_worker if have.gpus else 0.0
+        return space.workers * cfg.cluster.cpus_per_worker, space.workers * gpus
+    asked = space.resources
+    gpus = min(1.0, have.gpus) if asked.gpus_per_trial is None else asked.gpus_per_trial
+    if asked.cpus_per_trial is not None:
+        return asked.cpus_per_trial, gpus
+    # A GPU's share of its node's CPUs decodes and cuts for it.
+    shares = [n.cpus / (n.gpus / gpus) for n in have.each() if gpus and n.gpus]
+    return max(1.0, math.floor(min(shares))) if shares else 1.0, gpus
 
 
 def run_search(
-    search: Search, study: optuna.Study, have: Capacity, *, callbacks: Sequence[tune.Callback] = ()
+    search: Search,
+    study: optuna.Study,
+    have: Capacity,
+    lease: Lease,
+    *,
+    callbacks: Sequence[tune.Callback] = (),
+    reuse: bool = True,
 ) -> StudySearch:
     """Run what is left of a search's budget; returns when it is spent or the user interrupts.
 
     Args:
         search: The search.
-        study: From :func:`tuning.study.open_study`, without RUNNING trials.
+        study: From :func:`tuning.study.open_study`.
         have: The cluster.
+        lease: This driver's.
         callbacks: Tune callbacks; one with an attribute ``searcher`` is given the searcher.
+        reuse: Whether a process is used again for the next trial.
 
     Returns:
-        The searcher, which knows the numbers of Tune's trials.
+        The searcher; ``halted`` says why it stopped early, if it did.
     """
-    left = search.space.trials - sum(is_spent(t) for t in study.get_trials(deepcopy=False))
-    searcher = StudySearch(
-        study, search.space, metric=search.objective, max_step=search.base.train.steps, out=search.out
-    )
-    if left <= 0:
-        return searcher
+    cpus, gpus = held(search, have)
+    searcher = StudySearch(study, search, lease, cpus=cpus, gpus=gpus)
+    run(searcher, have, callbacks=callbacks, reuse=reuse)
+    return searcher
+
+
+def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callback] = (), reuse: bool = True) -> None:
+    """Let Ray Tune run what a searcher hands out.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted; trials that were running are still the searcher's.
+    """
+    search = searcher.search
     side_by_side = concurrent_trials(search, have)
-    callbacks = [*callbacks, _Free(search.out)] if search.space.workers > 1 else callbacks
+    callbacks = [*callbacks, _Free(searcher)] if search.space.workers > 1 else list(callbacks)
     for callback in callbacks:
         if hasattr(callback, "searcher"):
             callback.searcher = searcher
     sessions = search.out / "tune"
     sessions.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the trainer writes its own logs
+    # A trial that is stopped ends its step and closes its files before its process takes the next one.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "300")
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(search, side_by_side), _placement(search)),
+        tune.with_resources(_trainable(searcher, side_by_side), _placement(searcher)),
         tune_config=tune.TuneConfig(
-            metric=search.objective,
-            mode="max",
-            num_samples=left,
+            num_samples=-1,
             max_concurrent_trials=side_by_side,
             search_alg=searcher,
-            scheduler=scheduler(search),
-            reuse_actors=False,
+            scheduler=StudyScheduler(searcher),
+            # A driver of Ray Train is killed when it is stopped: it waits for its workers and hears nothing.
+            reuse_actors=reuse and search.space.workers == 1,
         ),
         run_config=tune.RunConfig(
             # A name of its own for each session: Tune would mix a reused one with what it finds there.
-            name=f"session_{sum(1 for _ in sessions.iterdir()):03d}",
+            name=f"session_{searcher.lease.id}" + ("_final" if isinstance(searcher, FinalSearch) else ""),
             storage_path=str(sessions),
-            failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
+            failure_config=tune.FailureConfig(max_failures=search.space.max_failures, fail_fast=False),
             callbacks=list(callbacks),
             verbose=0,
         ),
     )
     tuner.fit()
-    return searcher
+    if searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
+        raise KeyboardInterrupt
 
 
 class _Free(tune.Callback):
     """Give back the workers of a trial that ended: a driver that Tune stops is killed, not asked."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.searcher: StudySearch | None = None
+    def __init__(self, searcher: StudySearch) -> None:
+        self._searcher = searcher
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -171,85 +188,137 @@ class _Free(tune.Callback):
     def _free(self, trial_id: str) -> None:
         from cluster.worker import free_placement
 
-        number = self.searcher.number(trial_id) if self.searcher else None
+        number = self._searcher.number(trial_id)
         if number is not None:
-            free_placement(trial_folder(self.out, number))
+            folder = self._searcher.folder(number)
+            for run_folder in folder.glob("seed_*"):
+                free_placement(run_folder)
 
 
-def _placement(search: Search) -> dict[str, float] | tune.PlacementGroupFactory:
-    space = search.space
-    if space.workers > 1:
+def _placement(searcher: StudySearch) -> dict[str, float] | tune.PlacementGroupFactory:
+    if searcher.search.space.workers > 1:
         # Tune wants some resource from every trial; the driver only waits for its workers.
         return {"cpu": 0, "memory": 2**20}
-    return {"cpu": space.resources.cpus_per_trial, "gpu": space.resources.gpus_per_trial}
+    return {"cpu": searcher.cpus, "gpu": searcher.gpus}
 
 
-def _trainable(search: Search, groups: int) -> Callable[[dict[str, Any]], None]:
+def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]], None]:
     """The function that a trial runs. It carries plain values: it is pickled to another process."""
+    search = searcher.search
+    space = search.space
+    costs = {*(o.name for o in search.objectives), *(c.name for c in space.constraints)}
     shared = {
         "base": configs.to_dict(search.base),
-        "split": search.space.split,
+        "split": space.split,
         "shards": search.shards.where,
-        "out": str(search.out),
-        "workers": search.space.workers,
-        "cpus": search.space.resources.cpus_per_trial,
+        "workers": space.workers,
+        "cpus": searcher.cpus,
+        "gpus": searcher.gpus,
         "groups": groups,
+        "flops": "gflop" in costs or space.paper == "fig7",
     }
 
-    def trial(config: dict[str, Any]) -> None:
-        run_trial(config, shared)
+    def trial(task: dict[str, Any]) -> None:
+        from tuning.trial import run_trial
+
+        run_trial(task, shared)
 
     return trial
 
 
-def run_trial(config: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-    """One trial: train at a point, report each validation.
+# -- the final runs ------------------------------------------------------------------------------
+
+
+class FinalSearch(StudySearch):
+    """The searcher of the final runs: each trial is one candidate with one fresh seed.
 
     Args:
-        config: ``number`` and ``point`` as :meth:`StudySearch.suggest` gives them.
-        shared: What all trials share.
-
-    Raises:
-        Exception: Whatever ended the training; its last line is left in the trial's ``error.txt``.
+        points: Candidate's number → its point.
+        **more: As of :class:`StudySearch`.
     """
-    folder = trial_folder(Path(shared["out"]), int(config["number"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        cfg = trial_config(configs.build(shared["base"]), config["point"], shared["split"])
-        shards = place(shared["shards"])
-        if shared["workers"] > 1:
-            _train_on_workers(cfg, shards, folder, shared)
-        else:
-            _train_here(cfg, shards, folder, shared["cpus"])
-    except Exception as error:
-        text = str(error) if isinstance(error, UgrlError) else "".join(traceback.format_exception(error))
-        (folder / ERROR_FILE).write_text(text.strip() + "\n", encoding="utf-8")
-        raise
+
+    def __init__(self, study: optuna.Study, search: Search, lease: Lease, points: Mapping[int, Any], **more: Any):
+        # A candidate is not stopped early, whatever the search's own scheduler and repeats are.
+        space = replace(search.space, scheduler=Scheduler("none"), repeats=Repeats(1), constraints=())
+        super().__init__(study, replace(search, space=space), lease, limit=10**9, **more)
+        self.points = points
+
+    def point(self, trial: Trial) -> dict[str, Any]:
+        """Of its candidate."""
+        number = trial.suggest_int("candidate", 0, 10**6)
+        if number not in self.points:
+            raise ConfigError(f"final run {trial.number}: candidate {number} is no trial of the search")
+        return dict(self.points[number])
+
+    def seeds(self, trial: Trial) -> tuple[int, ...]:
+        """One that the search has not seen."""
+        return (trial.suggest_int("seed", 0, 2**31 - 1),)
+
+    def measured(self) -> bool:
+        """Always."""
+        return True
+
+    def exhausted(self) -> None:
+        """Never: what the search was for is not left out because it was long."""
+        return
+
+    def folder(self, number: int) -> Path:
+        """Beside the trials."""
+        return self.search.out / "final" / f"{number:03d}"
 
 
-def _train_here(cfg: Config, shards: Place, folder: Path, cpus: float) -> None:
-    import torch
-
-    from ugrl.train.loop import Hooks, Trainer
-
-    torch.set_num_threads(max(1, int(cpus)))
-    since = time.monotonic()
-
-    def on_eval(step: int, metrics: dict[str, float]) -> None:
-        tune.report({**metrics, STEP: step, "seconds": time.monotonic() - since})
-
-    Trainer(cfg, shards=shards, out=folder, hooks=Hooks(on_eval=on_eval), quiet=True).fit()
-
-
-def _train_on_workers(cfg: Config, shards: Place, folder: Path, shared: Mapping[str, Any]) -> None:
-    from tuning.relay import Relay
-
-    # An inner failure is Train's to repair; the trial fails when Train gives up.
-    launch(
-        cfg,
-        shards=shards,
-        out=folder,
-        workers=shared["workers"],
-        callbacks=[Relay()],
-        groups=shared["groups"],
+def open_finals(search: Search, storage: BaseStorage, *, create: bool = True) -> optuna.Study | None:
+    """The study of the final runs; ``None`` where there is none and none is to be made."""
+    name = study_name(search.space.storage, search.out) + FINALS
+    if name not in optuna.get_all_study_names(storage):
+        if not create:
+            return None
+        try:
+            optuna.create_study(storage=storage, study_name=name, directions=[o.direction for o in search.objectives])
+        except optuna.exceptions.DuplicatedStudyError:
+            pass  # another driver was faster
+    return optuna.load_study(
+        storage=storage,
+        study_name=name,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=optuna.pruners.NopPruner(),
     )
+
+
+def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> dict[int, dict[str, Any]]:
+    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing.
+
+    Returns:
+        Candidate's number → its point.
+    """
+    best = ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
+    found = finals.get_trials(deepcopy=False)
+    have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
+    have |= {tuple(t.system_attrs.get("fixed_params", {}).get(k) for k in ("candidate", "seed")) for t in found}
+    # Seed by seed: if the time is cut short, every candidate has as many.
+    for k in range(search.space.final.seeds):
+        for row in best:
+            made = {"candidate": row.number, "seed": search.base.seed + FRESH + k}
+            if (made["candidate"], made["seed"]) not in have:
+                finals.enqueue_trial(made)
+    return {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
+
+
+def run_finals(
+    search: Search, study: optuna.Study, finals: optuna.Study, have: Capacity, lease: Lease, **more: Any
+) -> FinalSearch:
+    """Run the best trials again with fresh seeds; as :func:`run_search`."""
+    while True:
+        # Two drivers that plan at the same moment would plan everything twice.
+        if lease.first():
+            points = plan_finals(search, study, finals)
+            finals.set_user_attr(READY, sorted(points))
+            break
+        if finals.user_attrs.get(READY):
+            points = plan_finals(search, study, finals)
+            break
+        time.sleep(1.0)
+    cpus, gpus = held(search, have)
+    searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)
+    run(searcher, have, **more)
+    return searcher

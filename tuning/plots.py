@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -15,19 +17,31 @@ import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.tri import Triangulation
 from optuna.trial import TrialState
 
-if TYPE_CHECKING:
-    from tuning.driver import Search
-    from tuning.report import TrialRow
+from tuning.facts import paper_trial, paper_values, training_seconds
+from tuning.record import TrialRow, label, pareto, percent, ranked
+from tuning.search import Findings
+from tuning.space import Axis, SearchSpace
 
-COLORS = {"COMPLETE": "#2563a8", "PRUNED": "#e08a1e", "FAIL": "#9a9a9a", "RUNNING": "#6aa84f"}
+COLORS = {
+    "COMPLETE": "#2563a8",
+    "PRUNED": "#e08a1e",
+    "FAIL": "#9a9a9a",
+    "RUNNING": "#6aa84f",
+    "WAITING": "#b4a7d6",
+}
 BEST = "#c2185b"
+PAPER = "#111111"
 # Measured on synthetic objectives of nine values, one of which matters most: with the best third as
 # target PED-ANOVA ranks it first in 9 of 20 studies of 6 trials, 14 of 10, 20 of 20. (With Optuna's
 # default, the best tenth: 8, 9, 14.) Below ENOUGH it is said and not drawn, below SURE it is a hint.
 ENOUGH, SURE = 10, 20
 TARGET_QUANTILE = 1 / 3
+# Below so many complete trials a contour shows the triangles between the trials and nothing else.
+CONTOUR = 8
+CONTOUR_AXES = 3
 
 STYLE = {
     "font.size": 10,
@@ -42,176 +56,582 @@ STYLE = {
 }
 
 
-def draw(
-    search: Search, study: optuna.Study, rows: Sequence[TrialRow], best: TrialRow | None, folder: Path
-) -> list[str]:
-    """Draw ``history.png``, ``curves.png``, ``slices.png`` and, with enough trials, ``importance.png``.
+def draw(findings: Findings, folder: Path) -> list[str]:
+    """Draw every plot of :data:`PLOTS` that the findings suffice for, and remove those that they do not.
+
+    Args:
+        findings: Of the search.
+        folder: Where ``NAME.png`` go; made if missing.
 
     Returns:
         Lines to tell the user: what could not be drawn, and why.
     """
-    scored = [r for r in rows if r.value is not None]
-    if not scored:
-        return ["no trial has a score yet: no plots"]
     folder.mkdir(parents=True, exist_ok=True)
-    notes: list[str] = []
+    scored = any(r.value is not None for r in findings.rows)
+    notes = [] if scored else ["no trial has a score yet: no plots of scores"]
     with matplotlib.rc_context(STYLE):
-        _save(history(search, scored, best), folder / "history.png")
-        _save(curves(search, scored, best), folder / "curves.png")
-        _save(slices(search, scored, best), folder / "slices.png")
-        ranking = importance(study)
-        target = folder / "importance.png"
-        if isinstance(ranking, str):
-            notes.append(ranking)
-            target.unlink(missing_ok=True)
-        else:
-            complete = sum(r.state == "COMPLETE" for r in scored)
-            _save(importance_bars(ranking, complete, search.objective), target)
+        for name, plot in PLOTS.items():
+            found = plot(findings) if scored or plot in UNSCORED else ""
+            if isinstance(found, Figure):
+                save(found, folder / f"{name}.png")
+                continue
+            (folder / f"{name}.png").unlink(missing_ok=True)
+            if found:
+                notes.append(found)
     return notes
 
 
 def importance(study: optuna.Study) -> dict[str, float] | str:
-    """Each searched path's importance over COMPLETE trials, or a line that says why there is none."""
+    """Each searched path's importance for the first objective, or a line that says why there is none.
+
+    COMPLETE trials count alone.
+    """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < ENOUGH:
         return f"importance: {len(complete)} complete trials are too few to tell (from {ENOUGH} on); no plot"
-    # Optuna would count the early scores of pruned trials too: give it the complete ones alone.
-    whole = optuna.create_study(direction="maximize")
-    whole.add_trials(complete)
+    # Optuna would count the early scores of pruned trials too, and takes a target for something to minimise: give
+    # it the complete ones alone, with one value each.
+    whole = optuna.create_study(direction=study.directions[0])
+    whole.add_trials(
+        [optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=t.values[0]) for t in complete]
+    )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=TARGET_QUANTILE)
     try:
-        return dict(optuna.importance.get_param_importances(whole, evaluator=evaluator))
+        found = dict(optuna.importance.get_param_importances(whole, evaluator=evaluator))
     except (ValueError, RuntimeError) as error:
         return f"importance: cannot be told ({str(error).splitlines()[0]})"
+    return found or "importance: no axis counts in every complete trial; no plot"
 
 
-def history(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> Figure:
-    """Score of each trial in order, and the best complete one so far."""
+def history(findings: Findings) -> Figure | str:
+    """Score of each trial in order, and the best one so far."""
+    rows = _scored(findings)
     fig, ax = plt.subplots(figsize=(7, 4))
-    _scatter(ax, [(r.number, r) for r in rows], best)
-    so_far, line = -math.inf, []
-    for r in rows:
-        if r.state == "COMPLETE" and r.value is not None:
-            so_far = max(so_far, r.value)
-        line.append((r.number, 100 * so_far if so_far > -math.inf else math.nan))
+    _scatter(ax, [(r.number, r) for r in rows], findings)
+    noisy = [r for r in rows if math.isfinite(r.stderr)]
+    if noisy:
+        x, y, e = zip(*[(r.number, _y(findings, r), _scale(findings) * r.stderr) for r in noisy], strict=True)
+        ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#555555", elinewidth=0.9, capsize=2, alpha=0.6, zorder=1)
+    line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], alpha=0.5, label="best so far")
-    ax.set(xlabel="trial", ylabel=_label(search), title="Optimisation history")
+    ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(ax)
     return fig
 
 
-def curves(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> Figure:
-    """The objective over steps of every trial."""
+def curves(findings: Findings) -> Figure | str:
+    """The objective over steps, a line for each seed of each trial."""
+    best = findings.best
+    drawn = [(r, run.curve) for r in findings.rows for run in r.runs if run.curve]
+    if not drawn:
+        return "curves: no trial has validated yet; no plot"
     fig, ax = plt.subplots(figsize=(7, 4))
     seen: set[str] = set()
-    for r in rows:
-        if not r.curve:
-            continue
-        x, y = zip(*r.curve, strict=True)
+    for r, curve in drawn:
+        x, y = zip(*curve, strict=True)
         chosen = best is not None and r.number == best.number
-        color = BEST if chosen else COLORS[r.state]
         name = f"best: trial {r.number}" if chosen else r.state.lower()
         ax.plot(
             x,
-            [100 * v for v in y],
-            color=color,
-            lw=2.4 if chosen else 1.2,
-            alpha=1 if chosen else 0.7,
+            [_scale(findings) * v for v in y],
+            color=BEST if chosen else COLORS[r.state],
+            lw=2.2 if chosen else 1.1,
+            alpha=1 if chosen else 0.65,
             zorder=3 if chosen else 2,
             marker="o" if len(x) < 30 else None,
-            ms=5 if chosen else 3.5,
+            ms=4.5 if chosen else 3,
             label=None if name in seen else name,
         )
         seen.add(name)
-    if search.space.scheduler.name == "asha":
-        ax.axvline(search.space.scheduler.grace_steps, color="#555555", ls=":", lw=1, label="first rung of ASHA")
-    ax.set(xlabel="step", ylabel=_label(search), title="Learning curves")
-    ax.set_xlim(0, search.base.train.steps * 1.02)
+    _rung_lines(ax, findings)
+    ax.set(xlabel="step", ylabel=_label(findings), title="Learning curves")
+    ax.set_xlim(0, findings.search.steps * 1.02)
     _legend(ax)
     return fig
 
 
-def slices(search: Search, rows: Sequence[TrialRow], best: TrialRow | None) -> Figure:
+def slices(findings: Findings) -> Figure | str:
     """The objective over each searched value."""
-    axes_ = search.space.search
+    axes_ = findings.search.space.search
     cols = min(3, len(axes_))
     lines = -(-len(axes_) // cols)
-    fig, grid = plt.subplots(lines, cols, figsize=(3.5 * cols, 2.7 * lines + 0.5), sharey=True, squeeze=False)
+    width = {1: 6.5, 2: 8.5}.get(cols, 10.5)
+    fig, grid = plt.subplots(lines, cols, figsize=(width, 2.7 * lines + 0.8), sharey=True, squeeze=False)
+    marks = paper_values(findings)
     for ax, axis in zip(grid.flat, axes_, strict=False):
         options = list(axis.options)
-        place: list[tuple[float, TrialRow]] = []
-        for r in rows:
-            value: Any = r.params.get(axis.path)
-            if value is not None:
-                place.append((options.index(value) if options else float(value), r))
-        _scatter(ax, place, best)
-        if options:
-            ax.set_xticks(range(len(options)), [str(o) for o in options])
-            ax.set_xlim(-0.5, len(options) - 0.5)
-        elif axis.log:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlim(axis.low / 1.15, axis.high * 1.15)
-        else:
-            margin = 0.05 * (axis.high - axis.low)
-            ax.set_xlim(axis.low - margin, axis.high + margin)
-        ax.set_xlabel(axis.path.rsplit(".", 1)[-1])
+        placed = [(r.params[axis.path], r) for r in _scored(findings) if axis.path in r.params]
+        _scatter(ax, [(options.index(v) if options else float(v), r) for v, r in placed], findings)
+        if axis.path in marks:
+            value = marks[axis.path]
+            _paper_line(ax, options.index(value) if value in options else value)
+        _slice_axis(ax, axis)
     for ax in list(grid.flat)[len(axes_) :]:
         ax.set_visible(False)
     for ax in grid[:, 0]:
-        ax.set_ylabel(_label(search))
+        ax.set_ylabel(_label(findings))
+    fig.suptitle("Each searched value against the objective")
     found: dict[str, Any] = {}
     for ax in grid.flat:
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
-    fig.suptitle("Each searched value against the objective")
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 * cols + 1, frameon=False)
     return fig
 
 
-def importance_bars(ranking: dict[str, float], complete: int, objective: str) -> Figure:
+def importances(findings: Findings) -> Figure | str:
     """Importances, the largest on top."""
+    ranking = importance(findings.study)
+    if isinstance(ranking, str):
+        return ranking
+    complete = sum(r.state == "COMPLETE" for r in findings.rows)
     names, values = list(ranking)[::-1], list(ranking.values())[::-1]
     fig, ax = plt.subplots(figsize=(7, 0.42 * len(names) + 1.4))
     bars = ax.barh([n.rsplit(".", 1)[-1] for n in names], values, color=COLORS["COMPLETE"], height=0.65)
     ax.bar_label(bars, [f"{100 * v:.0f} %" for v in values], padding=3)
     hint = "" if complete >= SURE else ": a hint"
-    ax.set(xlabel="share of importance", title=f"Importance for {objective}, from {complete} complete trials{hint}")
+    title = f"Importance for {findings.search.objective}, from {complete} complete trials{hint}"
+    ax.set(xlabel="share of importance", title=title)
     ax.set_xlim(0, max([*values, 1e-9]) * 1.15)
     ax.grid(axis="y", visible=False)
     return fig
 
 
-def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], best: TrialRow | None) -> None:
+@dataclass(frozen=True)
+class Scale:
+    """Places the values of an axis between 0 and 1: even on its own scale, options side by side."""
+
+    axis: Axis
+
+    @property
+    def options(self) -> list[Any]:
+        """Of a choice; numbers in order."""
+        options = list(self.axis.options)
+        return sorted(options) if is_numeric(self.axis) else options
+
+    def place(self, value: Any) -> float:
+        """Where a value lies; NaN where it is no value of the axis."""
+        if self.axis.kind == "choice":
+            options = self.options
+            return options.index(value) / max(1, len(options) - 1) if value in options else math.nan
+        low, high, x = self.axis.low, self.axis.high, float(value)
+        if self.axis.log:
+            low, high, x = math.log(low), math.log(high), math.log(x)
+        return (x - low) / (high - low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places and labels of a handful of values."""
+        if self.axis.kind == "choice":
+            return [(self.place(o), str(o)) for o in self.options]
+        low, high = self.axis.low, self.axis.high
+        locator = LogLocator(subs=(1.0, 3.0)) if self.axis.log else MaxNLocator(5, integer=self.axis.integer)
+        values = [v for v in locator.tick_values(low, high) if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
+        return [(self.place(v), f"{v:g}") for v in (values if len(values) > 1 else (low, high))]
+
+
+def is_numeric(axis: Axis) -> bool:
+    """Whether the values of an axis are numbers."""
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.edges)
+
+
+def contour(findings: Findings) -> Figure | str:
+    """The objective over pairs of the numeric axes that matter most."""
+    axes_ = _leading(findings)
+    if len(axes_) < 2:
+        return "contour: needs two numeric axes; no plot"
+    made = {}
+    for pair in itertools.combinations(axes_, 2):
+        found = _field(findings, [Scale(a) for a in pair])
+        if found is not None:
+            made[pair] = found
+    if not made:
+        return f"contour: needs {CONTOUR} complete trials that do not lie on one line; no plot"
+    fig, grid = plt.subplots(1, len(made), figsize=(4.3 * len(made) + 1.4, 4.2), squeeze=False)
+    values = [v for _, field in made.values() for v in field]
+    low, high = min(values), max(values)
+    levels = [low + (high - low or 1e-6) * k / 12 for k in range(13)]
+    for ax, (pair, (triangles, field)) in zip(grid.flat, made.items(), strict=True):
+        drawn = ax.tricontourf(triangles, field, levels=levels, cmap="viridis", extend="both")
+        _over_contour(ax, findings, [Scale(a) for a in pair])
+    fig.colorbar(drawn, ax=list(grid.flat), label=_label(findings), format="%.1f")
+    fig.suptitle("Objective over pairs of values, complete trials interpolated")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return fig
+
+
+def parallel(findings: Findings) -> Figure | str:
+    """Every trial as a line over all axes and the objective."""
+    scales = [Scale(a) for a in findings.search.space.search]
+    rows = _scored(findings)
+    ys = [_y(findings, r) for r in rows]
+    low, high = min(ys), max(ys)
+    span = (high - low) or 1.0
+    fig, ax = plt.subplots(figsize=(max(6.5, 1.25 * (len(scales) + 1) + 1.5), 4.6))
+    cmap, best = plt.get_cmap("viridis"), findings.best
+    for r, y in sorted(zip(rows, ys, strict=True), key=lambda pair: pair[1]):
+        place = (y - low) / span
+        whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
+        ax.plot(
+            range(len(scales) + 1),
+            [*_places(scales, r.params), place],
+            color=BEST if chosen else cmap(place) if whole else COLORS["FAIL"],
+            lw=2.6 if chosen else 1.4,
+            alpha=1 if chosen else 0.85 if whole else 0.3,
+            zorder=4 if chosen else 3 if whole else 2,
+            label=f"best: trial {r.number}" if chosen else None,
+        )
+    if not all(r.state == "COMPLETE" for r in rows):
+        ax.plot([], [], color=COLORS["FAIL"], alpha=0.5, label="not complete")
+    marks = paper_values(findings)
+    points = [(x, s.place(marks[s.axis.path])) for x, s in enumerate(scales) if s.axis.path in marks]
+    if points:
+        ax.scatter(*zip(*points, strict=True), marker="D", s=42, fc="white", ec=PAPER, zorder=6, label="the paper's")
+    shown = MaxNLocator(5).tick_values(low, high)
+    own = [((v - low) / span, f"{v:g}") for v in shown if low <= v <= high]
+    off = [(OFF, "off")] if any(s.axis.when for s in scales) else []
+    _parallel_axes(ax, [s.ticks() + (off if s.axis.when else []) for s in scales] + [own], bool(off))
+    names = [s.axis.name for s in scales]
+    ax.set_xticks(range(len(scales) + 1), [*names, _label(findings)])
+    ax.set_title("Values of each trial, coloured by the objective", pad=12)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    return fig
+
+
+def rungs(findings: Findings) -> Figure | str:
+    """How many trials reached each validation, by what became of them."""
+    steps = sorted({step for r in findings.rows for step, _ in r.curve})
+    if not steps:
+        return "rungs: no trial has validated yet; no plot"
+    gap = min((b - a for a, b in itertools.pairwise(steps)), default=steps[0])
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    bottom = [0] * len(steps)
     for state, color in COLORS.items():
-        these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
-        if these:
-            marker = "x" if state == "FAIL" else "o"
-            xs, ys = [x for x, _ in these], [_percent(r.value) for _, r in these]
-            ax.scatter(xs, ys, color=color, marker=marker, s=32, alpha=0.85, label=state.lower())
-    for x, r in placed:
-        if best is not None and r.number == best.number:
-            ax.scatter(
-                [x], [_percent(r.value)], color=BEST, marker="*", s=150, zorder=4, label=f"best: trial {best.number}"
+        these = [r for r in findings.rows if r.state == state]
+        counts = [sum(r.step >= step for r in these) for step in steps]
+        if any(counts):
+            ax.bar(steps, counts, 0.75 * gap, bottom=bottom, color=color, label=state.lower())
+            bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
+    if len(steps) <= 20:
+        for step, count in zip(steps, bottom, strict=True):
+            ax.annotate(
+                str(count),
+                (step, count),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                zorder=5,
+                bbox={"boxstyle": "round,pad=0.05", "fc": "white", "ec": "none"},
             )
+    ax.set_ylim(0, 1.1 * bottom[0] if any(bottom) else 1)
+    _rung_lines(ax, findings)
+    ax.set(xlabel="step", ylabel="trials that reached it", title="What the scheduler let through")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) <= 10:
+        ax.set_xticks(steps)
+    ax.grid(axis="x", visible=False)
+    _legend(ax)
+    return fig
 
 
-def _percent(value: float | None) -> float:
-    return math.nan if value is None else 100 * value
+def cost(findings: Findings) -> Figure | str:
+    """What each trial held, how much of it was training, and the best score that the compute bought."""
+    rows = [r for r in findings.rows if math.isfinite(r.seconds)]
+    if not rows:
+        return "cost: no trial has ended yet; no plot"
+    unit, weigh = _compute(rows)
+    scored = [r for r in rows if r.value is not None]
+    fig, panels = plt.subplots(1, 1 + bool(scored), figsize=(11 if scored else 7, 3.9), squeeze=False)
+    ax = panels[0, 0]
+    for state, color in COLORS.items():
+        these = [r for r in rows if r.state == state]
+        if these:
+            numbers, held = [r.number for r in these], [weigh(r, r.seconds) for r in these]
+            ax.bar(numbers, held, color=color, alpha=0.35)
+            ax.bar(numbers, [weigh(r, training_seconds(r)) for r in these], color=color, label=state.lower())
+    ax.bar([rows[0].number], [0], color="#777777", alpha=0.35, label="held, not training")
+    ax.set(xlabel="trial", ylabel=unit, title="What each trial held")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    if scored:
+        _bought(panels[0, 1], findings, sorted(rows, key=lambda r: (_or_last(r.ended), r.number)), unit, weigh)
+    return fig
 
 
-def _label(search: Search) -> str:
-    return search.objective.replace("_", " ").replace("miou", "mIoU").replace("map", "mAP").replace("f1", "F1") + ", %"
+def front(findings: Findings) -> Figure | str:
+    """The first objective against each other one, with the trials that nothing beats."""
+    objectives = findings.search.objectives
+    if len(objectives) < 2:
+        return ""
+    rows = [r for r in findings.rows if r.state == "COMPLETE" and r.values]
+    best = pareto(findings.rows, objectives)
+    if not best:
+        return "pareto: no trial has completed within the constraints; no plot"
+    fig, grid = plt.subplots(1, len(objectives) - 1, figsize=(5.6 * (len(objectives) - 1) + 1, 4.2), squeeze=False)
+    for k, ax in enumerate(grid.flat, 1):
+        others = [r for r in rows if r not in best]
+        for marker, words, these, color in (
+            ("o", "complete", [r for r in others if not r.violation], COLORS["COMPLETE"]),
+            ("x", "beyond a constraint", [r for r in others if r.violation], COLORS["FAIL"]),
+            ("D", "beaten by none", best, BEST),
+        ):
+            if these:
+                ax.scatter(*_pair(findings, these, k), c=color, marker=marker, s=38, alpha=0.85, label=words, zorder=3)
+        if len(objectives) == 2:
+            ax.plot(*_pair(findings, best, k), color=BEST, lw=1, alpha=0.5)
+        for r in best:
+            x, y = _pair(findings, [r], k)
+            ax.annotate(str(r.number), (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=9)
+        ax.set(xlabel=label(objectives[k].name), ylabel=_label(findings))
+    fig.suptitle("Objectives against each other, numbers of trials")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return fig
+
+
+PLOTS: dict[str, Callable[[Findings], Figure | str]] = {
+    "history": history,
+    "curves": curves,
+    "importance": importances,
+    "slices": slices,
+    "contour": contour,
+    "parallel": parallel,
+    "pareto": front,
+    "rungs": rungs,
+    "cost": cost,
+}
+UNSCORED = (cost,)
+
+
+def save(fig: Figure, path: Path) -> None:
+    """Write a figure and forget it."""
+    fig.set_layout_engine("constrained")
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def rung_steps(space: SearchSpace, steps: int) -> list[int]:
+    """Steps at which the scheduler may stop a trial, the end left out.
+
+    Args:
+        space: The search.
+        steps: Of a whole run.
+    """
+    asked = space.scheduler
+    if asked.name != "asha":
+        return [asked.grace_steps] if asked.name in ("median", "hyperband") else []
+    made = [asked.grace_steps]
+    while made[-1] * asked.reduction_factor < steps:
+        made.append(int(made[-1] * asked.reduction_factor))
+    return made if made[0] < steps else []
+
+
+# -- parts of plots ---------------------------------------------------------------------------
+
+
+def _scored(findings: Findings) -> list[TrialRow]:
+    return [r for r in findings.rows if r.value is not None]
+
+
+def _scale(findings: Findings) -> float:
+    return 100.0 if percent(findings.search.objective) else 1.0
+
+
+def _y(findings: Findings, row: TrialRow) -> float:
+    return math.nan if row.value is None else _scale(findings) * row.value
+
+
+def _label(findings: Findings) -> str:
+    return label(findings.search.objective)
+
+
+def _so_far(findings: Findings, rows: Sequence[TrialRow]) -> list[float]:
+    """The best score after each of these trials, as drawn; NaN before the first complete one."""
+    objective, sign = findings.search.objectives[0], 1.0 if findings.search.objectives[0].maximize else -1.0
+    able = {r.number for r in ranked(rows, objective)}
+    best, line = -math.inf, []
+    for r in rows:
+        if r.number in able:
+            best = max(best, sign * _y(findings, r))
+        line.append(sign * best if best > -math.inf else math.nan)
+    return line
 
 
 def _legend(ax: Axes) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _save(fig: Figure, path: Path) -> None:
-    fig.set_layout_engine("constrained")
-    fig.savefig(path)
-    plt.close(fig)
+def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], findings: Findings) -> None:
+    best, paper = findings.best, paper_trial(findings)
+    for state, color in COLORS.items():
+        these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
+        if these:
+            marker = "x" if state == "FAIL" else "o"
+            xs, ys = [x for x, _ in these], [_y(findings, r) for _, r in these]
+            ax.scatter(xs, ys, color=color, marker=marker, s=32, alpha=0.85, label=state.lower())
+    for x, r in placed:
+        if best is not None and r.number == best.number:
+            ax.scatter([x], [_y(findings, r)], color=BEST, marker="*", s=150, zorder=4, label=f"best: trial {r.number}")
+        if paper is not None and r.number == paper.number:
+            name = f"the paper's: trial {r.number}"
+            ax.scatter([x], [_y(findings, r)], fc="none", ec=PAPER, marker="D", s=70, lw=1.3, zorder=5, label=name)
+
+
+def _paper_line(ax: Axes, x: float, *, across: bool = False) -> None:
+    (ax.axhline if across else ax.axvline)(x, color=PAPER, ls="--", lw=0.9, alpha=0.6, label="the paper's value")
+
+
+def _slice_axis(ax: Axes, axis: Axis) -> None:
+    options = list(axis.options)
+    if options:
+        wordy = max(len(str(o)) for o in options) * len(options) > 28
+        ax.set_xticks(range(len(options)), [str(o) for o in options], rotation=25 if wordy else 0)
+        ax.set_xlim(-0.5, len(options) - 0.5)
+    elif axis.log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlim(axis.low / 1.15, axis.high * 1.15)
+    else:
+        margin = 0.05 * (axis.high - axis.low)
+        ax.set_xlim(axis.low - margin, axis.high + margin)
+    ax.set_xlabel(axis.name)
+
+
+def _rung_lines(ax: Axes, findings: Findings) -> None:
+    space = findings.search.space
+    name = {"asha": "rungs of ASHA"}.get(space.scheduler.name, "no stop before")
+    for k, step in enumerate(rung_steps(space, findings.search.steps)):
+        ax.axvline(step, color="#555555", ls=":", lw=1.1, label=None if k else name)
+
+
+def _leading(findings: Findings) -> list[Axis]:
+    """The numeric axes by importance, as many as a contour shows; in the file's order where it is not known."""
+    axes_ = [a for a in findings.search.space.search if is_numeric(a)]
+    ranking = importance(findings.study)
+    if isinstance(ranking, dict):
+        axes_.sort(key=lambda a: -ranking.get(a.path, 0.0))
+    return axes_[:CONTOUR_AXES]
+
+
+def _field(findings: Findings, scales: Sequence[Scale]) -> tuple[Triangulation, list[float]] | None:
+    """The plane of two axes cut into triangles, and the objective at their corners; ``None`` with too little."""
+    found: dict[tuple[float, ...], list[float]] = {}
+    for r in _scored(findings):
+        if r.state == "COMPLETE" and all(s.axis.path in r.params for s in scales):
+            place = tuple(round(s.place(r.params[s.axis.path]), 9) for s in scales)
+            found.setdefault(place, []).append(_y(findings, r))
+    if len(found) < CONTOUR:
+        return None
+    try:
+        triangles = Triangulation(*zip(*found, strict=True))
+    except (RuntimeError, ValueError):  # all on one line
+        return None
+    return triangles, [sum(v) / len(v) for v in found.values()]
+
+
+def _over_contour(ax: Axes, findings: Findings, scales: Sequence[Scale]) -> None:
+    """Trials, the best one and the paper's point on top of a contour, and its axes."""
+    rows = [r for r in _scored(findings) if all(sc.axis.path in r.params for sc in scales)]
+    whole = [_places(scales, r.params) for r in rows if r.state == "COMPLETE"]
+    early = [_places(scales, r.params) for r in rows if r.state != "COMPLETE"]
+    _dots(ax, whole, fc="white", ec="#333333", s=26, lw=0.9, zorder=3, label="complete")
+    _dots(ax, early, fc="none", ec="#dddddd", s=26, lw=0.9, zorder=3, label="not complete")
+    best, marks = findings.best, paper_values(findings)
+    top = [_places(scales, r.params) for r in rows if best is not None and r.number == best.number]
+    _dots(
+        ax, top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=f"best: trial {best.number if best else ''}"
+    )
+    paper = paper_trial(findings)
+    at = marks if paper is None else paper.params
+    known = [s.place(at[s.axis.path]) if s.axis.path in at else math.nan for s in scales]
+    if all(map(math.isfinite, known)):
+        _dots(ax, [known], fc="none", ec="white", marker="D", s=80, lw=2.6, zorder=4)
+        name = "the paper's" + (f": trial {paper.number}" if paper else "")
+        _dots(ax, [known], fc="none", ec=PAPER, marker="D", s=80, lw=1.3, zorder=4, label=name)
+    elif any(map(math.isfinite, known)):
+        across = math.isfinite(known[1])
+        _paper_line(ax, known[across], across=across)
+    ax.set_xticks(*zip(*scales[0].ticks(), strict=True))
+    ax.set_yticks(*zip(*scales[1].ticks(), strict=True))
+    ax.set(xlabel=scales[0].axis.name, ylabel=scales[1].axis.name, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    ax.grid(visible=False)
+
+
+def _dots(ax: Axes, points: Sequence[Sequence[float]], **style: Any) -> None:
+    if points:
+        ax.scatter([p[0] for p in points], [p[1] for p in points], **style)
+
+
+# Where a line crosses a parallel axis that does not count.
+OFF = -0.12
+
+
+def _places(scales: Sequence[Scale], params: Any) -> list[float]:
+    """Where a point lies on each axis; below the axis where the axis does not count."""
+    return [s.place(params[s.axis.path]) if s.axis.path in params else OFF for s in scales]
+
+
+def _parallel_axes(ax: Axes, ticks: Sequence[Sequence[tuple[float, str]]], off: bool) -> None:
+    """Upright axes with labels of their own."""
+    for x, own in enumerate(ticks):
+        ax.axvline(x, ymin=0, color="#666666", lw=1, zorder=1)
+        last = x == len(ticks) - 1
+        for y, text in own:
+            ax.plot([x - 0.03, x + 0.03], [y, y], color="#666666", lw=1, zorder=1)
+            ax.text(
+                x + (0.07 if last else -0.07),
+                y,
+                text,
+                ha="left" if last else "right",
+                va="center",
+                fontsize=8.5,
+                color="#222222",
+                zorder=7,
+                bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75},
+            )
+    ax.set_xlim(-0.6, len(ticks) - 0.4)
+    ax.set_ylim(OFF - 0.06 if off else -0.05, 1.05)
+    ax.set_yticks([])
+    ax.tick_params(axis="x", length=0)
+    ax.grid(visible=False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+
+
+def _compute(rows: Sequence[TrialRow]) -> tuple[str, Callable[[TrialRow, float], float]]:
+    """The unit of compute that fits these trials, and what a trial's seconds are in it."""
+    kind = "GPU-" if any(r.gpus for r in rows) else "CPU-" if any(r.cpus for r in rows) else ""
+
+    def parts(row: TrialRow) -> float:
+        return row.gpus if kind == "GPU-" else row.cpus if kind == "CPU-" else 1.0
+
+    total = sum(parts(r) * r.seconds for r in rows)
+    unit, size = ("hours", 3600.0) if total > 1800 else ("minutes", 60.0)
+    return f"{kind}{unit}", lambda row, seconds: parts(row) * seconds / size
+
+
+def _bought(
+    ax: Axes, findings: Findings, rows: Sequence[TrialRow], unit: str, weigh: Callable[[TrialRow, float], float]
+) -> None:
+    """Scores over the compute that was spent when each trial ended."""
+    spent = list(itertools.accumulate(weigh(r, r.seconds) for r in rows))
+    _scatter(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
+    ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], alpha=0.5, label="best so far")
+    ax.set(xlabel=f"{unit} spent", ylabel=_label(findings), title="What the compute bought")
+    ax.set_xlim(left=0)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def _or_last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _pair(findings: Findings, rows: Sequence[TrialRow], k: int) -> tuple[list[float], list[float]]:
+    """The k-th and the first objective of trials, as drawn."""
+    scale = 100.0 if percent(findings.search.objectives[k].name) else 1.0
+    return [scale * r.values[k] for r in rows], [_y(findings, r) for r in rows]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.worker import EVALUATED
+from tuning.trial import LOGGED, Reports, logged_costs
 
 
 class Relay(TuneReportCallback):
-    """Pass rank 0's validations on to the trial that started the run."""
+    """Pass rank 0's validations on to the trial that started the run.
 
-    def __init__(self) -> None:
+    Args:
+        reports: Makes them.
+    """
+
+    def __init__(self, reports: Reports) -> None:
         super().__init__()
-        self._since = time.time()
+        self._reports = reports
         self._step = -1.0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
@@ -25,6 +29,6 @@ class Relay(TuneReportCallback):
         # A run that was repaired repeats the validations since its checkpoint.
         if found.get(EVALUATED) and found["step"] > self._step:
             self._step = found["step"]
-            made = {k: v for k, v in found.items() if k != EVALUATED}
-            made.update(step=int(found["step"]), seconds=time.time() - self._since)
-            super().after_report(run_context, [made], None)
+            scores = {k: v for k, v in found.items() if k not in (EVALUATED, *LOGGED)}
+            self._reports.costs.update(logged_costs(found))
+            super().after_report(run_context, [self._reports.made(int(found["step"]), scores)], None)

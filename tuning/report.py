@@ -1,4 +1,4 @@
-"""What a search found: a table, a CSV file, the best configuration and plots.
+"""What a search found: a page, tables, a CSV file, the best configuration and plots.
 
 Everything is read from the study's storage, so a report can be made of a search that is still
 running, was interrupted, or ran elsewhere.
@@ -10,201 +10,233 @@ import csv
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
 import yaml
-from optuna.trial import TrialState
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from tuning.driver import Search
-from tuning.space import trial_config
-from ugrl import config as configs
+from tuning.facts import (
+    BEST,
+    best_tree,
+    contender,
+    finalist_measures,
+    first_line,
+    metric_names,
+    objective_of,
+    ordered,
+    plural,
+    remark,
+    short,
+    show,
+    train_command,
+    verdict,
+)
+from tuning.options import COSTS, METRICS
+from tuning.paper import PaperSection
+from tuning.record import label, pareto
+from tuning.search import Findings
 
-BEST = "best.yaml"
-TABLE = "trials.csv"
-METRICS = ("seg_miou", "cam_miou", "tag_map", "tag_f1")
+TABLE, PAGE, TEXT, PAPER_TEXT = "trials.csv", "report.html", "report.md", "paper.md"
+PLOT_FOLDER = "plots"
 
 
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial, as the report shows it.
+def write_report(findings: Findings, console: Console) -> None:
+    """Write all files into the search's folder and print the tables.
 
-    Attributes:
-        number: Optuna's.
-        state: COMPLETE, PRUNED, FAIL, RUNNING or WAITING.
-        step: Of its last validation.
-        value: The objective there.
-        metrics: All metrics of that validation.
-        params: Dotted path → value.
-        curve: (step, objective) of all validations.
-        seconds: Wall time.
-        error: Why it failed.
-        interrupted: Whether it ended with its search and not by itself.
+    Files: ``trials.csv``, ``best.yaml`` (when a trial completed), ``plots/*.png``, ``report.md``, ``report.html``,
+    and ``paper.md`` where the space names a table or figure of the paper.
+
+    Args:
+        findings: Of a search in any state.
+        console: Where the tables go.
     """
-
-    number: int
-    state: str
-    step: int
-    value: float | None
-    metrics: dict[str, float] = field(default_factory=dict)
-    params: dict[str, Any] = field(default_factory=dict)
-    curve: tuple[tuple[int, float], ...] = ()
-    seconds: float = math.nan
-    error: str = ""
-    interrupted: bool = False
-
-
-def read_trials(study: optuna.Study) -> list[TrialRow]:
-    """All trials of a study that were started, by number."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.WAITING:
-            continue
-        curve = tuple(sorted(trial.intermediate_values.items()))
-        seconds = trial.duration.total_seconds() if trial.duration else math.nan
-        metrics = dict(trial.user_attrs.get("metrics", {}))
-        rows.append(
-            TrialRow(
-                number=trial.number,
-                state=trial.state.name,
-                step=curve[-1][0] if curve else 0,
-                value=trial.value if trial.values else (curve[-1][1] if curve else None),
-                metrics=metrics,
-                params=dict(trial.params),
-                curve=curve,
-                seconds=seconds,
-                error=str(trial.user_attrs.get("error", "")),
-                interrupted="interrupted" in trial.user_attrs,
-            )
-        )
-    return rows
-
-
-def best_trial(rows: Sequence[TrialRow]) -> TrialRow | None:
-    """The complete trial with the highest objective; the earlier one of equals."""
-    done = [r for r in rows if r.state == "COMPLETE" and r.value is not None]
-    return max(done, key=lambda r: (r.value, -r.number), default=None)
-
-
-def write_report(search: Search, study: optuna.Study, console: Console) -> None:
-    """Write all files into the search's folder and print the table.
-
-    Files: ``trials.csv``, ``best.yaml`` (when a trial completed) and ``plots/*.png``.
-    """
+    from tuning.page import write_html, write_markdown
+    from tuning.paper import paper_section
     from tuning.plots import draw
 
-    rows = read_trials(study)
-    best = best_trial(rows)
-    write_csv(search, rows)
-    print_table(search, rows, best, console)
-    notes = draw(search, study, rows, best, search.out / "plots")
-    stopped = [str(r.number) for r in rows if r.interrupted]
-    if stopped:
-        console.print(f"interrupted, and their points queued again: trials {', '.join(stopped)}", highlight=False)
-    for row in rows:
-        if row.state == "FAIL" and not row.interrupted:
-            console.print(f"trial {row.number} failed: {row.error}", highlight=False, soft_wrap=True, markup=False)
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    if best is None:
-        console.print("no trial completed: no best configuration", highlight=False)
-    else:
-        write_best(search, best)
-    print_files(search, best, console)
+    out = findings.search.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(findings)
+    write_best(findings)
+    notes = draw(findings, out / PLOT_FOLDER)
+    paper = paper_section(findings, out / PLOT_FOLDER)
+    if paper is not None:
+        (out / PAPER_TEXT).write_text(paper.markdown(), encoding="utf-8")
+    write_markdown(findings, out / TEXT, notes, paper)
+    write_html(findings, out / PAGE, notes, paper)
+    print_tables(findings, paper, console)
+    print_failures(findings, console)
+    for line in [*notes, *verdict(findings)]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_files(findings, console)
 
 
-def write_csv(search: Search, rows: Sequence[TrialRow]) -> None:
-    """``trials.csv``: one line a trial, full precision, one column per searched path."""
-    paths = [a.path for a in search.space.search]
-    with (search.out / TABLE).open("w", newline="", encoding="utf-8") as file:
+def write_csv(findings: Findings) -> Path:
+    """``trials.csv``: one line a trial in full precision, one column a searched path."""
+    names = [o.name for o in findings.search.objectives]
+    others = [n for n in METRICS if n not in names] + [n for n in metric_names(findings) if n in COSTS]
+    finals = sorted({n for r in findings.rows for n in r.final if n in (*METRICS, *COSTS)})
+    paths = [a.path for a in findings.search.space.search]
+    header = ["number", "state", "step", *names, *(f"{n}.stderr" for n in names), "seeds", *others]
+    header += [*(f"final.{n}" for n in finals), *paths, "seconds", "cpus", "gpus", "host", "from", "note", "error"]
+    path = findings.search.out / TABLE
+    with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["number", "state", "step", search.objective, *_others(search), *paths, "seconds", "error"])
-        for r in rows:
-            values = [r.metrics.get(name, "") for name in _others(search)]
-            points = [r.params.get(p, "") for p in paths]
-            seconds = "" if math.isnan(r.seconds) else round(r.seconds, 1)
-            out.writerow(
-                [r.number, r.state, r.step, "" if r.value is None else r.value, *values, *points, seconds, r.error]
-            )
+        out.writerow(header)
+        for r in findings.rows:
+            values = r.values or [math.nan] * len(names)
+            cells = [r.number, r.state, r.step, *values, *(r.metric(n)[1] for n in names), len(r.runs)]
+            cells += [r.metrics.get(n) for n in others] + [r.final.get(n) for n in finals]
+            cells += [r.params.get(p) for p in paths]
+            cells += [r.seconds, r.cpus, r.gpus, r.host, r.origin, remark(r), r.error]
+            out.writerow(["" if _unknown(c) else c for c in cells])
+    return path
 
 
-def write_best(search: Search, best: TrialRow) -> Path:
-    """``best.yaml``: the best trial's configuration, validated on the base's own split again."""
-    cfg = trial_config(search.base, best.params)
-    tree = configs.to_dict(cfg)
-    if search.base.data.source != "shapes" or search.base.data.shards:
-        tree["data"]["shards"] = str(search.shards)
-    tree["name"] = f"{search.base.name}-best"
-    configs.build(tree)
-    text = (
-        f"# Trial {best.number} of the search in {search.out.name}: {search.objective} {best.value:.4f} "
-        f"on split '{search.space.split}' at step {best.step}.\n"
-        f"# Train with it: ugrl-train --config {BEST}\n"
+def write_best(findings: Findings) -> Path | None:
+    """``best.yaml``: the best trial's configuration, validated on the base's own split again.
+
+    Returns:
+        ``None``, and no file, where no trial has completed.
+    """
+    path = findings.search.out / BEST
+    tree, found = best_tree(findings), contender(findings)
+    if tree is None or found is None:
+        path.unlink(missing_ok=True)
+        return None
+    row, tune, final = found
+    space = findings.search.space
+    how = plural(max(1, tune.count), "fresh seed" if findings.finalists else "seed") + (
+        "" if findings.finalists else " of the search"
     )
-    path = search.out / BEST
+    text = (
+        f"# Trial {row.number} of the search in {findings.search.out.name}: {tune.name} {tune.short()} % on split "
+        f"'{space.split}' ({how}),\n"
+    )
+    text += f"# {final.short()} % on split '{space.final.split}'" if final.known else "# not measured on another split"
+    text += f"; {findings.search.steps} steps.\n# Train with it: {train_command(findings)}\n"
     path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=100), encoding="utf-8")
     return path
 
 
-def print_table(search: Search, rows: Sequence[TrialRow], best: TrialRow | None, console: Console) -> None:
-    """The trials, best first among the complete ones; points beside results where the terminal is wide enough."""
-    paths = [a.path for a in search.space.search]
-    wide = console.width >= 62 + 9 * len(paths)
-    results = _table(f"{len(rows)} trials, objective {search.objective} on split '{search.space.split}'")
+def print_tables(findings: Findings, paper: PaperSection | None, console: Console) -> None:
+    """The trials, the finalists, the front of several objectives, and the paper's table beside the measured one."""
+    print_trials(findings, console)
+    if findings.finalists:
+        _print(finalists_table(findings), console)
+    if len(findings.search.objectives) > 1 and pareto(findings.rows, findings.search.objectives):
+        _print(front_table(findings), console)
+    if paper is not None:
+        if paper.rows:
+            _print(paper_table(paper), console)
+        for sentence in paper.sentences:
+            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_trials(findings: Findings, console: Console) -> None:
+    """The trials, best first; points beside results where the terminal is wide enough."""
+    search, best = findings.search, findings.best
+    names, others = [o.name for o in search.objectives], metric_names(findings)
+    axes_ = search.space.search
+    wide = console.width >= 40 + 11 * (len(names) + len(others)) + 9 * len(axes_)
+    results = _table(f"{len(findings.rows)} trials, objective {', '.join(names)} on split '{search.space.split}'")
     points = _table("what was tried")
-    for name in ("trial", "state", "step", search.objective, *_others(search), "s"):
+    for name in ("trial", "state", "step", *names, *others, "s"):
         results.add_column(name.replace("_", " "), justify="left" if name == "state" else "right")
     points.add_column("trial", justify="right")
-    for path in paths:
-        (results if wide else points).add_column(path.rsplit(".", 1)[-1], justify="right")
-    for r in sorted(rows, key=_rank):
-        style = "bold green" if r is best else "dim" if r.state == "FAIL" else ""
-        cells = [str(r.number), r.state, str(r.step), _percent(r.value)]
-        cells += [_percent(r.metrics.get(name)) for name in _others(search)]
+    for axis in axes_:
+        (results if wide else points).add_column(axis.name, justify="right")
+    for r in ordered(findings):
+        style = "bold green" if best is not None and r.number == best.number else "dim" if r.state == "FAIL" else ""
+        cells = [str(r.number), r.state, str(r.step)]
+        cells += [objective_of(r, findings, i).short(1) for i in range(len(names))]
+        cells += [show(name, r.metrics.get(name), 1) for name in others]
         cells.append("" if math.isnan(r.seconds) else f"{r.seconds:.0f}")
-        shown = [_short(r.params.get(p)) for p in paths]
+        shown = [escape(short(r.params.get(a.path))) for a in axes_]
         results.add_row(*cells, *(shown if wide else []), style=style)
         points.add_row(str(r.number), *([] if wide else shown), style=style)
-    console.print(results)
+    _print(results, console)
     if not wide:
-        console.print(points)
+        _print(points, console)
 
 
-def print_files(search: Search, best: TrialRow | None, console: Console) -> None:
+def finalists_table(findings: Findings) -> Table:
+    """The configurations that were run again, with both splits side by side."""
+    space = findings.search.space
+    columns = ("trial", "seeds", "in the search", f"on {space.split}", f"on {space.final.split}, untouched")
+    table = _table(f"run again with fresh seeds: {label(findings.search.objective)}", columns)
+    for place, found in enumerate(findings.finalists):
+        cells = [m.short() for m in finalist_measures(found, findings)]
+        table.add_row(str(found.trial.number), str(len(found.runs)), *cells, style="" if place else "bold green")
+    return table
+
+
+def front_table(findings: Findings) -> Table:
+    """The trials that no other one beats in every objective."""
+    objectives = findings.search.objectives
+    table = _table("beaten by no other trial in every objective", ("trial", *(label(o.name) for o in objectives)))
+    for r in pareto(findings.rows, objectives):
+        table.add_row(str(r.number), *(objective_of(r, findings, i).short() for i in range(len(objectives))))
+    return table
+
+
+def paper_table(paper: PaperSection) -> Table:
+    """Measured values beside printed ones."""
+    table = _table(paper.title)
+    for k, name in enumerate(paper.header):
+        # A number stays on one line where the terminal is narrow; the words of the header wrap.
+        longest = max((len(row[k]) for row in paper.rows), default=0)
+        table.add_column(name, justify="right" if k else "left", min_width=longest)
+    for row in paper.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def print_failures(findings: Findings, console: Console) -> None:
+    """Why trials failed or were stopped by a constraint, a line each."""
+    for r in findings.rows:
+        reason = first_line(r.error) if r.state == "FAIL" else ""
+        text = f"trial {r.number} failed: {reason or 'no reason was recorded'}" if r.state == "FAIL" else ""
+        if r.violation and not text:
+            text = f"trial {r.number} is out: {remark(r)}"
+        if text:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_files(findings: Findings, console: Console) -> None:
     """Where to read on."""
+    out = findings.search.out
     lines = [
-        ("trials", f"{search.out / TABLE}"),
-        ("plots", f"{search.out / 'plots'}"),
-        ("curves", f"tensorboard --logdir {shlex.quote(str(search.out / 'trials'))}"),
+        ("report", f"{out / PAGE}"),
+        ("trials", f"{out / TABLE}"),
+        ("plots", f"{out / PLOT_FOLDER}"),
+        ("curves", f"tensorboard --logdir {shlex.quote(str(out / 'trials'))}"),
     ]
-    if best is not None:
-        words = ["ugrl-train", "--config", str(search.out / BEST), "--data", str(search.shards)]
-        lines += [("best", f"{search.out / BEST}"), ("train", shlex.join(words))]
+    if findings.search.space.paper:
+        lines.insert(1, ("paper", f"{out / PAPER_TEXT}"))
+    if findings.best is not None:
+        lines += [("best", f"{out / BEST}"), ("train", train_command(findings))]
     for name, text in lines:
         console.print(f"{name:>7}: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _others(search: Search) -> list[str]:
-    return [name for name in METRICS if name != search.objective]
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def _table(title: str, columns: Sequence[str] = ()) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
 
 
-def _rank(row: TrialRow) -> tuple[int, float, int]:
-    order = {"COMPLETE": 0, "PRUNED": 1, "RUNNING": 2}
-    return order.get(row.state, 3), -(row.value if row.value is not None else -math.inf), row.number
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+def _print(table: Table, console: Console) -> None:
+    """A table under its title, which is not wrapped to the table's width."""
+    title, table.title = table.title, None
+    console.print(title, style="italic", highlight=False, soft_wrap=True)
+    console.print(table)

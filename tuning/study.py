@@ -1,43 +1,53 @@
-"""The Optuna study: its storage, its sampler, and trial states that say what happened.
+"""The Optuna study of a search: its storage, its sampler, its pruner, and the queue of its trials.
 
-Ray's ``OptunaSearch`` hands suggestions out and results in, but tells a study too little: a trial
-that ASHA stopped would count as complete with the score of its early steps, a score of NaN would
-leave a trial running for ever, and a resumed study would sample its first points again.
-:class:`StudySearch` tells each trial's true end:
+The study in the storage is the one record of a search; a resumed search is built anew from it, and Ray Tune's own
+snapshots are not read. States say what happened:
 
 =========  =================================================================================
 state      what happened
 =========  =================================================================================
-COMPLETE   reached the last step, with the score of that step
-PRUNED     stopped by the scheduler, with the score of the step where it was stopped
-FAIL       raised an error, scored NaN, or was interrupted (user attribute ``interrupted``)
+COMPLETE   reached the last step, with the mean of its seeds
+PRUNED     stopped by the scheduler or a constraint, with the score of the step where it was stopped
+FAIL       raised an error, scored NaN, or lost its process too often
+RUNNING    a driver that is alive looks after it
+WAITING    not begun, or put back by a driver that was asked to leave: goes on from its checkpoint
 =========  =================================================================================
 
-The study in the storage is the one record of a search. A resumed search is built anew from it;
-Ray Tune's own snapshots are not read.
+Every trial of the budget is in the storage from the beginning, WAITING: starting points and grid points with their
+values, the others empty. To begin one, a driver moves it to RUNNING, which the storage lets one driver do. So any
+number of drivers, killed at any moment, run exactly the planned trials.
 """
 
 from __future__ import annotations
 
-import math
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
-from ray.tune.search.optuna import OptunaSearch
+from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tuning.options import Objective
+from tuning.record import FROM
+from tuning.search import SESSION
 from tuning.space import Axis, SearchSpace
 from ugrl.errors import ConfigError, UgrlError
 
 STEP = "step"
 STUDY = "ugrl"
+FINALS = ":final"
 JOURNAL = "study.journal"
-ERROR_FILE = "error.txt"
+# Attributes of a study.
+PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
+# How long a driver waits for another one that is planning the same study.
+PLAN_PATIENCE_S = 30.0
 
 
 def open_storage(storage: str, out: Path) -> BaseStorage:
@@ -52,14 +62,54 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
         ConfigError: The database cannot be opened.
     """
     if storage == "journal":
+        mend_journal(out / JOURNAL)
         return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
     prefix = "sqlite:///"
     if storage.startswith(prefix) and not storage.startswith(prefix + "/"):
         storage = f"{prefix}{(out / storage.removeprefix(prefix)).absolute()}"
     try:
-        return RDBStorage(storage, heartbeat_interval=None)
+        # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
+        waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else None
+        return RDBStorage(storage, engine_kwargs=waits, heartbeat_interval=None)
     except Exception as error:  # SQLAlchemy's errors, and a missing database driver
-        raise ConfigError(f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
+
+
+def public(storage: str) -> str:
+    """A database URL without its password.
+
+    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
+    'postgresql+psycopg://ann:***@db/ugrl'
+    """
+    scheme, sep, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{sep}{user.split(':')[0]}:***@{host}" if at and ":" in user else storage
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def mend_journal(path: Path) -> None:
+    """Cut off a last line that a machine that died, or a full disk, left half written.
+
+    Optuna would read no further than such a line, and what others append after it would be lost. Half a line is no
+    record: whoever wrote it was not told that it is safe.
+    """
+    try:
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(0, size - 1_000_000)
+            file.seek(start)
+            tail = file.read()
+            if tail and not tail.endswith(b"\n"):
+                # A driver that is alive may be writing it right now: look again before cutting.
+                time.sleep(0.2)
+                if file.seek(0, os.SEEK_END) == size:
+                    file.truncate(start + tail.rfind(b"\n") + 1)
+    except FileNotFoundError:
+        return
 
 
 def study_name(storage: str, out: Path) -> str:
@@ -67,188 +117,197 @@ def study_name(storage: str, out: Path) -> str:
     return STUDY if storage == "journal" or storage.startswith("sqlite:") else f"{STUDY}:{out.name}"
 
 
-def distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
-    """The axes in Optuna's terms, keyed by dotted path."""
-    made: dict[str, BaseDistribution] = {}
+def distribution(axis: Axis) -> BaseDistribution:
+    """An axis in Optuna's terms."""
+    if axis.kind == "choice":
+        return CategoricalDistribution(axis.options)
+    if axis.integer:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step or None)
+
+
+def suggest_point(trial: Trial, axes: Sequence[Axis]) -> dict[str, Any]:
+    """The point of a trial: sampled, or what it has already; an axis that does not count is left out."""
+    point: dict[str, Any] = {}
     for axis in axes:
+        if not axis.active(point):
+            continue
         if axis.kind == "choice":
-            made[axis.path] = CategoricalDistribution(axis.options)
-        elif axis.kind in ("int", "logint"):
-            made[axis.path] = IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+            point[axis.path] = trial.suggest_categorical(axis.path, axis.options)
+        elif axis.integer:
+            point[axis.path] = trial.suggest_int(
+                axis.path, int(axis.low), int(axis.high), step=int(axis.step or 1), log=axis.log
+            )
         else:
-            made[axis.path] = FloatDistribution(axis.low, axis.high, log=axis.log)
-    return made
+            point[axis.path] = trial.suggest_float(axis.path, axis.low, axis.high, step=axis.step or None, log=axis.log)
+    return point
 
 
-def is_spent(trial: FrozenTrial) -> bool:
-    """Whether a trial counts against the budget: it ended by itself, well or badly."""
-    if trial.state == TrialState.FAIL:
-        return "interrupted" not in trial.user_attrs
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+def make_sampler(space: SearchSpace, started: int) -> BaseSampler:
+    """The sampler of a driver.
 
-
-def close_orphans(study: optuna.Study) -> list[int]:
-    """Tell FAIL for every RUNNING trial and queue its point again.
-
-    To be called while nobody runs trials of the study: at the start of a resumed search, or at the
-    end of an interrupted one.
-
-    Returns:
-        Numbers of the trials that were closed.
+    Args:
+        space: The search.
+        started: Trials and drivers that were started before: the seed moves on with them, so that a resumed search
+            goes on sampling instead of repeating its first points, and so does a driver beside others.
     """
-    closed = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-        study._storage.set_trial_user_attr(trial._trial_id, "error", "interrupted")
-        study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(dict(trial.params), skip_if_exists=False)
-        closed.append(trial.number)
-    return closed
+    seed = (space.seed + 7919 * started) % 2**32
+    # Points drawn before the model of good and bad ones starts: ten by default, too many for a small budget.
+    startup = space.sampler.startup or min(10, max(3, space.trials // 4))
+    name = space.sampler.name
+    if name in ("random", "grid"):
+        return RandomSampler(seed=seed)
+    if name == "gp":
+        return GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=False)
+    if name == "cmaes":
+        return CmaEsSampler(seed=seed, n_startup_trials=startup)
+    if name == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=max(4, min(50, space.trials // 4)))
+    conditional = any(a.when for a in space.search)
+    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=conditional)
 
 
-def open_study(space: SearchSpace, out: Path, *, create: bool) -> optuna.Study:
-    """Create the study of a search, with its starting points queued, or load an existing one.
+def make_pruner(space: SearchSpace, steps: int) -> BasePruner:
+    """The pruner: its knowledge is in the storage, so it survives its driver and is shared by several.
 
-    The sampler's seed moves on with the trials that the study has: a resumed search goes on
-    sampling instead of repeating its first points.
+    Args:
+        space: The search.
+        steps: Of a whole run.
     """
-    storage, name = open_storage(space.storage, out), study_name(space.storage, out)
+    asked = space.scheduler
+    factor = int(asked.reduction_factor)
+    if asked.name == "asha":
+        return SuccessiveHalvingPruner(min_resource=asked.grace_steps, reduction_factor=factor)
+    if asked.name == "hyperband":
+        return HyperbandPruner(min_resource=asked.grace_steps, max_resource=steps, reduction_factor=factor)
+    if asked.name == "median":
+        # "Below the median at a step": not before the grace period, nor with fewer than five trials to compare with.
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=asked.grace_steps - 1)
+    return NopPruner()
+
+
+def open_study(
+    space: SearchSpace,
+    out: Path,
+    *,
+    create: bool,
+    objectives: Sequence[Objective],
+    steps: int,
+    warm: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    storage: BaseStorage | None = None,
+) -> optuna.Study:
+    """Create the study of a search with all its trials waiting, or load an existing one and add what its budget lacks.
+
+    Args:
+        space: The search.
+        out: Its folder.
+        create: Refuse a study that exists.
+        objectives: What is optimised, by their real names.
+        steps: Of a whole run.
+        warm: Points of another study, with where they came from; tried after the starting points.
+        storage: Already open.
+
+    Raises:
+        UgrlError: The name is taken, or the study has other objectives.
+    """
+    storage = storage or open_storage(space.storage, out)
+    name = study_name(space.storage, out)
     exists = name in optuna.get_all_study_names(storage)
     if exists and create:
         raise UgrlError(
-            f"storage {space.storage!r} already holds a study named '{name}'; choose another --out or --resume"
+            f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or --resume"
         )
-    study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    directions = [o.direction for o in objectives]
+    made = False
     if not exists:
-        for point in space.first:
-            study.enqueue_trial(dict(point))
-    # Points drawn before the model of good and bad ones starts: ten by default, too many for a small budget.
-    startup = min(10, max(3, space.trials // 4))
-    seed = space.seed + len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        try:
+            optuna.create_study(storage=storage, study_name=name, directions=directions)
+            made = True
+        except optuna.exceptions.DuplicatedStudyError:
+            pass  # another driver was faster
+    study = optuna.load_study(storage=storage, study_name=name)
+    names = [o.name for o in objectives]
+    if made:
+        study.set_user_attr(OBJECTIVES, names)
+    elif (found := study.user_attrs.get(OBJECTIVES, names)) != names:
+        raise UgrlError(f"study '{name}' optimises {', '.join(found)}, not {', '.join(names)}")
+    if not made:
+        _await_plan(study)
+    plan(study, space, warm)
+    begun = sum(bool(t.params) for t in study.get_trials(deepcopy=False))
+    study.sampler = make_sampler(space, begun + sum(key.startswith(SESSION) for key in study.user_attrs))
+    study.pruner = make_pruner(space, steps)
     return study
 
 
-class StudySearch(OptunaSearch):
-    """Ray Tune's searcher over an open study; see the module's text for what it tells.
+def _await_plan(study: optuna.Study) -> None:
+    """Wait while the driver that created the study is still filling its queue; one that died there is replaced."""
+    until = time.monotonic() + PLAN_PATIENCE_S
+    seen = -1
+    while PLANNED not in study.user_attrs and time.monotonic() < until:
+        count = len(study.get_trials(deepcopy=False))
+        if count == seen:
+            return  # nobody is filling it
+        seen = count
+        time.sleep(1.0)
 
-    Args:
-        study: From :func:`open_study`.
-        space: The search.
-        metric: The objective's key in reported results; larger is better.
-        max_step: The step at which a trial is complete.
-        out: Where trials write, ``out/trials/NNN``.
+
+def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
+    """Put the trials that the budget lacks into the study, waiting; calling it again adds nothing."""
+    trials = study.get_trials(deepcopy=False)
+    given = [(f"first[{i}]", point) for i, point in enumerate(space.first)]
+    given += [(text, point) for text, point in warm]
+    if space.sampler.name == "grid":
+        given = [(f"grid[{i}]", point) for i, point in enumerate(space.grid())]
+    known = {t.user_attrs.get(FROM) for t in trials}
+    count = len(trials)
+    for origin, point in given:
+        if count < space.trials and origin not in known:
+            study.enqueue_trial(dict(point), user_attrs={FROM: origin})
+            count += 1
+    for _ in range(space.trials - count):
+        study.enqueue_trial({})
+    if study.user_attrs.get(PLANNED) != space.trials:
+        study.set_user_attr(PLANNED, space.trials)
+
+
+def is_spent(trial: FrozenTrial) -> bool:
+    """Whether a trial has ended, well or badly."""
+    return trial.state.is_finished()
+
+
+def take_waiting(study: optuna.Study, limit: int) -> Trial | None:
+    """Begin the first trial that waits, if the budget of ``limit`` trials has room.
+
+    Returns:
+        ``None`` where nothing waits.
     """
+    trials = study.get_trials(deepcopy=False)
+    begun = sum(t.state != TrialState.WAITING for t in trials)
+    for trial in trials:
+        if trial.state == TrialState.WAITING and begun < limit:
+            try:
+                mine = study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            except RuntimeError:  # it has ended meanwhile, elsewhere
+                continue
+            if mine:
+                return Trial(study, trial._trial_id)
+    return None
 
-    def __init__(self, study: optuna.Study, space: SearchSpace, *, metric: str, max_step: int, out: Path) -> None:
-        # An empty space keeps the parent from creating a study of its own.
-        super().__init__(space=None, metric=metric, mode="max")
-        self._space = distributions(space.search)
-        self._ot_study = study
-        self._max_step = max_step
-        self._out = out
-        self._reported: dict[str, int] = {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
-        """Nothing to set: metric, mode and space are the study's."""
-        return True
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next point: ``{"number": …, "point": {dotted path: value}}``."""
-        point = super().suggest(trial_id)
-        trial = self._ot_trials[trial_id]
-        trial.set_user_attr("tune_trial_id", trial_id)
-        trial.set_user_attr("out", str(trial_folder(self._out, trial.number)))
-        return None if point is None else {"number": trial.number, "point": dict(trial.params)}
-
-    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Pass one validation on, under the step that the trainer itself counts."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
-            return  # late news of a trial that has been told
-        score, step = _float(result.get(self.metric)), int(result.get(STEP, 0))
-        if score is None or step <= self._reported.get(trial_id, -1):
-            return
-        self._reported[trial_id] = step
-        trial = self._ot_trials[trial_id]
-        trial.report(score, step)
-        trial.set_user_attr("metrics", _scalars(result))
-
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
-            return
-        self._completed_trials.add(trial_id)
-        trial = self._ot_trials[trial_id]
-        if result and not error:
-            # The scheduler decides before the searcher hears of the deciding result.
-            self.on_late_result(trial_id, result)
-        score = _float(result.get(self.metric)) if result else None
-        step = int(result.get(STEP, 0)) if result else 0
-        if error or score is None:
-            trial.set_user_attr("error", self._reason(trial.number, result, error))
-            self._ot_study.tell(trial, state=TrialState.FAIL)
-        elif step < self._max_step:
-            self._ot_study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._ot_study.tell(trial, score, state=TrialState.COMPLETE)
-
-    def _reason(self, number: int, result: Mapping[str, Any] | None, error: bool) -> str:
-        if error:
-            return why_failed(self._out, number)
-        return "the objective is not a number" if result and self.metric in result else "no validation was reported"
-
-    def on_late_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Report the last result of a trial that is about to be told."""
-        self._completed_trials.discard(trial_id)
-        self.on_trial_result(trial_id, result)
-        self._completed_trials.add(trial_id)
-
-    @property
-    def study(self) -> optuna.Study:
-        """The study that is told."""
-        return self._ot_study
-
-    def number(self, trial_id: str) -> int | None:
-        """Optuna's number of a Tune trial."""
-        trial = self._ot_trials.get(trial_id)
-        return None if trial is None else int(trial.number)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Write no snapshot: the study's storage is the record."""
-        Path(checkpoint_path).write_text("the study's storage is the record\n", encoding="utf-8")
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Refuse: a search is resumed from the study's storage."""
-        raise UgrlError(f"{checkpoint_path}: not a snapshot; resume with ugrl-tune --resume")
+def put_back(study: optuna.Study, trial: Trial) -> None:
+    """Let a trial wait again: whoever takes it goes on from its checkpoint, with the same parameters."""
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
 def quiet_optuna() -> None:
     """Leave Optuna's warnings; drop its line for each trial."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    import warnings
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def trial_folder(out: Path, number: int) -> Path:
-    """Where a trial writes."""
+    """Where a trial's runs are written, one folder a seed."""
     return out / "trials" / f"{number:03d}"
-
-
-def why_failed(out: Path, number: int) -> str:
-    """One line on why a trial failed, from what it left behind."""
-    try:
-        lines = (trial_folder(out, number) / ERROR_FILE).read_text(encoding="utf-8").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "its process ended without a word (killed, or out of memory)"
-
-
-def _float(value: Any) -> float | None:
-    """A finite number or ``None``."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-_KEPT = ("seg_miou", "cam_miou", "tag_map", "tag_f1", "loss", "images_per_s", STEP, "seconds")
-
-
-def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(result[k]) for k in _KEPT if _float(result.get(k)) is not None}

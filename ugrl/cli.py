@@ -20,9 +20,9 @@ from ugrl import __version__
 from ugrl.data import cli as prepare_cli
 from ugrl.data.reader import ShardReader
 from ugrl.errors import CheckpointError, UgrlError
-from ugrl.eval.evaluate import evaluate
 from ugrl.eval.predict import find_images, predict
 from ugrl.method.build import build_par
+from ugrl.train.measure import measure
 from ugrl.train.progress import result_table
 from ugrl.train.restore import restore
 
@@ -105,15 +105,7 @@ def run_eval(args: argparse.Namespace) -> int:
     par = build_par(replace(cfg, method=replace(cfg.method, cam=replace(cfg.method.cam, refine="par"))))
     console = Console()
     console.print(f"step {got.step}, split '{args.split}': {len(reader)} images")
-    result = evaluate(
-        got.net,
-        reader,
-        cfg,
-        device=device,
-        prototypes=got.prototypes,
-        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.cls_warmup_iters,
-        par=par,
-    )
+    result = measure(got, reader, device=device, cfg=cfg, par=par)
     console.print(result_table(result))
     return 0
 

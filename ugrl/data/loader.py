@@ -34,6 +34,7 @@ class LocalLoader:
         on_device: What is left to the device, see :mod:`ugrl.data.device`.
         cache_mb: Memory for decoded images, in 10⁶ bytes; 0 keeps none.
         masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
+        cache: Decoded images of the same rows that were kept before; instead of a new one.
 
     Raises:
         DataError: The batch does not divide by the ranks or is larger than the split; while iterating,
@@ -56,9 +57,10 @@ class LocalLoader:
         on_device: OnDevice = "none",
         cache_mb: int = 0,
         masks_every: int = 1,
+        cache: PixelCache | None = None,
     ) -> None:
         self.reader, self.seed = reader, seed
-        self.cache = PixelCache(cache_mb) if cache_mb > 0 else None
+        self.cache = cache or (PixelCache(cache_mb) if cache_mb > 0 else None)
         self._maker = BatchMaker(augment, seed=seed, on_device=on_device, cache=self.cache, pin_memory=pin_memory)
         self.global_batch, self.rank, self.world = global_batch, rank, world
         self.step = start_step

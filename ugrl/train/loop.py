@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.data.augment import Augment
+from ugrl.data.cache import PixelCache
 from ugrl.data.loader import LocalLoader
 from ugrl.data.make import Loaded, OnDevice
 from ugrl.data.order import batch_rows, steps_per_epoch
@@ -80,8 +81,8 @@ class LoaderSpec:
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
 
 
-def local_loader(spec: LoaderSpec) -> Iterator[Loaded]:
-    """Batches read and decoded by threads of this process."""
+def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[Loaded]:
+    """Batches read and decoded by threads of this process; ``cache`` holds decoded images from before."""
     return LocalLoader(
         ShardReader(
             spec.shards,
@@ -102,6 +103,7 @@ def local_loader(spec: LoaderSpec) -> Iterator[Loaded]:
         on_device=spec.on_device,
         cache_mb=spec.cache_mb,
         masks_every=spec.masks_every,
+        cache=cache,
     )
 
 

@@ -1,0 +1,121 @@
+"""A search of seconds, and a stand-in for Tune that hands its trials' reports to the searcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from tuning.lease import Lease
+from tuning.options import Objective
+from tuning.search import Search
+from tuning.searcher import StudySearch
+from tuning.space import build_space
+from tuning.study import open_study
+from ugrl.storage import place
+
+SPACE: dict[str, Any] = {
+    "config": "shapes",
+    "overrides": {
+        "data.crop": 32,
+        "data.shapes.train": 40,
+        "data.shapes.val": 6,
+        "data.shapes.size": 32,
+        "data.threads": 1,
+        "train.steps": 9,
+        "train.lr_warmup_iters": 1,
+        "train.cls_warmup_iters": 2,
+        "train.eval_every": 3,
+        "train.checkpoint_every": 9,
+        "train.picture_every": 1000,
+        "train.keep_checkpoints": 1,
+        "method.uncertainty.d_cls": 64,
+        "method.contrast.d_seg": 32,
+    },
+    "trials": 5,
+    "scheduler": {"grace_steps": 3, "reduction_factor": 2},
+    "first": [
+        {"train.global_batch": 4, "train.lr": 1e-3},
+        {"train.global_batch": 4096, "train.lr": 1e-3},  # more than there are images: fails when it starts
+    ],
+    "search": {
+        "train.global_batch": {"choice": [4, 8, 4096]},
+        "train.lr": {"loguniform": [1e-4, 1e-2]},
+    },
+}
+# The same without what fails.
+SOUND = SPACE | {
+    "first": [],
+    "search": {"train.global_batch": {"choice": [4, 8]}, "train.lr": {"loguniform": [1e-4, 1e-2]}},
+}
+
+
+def write_space(path: Path, tree: Mapping[str, Any], **changes: Any) -> Path:
+    """A space file."""
+    path.write_text(yaml.safe_dump({**tree, **changes}))
+    return path
+
+
+def search_of(tree: Mapping[str, Any], out: Path, **changes: Any) -> Search:
+    """A search whose shards nobody reads."""
+    space = build_space({**tree, **changes})
+    names = [replace(o, name="seg_miou") if o.name == "auto" else o for o in space.objectives]
+    return Search(space, space.base(), place(out / "shards"), tuple(Objective(o.name) for o in names), out)
+
+
+@contextmanager
+def searcher(search: Search, *, create: bool = True, **more: Any) -> Any:
+    """An open searcher with a lease of its own."""
+    study = open_study(search.space, search.out, create=create, objectives=search.objectives, steps=search.steps)
+    with Lease(study, **more) as lease:
+        yield StudySearch(study, search, lease)
+
+
+Score = Callable[[Mapping[str, Any], int, int], float | dict[str, float]]
+
+
+def report(step: int, score: float | dict[str, float], seed: int = 0, **more: Any) -> dict[str, Any]:
+    """What a trial's process reports, as Tune hands it on."""
+    scores = score if isinstance(score, dict) else {"seg_miou": score, "cam_miou": score / 2}
+    return {**scores, "step": step, "seed": seed, "seconds": float(step), **more}
+
+
+def play(
+    found: StudySearch, name: str, score: Score, *, steps: tuple[int, ...] = (3, 6, 9)
+) -> dict[str, Any] | str | None:
+    """Run one trial as Tune would: every report is judged, and the end is told.
+
+    Args:
+        found: The searcher.
+        name: Of Tune's trial.
+        score: (point, seed, step) → the objective, or all that is reported.
+        steps: Of validations.
+
+    Returns:
+        What the searcher suggested.
+    """
+    task = found.suggest(name)
+    if not isinstance(task, dict):
+        return task
+    stopped = False
+    for seed in task["seeds"]:
+        for step in steps:
+            stopped = found.judge(name, report(step, score(task["point"], seed, step), seed))
+            if stopped:
+                break
+        if not stopped:
+            stopped = found.judge(name, report(steps[-1], score(task["point"], seed, steps[-1]), seed, ended=True))
+        if stopped:
+            break
+    found.on_trial_complete(name, {"done": True})
+    return task
+
+
+def states(study: optuna.Study) -> list[str]:
+    """Of all trials, by number."""
+    return [t.state.name for t in study.get_trials(deepcopy=False)]

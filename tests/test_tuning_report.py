@@ -1,0 +1,538 @@
+"""The report of a search, made of studies that were filled by hand: its numbers, its files and its page."""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+import random
+import re
+import shutil
+import statistics
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+
+from tuning import facts
+from tuning.facts import cost, paper_trial, verdict
+from tuning.options import Objective
+from tuning.page import write_html, write_markdown
+from tuning.paper import paper_section, spearman
+from tuning.plots import draw, importance
+from tuning.record import Run, read_trials
+from tuning.report import write_report
+from tuning.search import Finalist, Findings, Search, Session
+from tuning.space import SearchSpace, build_space
+from tuning.study import distribution
+from ugrl import config as configs
+from ugrl.storage import Place
+
+STEPS, EVERY = 320, 40
+BEGIN = datetime(2026, 3, 1, 12, 0, 0)
+SPACE: dict[str, Any] = {
+    "config": "shapes",
+    "overrides": {"train.steps": STEPS, "train.lr_warmup_iters": 8, "train.cls_warmup_iters": 30},
+    "trials": 24,
+    "scheduler": {"name": "asha", "grace_steps": 80, "reduction_factor": 2},
+    "first": [
+        {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35},
+    ],
+    "search": {
+        "method.uncertainty.alpha": {"loguniform": [1, 50]},
+        "method.contrast.tau": {"loguniform": [0.03, 1]},
+        "method.contrast.keep": {"uniform": [0.05, 0.8]},
+        "method.uncertainty.d_cls": {"choice": [256, 512, 1024, 2048]},
+        "method.contrast.d_seg": {"choice": [128, 256, 512, 1024]},
+    },
+}
+EVIL = "<script>alert('no')</script> & | [x](y)"
+
+
+def quality(point: Mapping[str, Any]) -> float:
+    """A smooth objective, mostly of alpha and keep."""
+    alpha = math.log10(point.get("method.uncertainty.alpha", 5.0))
+    keep, tau = point.get("method.contrast.keep", 0.35), math.log10(point.get("method.contrast.tau", 0.1))
+    order = ["Base", "I", "II", "III", "IV"].index(point.get("method.setting", "IV"))
+    return 0.40 - 0.14 * (alpha - 0.9) ** 2 - 0.25 * (keep - 0.45) ** 2 - 0.02 * (tau + 0.8) ** 2 - 0.02 * (4 - order)
+
+
+class Story:
+    """A study that is filled trial by trial, as a driver would."""
+
+    def __init__(self, out: Path, tree: Mapping[str, Any] = SPACE, **changes: Any) -> None:
+        tree = {**tree, **changes}
+        self.space: SearchSpace = build_space(tree)
+        names = [o.name for o in self.space.objectives]
+        self.objectives = tuple(Objective("seg_miou" if n == "auto" else n) for n in names)
+        self.search = Search(self.space, self.space.base(), Place(str(out / "shards")), self.objectives, out)
+        self.study = optuna.create_study(directions=[o.direction for o in self.objectives])
+        self.draw = random.Random(0)
+        self.time = BEGIN
+        self.finalists: list[Finalist] = []
+
+    def point(self, **given: Any) -> dict[str, Any]:
+        """A random point; values by the last word of the path."""
+        made: dict[str, Any] = {}
+        for axis in self.space.search:
+            if not axis.active(made):
+                continue
+            if axis.kind == "choice":
+                value = self.draw.choice(axis.options)
+            elif axis.log:
+                value = math.exp(self.draw.uniform(math.log(axis.low), math.log(axis.high)))
+            else:
+                value = self.draw.uniform(axis.low, axis.high)
+            made[axis.path] = given.get(axis.name, int(value) if axis.integer else value)
+        return made
+
+    def run(self, point: Mapping[str, Any], seed: int, last: int, *, final: bool = False) -> dict[str, Any]:
+        """A run as the record keeps it."""
+        top = quality(point) + self.draw.gauss(0, 0.006)
+        curve = [[s, top * (1 - math.exp(-s / 70))] for s in range(EVERY, last + 1, EVERY)]
+        value = curve[-1][1] if curve else None
+        d_cls, d_seg = point.get("method.uncertainty.d_cls", 1024), point.get("method.contrast.d_seg", 512)
+        metrics = {} if value is None else {
+            "seg_miou": value, "cam_miou": value * 0.9, "tag_map": 0.8, "tag_f1": 0.7, "step_s": 0.2 + d_cls / 1e4,
+            "gflop": 10 + d_cls / 500 + d_seg / 100,
+        }  # fmt: skip
+        ended = last == STEPS
+        return {
+            "value": value, "step": last if curve else 0, "metrics": metrics, "curve": curve, "seconds": 0.25 * last,
+            "steps": last, "final": {"seg_miou": value - 0.02, "cam_miou": value * 0.85} if final and ended else {},
+            "ended": ended,
+        }  # fmt: skip
+
+    def add(
+        self, state: str = "COMPLETE", *, last: int = STEPS, seeds: int = 1, final: bool = False, origin: str = "",
+        values: list[float] | None = None, attrs: Mapping[str, Any] | None = None, **given: Any,
+    ) -> int:  # fmt: skip
+        """One trial; its number."""
+        point = self.point(**given)
+        runs = {str(s): self.run(point, s, last, final=final) for s in range(seeds)} if last else {}
+        held = sum(r["seconds"] for r in runs.values()) + 9.0
+        told = values
+        if told is None and state in ("COMPLETE", "PRUNED"):
+            told = [statistics.fmean(r["metrics"][o.name] for r in runs.values()) for o in self.objectives]
+        trial = optuna.trial.create_trial(
+            state=TrialState[state],
+            values=told,
+            params=point,
+            distributions={a.path: distribution(a) for a in self.space.search if a.path in point},
+            user_attrs={
+                "runs": runs,
+                "held": {"seconds": held, "cpus": 1.0, "gpus": 0.5},
+                "host": "node-a",
+                "commit": "0123abc",
+                **({"from": origin} if origin else {}),
+                **(attrs or {}),
+            },
+        )
+        trial.datetime_start, self.time = self.time, self.time + timedelta(seconds=held)
+        trial.datetime_complete = self.time if state in ("COMPLETE", "PRUNED", "FAIL") else None
+        self.study.add_trial(trial)
+        return len(self.study.get_trials(deepcopy=False)) - 1
+
+    def rerun(self, number: int, seeds: int = 3) -> None:
+        """Fresh seeds of a trial."""
+        row = next(r for r in read_trials(self.study, self.objectives) if r.number == number)
+        trees = [self.run(row.params, 100 + s, STEPS, final=True) for s in range(seeds)]
+        self.finalists.append(Finalist(row, tuple(Run.read(str(100 + s), t) for s, t in enumerate(trees))))
+
+    def fill(self, count: int, **more: Any) -> None:
+        """Complete and pruned trials, as a search has them."""
+        for i in range(count):
+            self.add("PRUNED", last=(80, 160)[i % 2]) if i % 3 == 2 else self.add(**more)
+
+    def findings(self) -> Findings:
+        rows = tuple(read_trials(self.study, self.objectives))
+        started = BEGIN.timestamp()
+        session = Session("abc", "node-a", 1, 2, started, started + 0.6 * (self.time - BEGIN).total_seconds(), True)
+        found = tuple(sorted(self.finalists, key=lambda f: -(f.value or 0)))
+        return Findings(self.search, self.study, rows, found, (session,))
+
+
+def report(story: Story, width: int = 120) -> tuple[Findings, str]:
+    """Write everything; the findings and what was printed."""
+    findings = story.findings()
+    story.search.out.mkdir(parents=True, exist_ok=True)
+    log = story.search.out / "printed.txt"
+    with log.open("w") as file:
+        write_report(findings, Console(file=file, width=width))
+    return findings, log.read_text()
+
+
+def plots(out: Path) -> set[str]:
+    return {p.stem for p in (out / "plots").glob("*.png")}
+
+
+def csv_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def full(out: Path) -> Story:
+    """A search with everything: seeds, pruned, failed and running trials, and finalists."""
+    story = Story(out, final={"best": 3, "seeds": 3})
+    story.add(seeds=2, origin="first[0]", d_cls=1024, d_seg=512, keep=0.35, alpha=5.0, tau=0.1)
+    story.fill(16, seeds=2)
+    story.add("FAIL", last=0, attrs={"error": f"RuntimeError: {EVIL}\nat line 7"})
+    story.add("RUNNING", last=80)
+    story.add("WAITING", last=120, attrs={"note": "put back"})
+    best = sorted((r for r in story.findings().rows if r.state == "COMPLETE"), key=lambda r: -(r.value or 0))
+    for row in best[:3]:
+        story.rerun(row.number)
+    return story
+
+
+# -- a search with everything -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Findings, str]:
+    out = tmp_path_factory.mktemp("tune") / "whole"
+    return (out, *report(full(out)))
+
+
+def test_every_file_is_written(whole: tuple[Path, Findings, str]) -> None:
+    out, _, shown = whole
+    names = {"history", "curves", "slices", "importance", "contour", "parallel", "rungs", "cost"}
+    assert plots(out) == names
+    for name in names:
+        data = (out / "plots" / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000, name
+    for name in ("report.html", "trials.csv", "best.yaml", "plots"):
+        assert str(out / name) in shown
+    assert (out / "report.md").is_file() and not (out / "paper.md").exists()
+
+
+def test_the_csv_holds_what_the_study_holds(whole: tuple[Path, Findings, str]) -> None:
+    out, findings, _ = whole
+    rows = csv_rows(out)
+    assert [int(r["number"]) for r in rows] == list(range(20))
+    trials = findings.study.get_trials()
+    for row, trial in zip(rows, trials, strict=True):
+        assert row["state"] == trial.state.name
+        assert {p: row[p] for p in trial.params} == {p: str(v) for p, v in trial.params.items()}
+        runs = list(trial.user_attrs["runs"].values())
+        assert int(row["seeds"]) == len(runs)
+        if trial.values:
+            assert float(row["seg_miou"]) == trial.value
+            cams = [r["metrics"]["cam_miou"] for r in runs]
+            assert float(row["cam_miou"]) == pytest.approx(statistics.fmean(cams), rel=1e-12)
+        if len(runs) == 2:
+            values = [r["value"] for r in runs]
+            assert float(row["seg_miou.stderr"]) == pytest.approx(abs(values[0] - values[1]) / 2)
+    assert rows[17]["seg_miou"] == "" and EVIL in rows[17]["error"] and rows[0]["from"] == "first[0]"
+    assert float(rows[3]["seconds"]) == 0.25 * 80 + 9 and rows[19]["note"] == "put back"
+
+
+def test_best_yaml_is_the_best_point_on_the_split_of_the_base(whole: tuple[Path, Findings, str]) -> None:
+    out, findings, shown = whole
+    best = findings.best
+    assert best is not None and best.number == findings.finalists[0].trial.number
+    cfg = configs.load(out / "best.yaml")
+    assert {p: configs.get(cfg, p) for p in best.params} == best.params
+    assert (cfg.name, cfg.data.val_split, cfg.train.steps) == ("shapes-best", "val", STEPS)
+    head = (out / "best.yaml").read_text().splitlines()[:3]
+    mean = 100 * statistics.fmean(r.value or 0 for r in findings.finalists[0].runs)
+    final = 100 * statistics.fmean(r.final["seg_miou"] for r in findings.finalists[0].runs)
+    assert head[0].startswith(f"# Trial {best.number} of the search in whole: seg_miou {mean:.2f} ± ")
+    assert head[0].endswith("on split 'tune_val' (3 fresh seeds),") and head[1].startswith(f"# {final:.2f} ± ")
+    command = f"ugrl-train --config {out / 'best.yaml'} --data {out / 'shards'}"
+    assert command in shown and head[2].endswith(command)
+
+
+def test_both_reports_tell_the_finding(whole: tuple[Path, Findings, str]) -> None:
+    out, findings, shown = whole
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    finding = verdict(findings)
+    assert finding[0].startswith(f"Trial {findings.best.number} is the best of 12 complete trials: seg mIoU ")
+    assert "(3 fresh seeds)" in finding[0] and "on the untouched split 'val'" in finding[0]
+    for sentence in finding:
+        assert html.escape(sentence) in page and sentence in text and sentence in shown
+    for words in (
+        "Run again with fresh seeds",
+        "What it cost",
+        "node-a",
+        "0123abc",
+        "asha, no stop before step 80",
+        "PED-ANOVA",
+    ):
+        assert words in page
+    assert "the paper&#x27;s point" in page and "rank " in facts.paper_sentence(findings)
+    assert f"d_cls: {findings.best.params['method.uncertainty.d_cls']}" in page  # the best configuration, folded
+    assert set(re.findall(r"\]\(plots/(\w+)\.png\)", text)) == plots(out)
+    assert page.count("data:image/png;base64,") == len(plots(out))
+
+
+def test_the_page_escapes_and_asks_nobody(whole: tuple[Path, Findings, str]) -> None:
+    out, _, _ = whole
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert html.escape(EVIL) in page and "<script>alert" not in page and "<script>alert" not in text
+    assert not re.search(r"https?://|//cdn|@import|url\(", page)
+    assert all(link.startswith(("data:", "#")) for link in re.findall(r'(?:href|src)="([^"]*)"', page))
+
+
+def test_the_cost_adds_up(whole: tuple[Path, Findings, str]) -> None:
+    _, findings, _ = whole
+    spent = cost(findings)
+    fresh = sum(r.seconds for f in findings.finalists for r in f.runs)
+    held = sum(r.seconds for r in findings.rows)
+    assert spent.held == pytest.approx(held + fresh)
+    assert spent.gpu_hours == pytest.approx(0.5 * sum(r.seconds for r in findings.rows) / 3600 + 0.5 * fresh / 3600)
+    assert spent.outside == pytest.approx(9.0)
+    # Five pruned trials of two planned seeds each are one seed here: 4 s for 16 steps.
+    assert spent.saved == pytest.approx(0.25 * sum(STEPS - r.step for r in findings.rows if r.state == "PRUNED"))
+    training = sum(run.seconds for r in findings.rows for run in r.runs) + fresh
+    assert spent.utilisation == pytest.approx(training / (findings.sessions[0].seconds * 2))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+def test_a_browser_shows_the_page_without_a_complaint(whole: tuple[Path, Findings, str], tmp_path: Path) -> None:
+    out, _, _ = whole
+    picture = tmp_path / "page.png"
+    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,2000", f"--screenshot={picture}"]
+    done = subprocess.run([*words, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr
+    assert picture.stat().st_size > 50_000
+
+
+# -- how sure ---------------------------------------------------------------------------------
+
+
+def test_without_fresh_seeds_the_number_is_called_optimistic(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.fill(6)
+    text = " ".join(verdict(story.findings()))
+    assert "best of 4, picked for being the best, and therefore optimistic" in text
+    assert "with one seed each the noise is not known" in text
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"), [(0.002, "within noise, the two cannot be told apart"), (0.1, "beyond noise")]
+)
+def test_the_second_is_judged_by_the_noise(gap: float, words: str, tmp_path: Path) -> None:
+    story = Story(tmp_path, final={"best": 2})
+    for _ in range(2):
+        story.add(seeds=1)
+    rows = story.findings().rows
+
+    def runs(mean: float) -> tuple[Run, ...]:
+        made = [(s, mean + d) for s, d in enumerate((-0.01, 0.0, 0.01))]
+        return tuple(Run(s, STEPS, v, {"seg_miou": v}, final={"seg_miou": v - 0.1}) for s, v in made)
+
+    story.finalists = [Finalist(rows[1], runs(0.5)), Finalist(rows[0], runs(0.5 - gap))]
+    found = story.findings()
+    assert found.best is not None and found.best.number == 1
+    noise = facts.seed_noise(found)
+    assert noise.deviation == pytest.approx(0.01) and noise.freedom == 4
+    text = verdict(found)
+    assert "50.00 ± 0.58 % on split 'tune_val' (3 fresh seeds), 40.00 ± 0.58 % on the untouched split 'val'" in text[0]
+    second = next(t for t in text if t.startswith("Second"))
+    assert words in second and f"{100 * gap:.2f} ± 0.82 points below" in second
+
+
+def test_the_best_of_many_equals_is_seen_as_luck() -> None:
+    noise, normal = facts.Noise(0.01, 16), statistics.NormalDist(0.5, 0.01 / math.sqrt(2))
+    measures = [facts.Measure("seg_miou", normal.inv_cdf((k + 0.5) / 16), count=2) for k in range(16)]
+    top, low = max(measures, key=lambda m: m.mean), min(measures, key=lambda m: m.mean)
+    # Taken by themselves the two ends look different; as ends of sixteen they are not.
+    assert facts.beyond_noise(facts.difference(top, low, noise), noise)
+    assert facts.by_luck(measures, noise) > 0.1
+    assert facts.by_luck([*measures, facts.Measure("seg_miou", 0.6, count=2)], noise) < 0.01
+    assert math.isnan(facts.by_luck(measures, facts.Noise()))
+
+
+# -- states that are not whole ----------------------------------------------------------------
+
+
+def test_nothing_but_failures(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "history.png").write_bytes(b"of another time")
+    story.add("FAIL", last=0, attrs={"error": "first\nsecond"})
+    story.add("FAIL", last=0, attrs={"error": EVIL})
+    _, shown = report(story)
+    assert not (tmp_path / "best.yaml").exists() and plots(tmp_path) == {"cost"}
+    assert "trial 0 failed: first\n" in shown and "no plots of scores" in shown
+    assert "No trial has completed: there is no best configuration. States: 2 failed." in shown
+    assert "train:" not in shown and html.escape(EVIL) in (tmp_path / "report.html").read_text()
+
+
+def test_a_search_that_has_not_begun(tmp_path: Path) -> None:
+    _, shown = report(
+        Story(tmp_path, paper="table4", search={"method.contrast.keep": {"choice": [0.2, 0.35]}}, first=[])
+    )
+    assert plots(tmp_path) == set() and csv_rows(tmp_path) == []
+    assert "States: none." in shown and "Fewer than two settings" in (tmp_path / "paper.md").read_text()
+
+
+def test_a_search_that_runs_has_no_complete_trial_yet(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.add("RUNNING", last=80)
+    story.add("PRUNED", last=80)
+    story.add("WAITING", last=40)
+    findings, shown = report(story)
+    assert findings.best is None and not (tmp_path / "best.yaml").exists()
+    assert {"history", "curves", "rungs", "slices", "parallel", "cost"} == plots(tmp_path)
+    assert "contour: needs 8 complete trials" in shown and "importance: 0 complete trials are too few" in shown
+    assert "not known without a complete trial" in (tmp_path / "report.html").read_text()
+
+
+def test_one_axis(tmp_path: Path) -> None:
+    story = Story(tmp_path, search={"method.contrast.keep": {"uniform": [0.05, 0.8]}}, first=[])
+    story.fill(3)
+    _, shown = report(story, width=80)
+    assert "contour: needs two numeric axes; no plot" in shown and "slices" in plots(tmp_path)
+    assert configs.load(tmp_path / "best.yaml").method.contrast.keep in [
+        float(r["method.contrast.keep"]) for r in csv_rows(tmp_path)
+    ]
+
+
+def test_axes_that_do_not_always_count(tmp_path: Path) -> None:
+    axes = {
+        "method.uncertainty.weighting": {"choice": ["inverse_exp", "none"]},
+        "method.uncertainty.u_min": {
+            "loguniform": [0.01, 0.2],
+            "when": {"method.uncertainty.weighting": "inverse_exp"},
+        },
+        "method.contrast.keep": {"uniform": [0.05, 0.8]},
+    }
+    story = Story(tmp_path, search=axes, first=[])
+    for k in range(12):
+        story.add(weighting=("inverse_exp", "none")[k % 2])
+    _, shown = report(story)
+    rows = csv_rows(tmp_path)
+    assert [bool(r["method.uncertainty.u_min"]) for r in rows] == [k % 2 == 0 for k in range(12)]
+    assert {"slices", "parallel"} <= plots(tmp_path) and configs.load(tmp_path / "best.yaml")
+    assert "where weighting is inverse_exp" in (tmp_path / "report.html").read_text() and "train:" in shown
+
+
+def test_several_objectives(tmp_path: Path) -> None:
+    tree = {"objective": ["seg_miou", "step_s"], "scheduler": {"name": "none"}, "constraints": {"gflop": 18}}
+    story = Story(tmp_path, **tree)
+    for k in range(10):
+        story.add(values=[0.3 + 0.01 * k, 0.2 + 0.01 * (k % 5)])
+    story.add(values=[0.9, 0.1], attrs={"violation": {"gflop": 22.2}})
+    findings, shown = report(story)
+    assert findings.best is not None and findings.best.number == 9
+    assert "pareto" in plots(tmp_path) and "beaten by no other trial" in shown
+    front = shown.split("beaten by no other trial")[1].split("trial 10 is out: gflop 22.2 is beyond its limit")[0]
+    assert re.findall(r"^ +(\d+) ", front, re.M) == ["9", "8", "7", "6", "5"]
+    assert {"seg_miou", "step_s", "seg_miou.stderr", "step_s.stderr"} <= set(csv_rows(tmp_path)[0])
+    assert isinstance(importance(findings.study), dict)
+
+
+def test_plots_that_no_longer_apply_are_removed(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.fill(3)
+    folder = tmp_path / "plots"
+    folder.mkdir()
+    for name in ("pareto", "importance", "contour"):
+        (folder / f"{name}.png").write_bytes(b"old")
+    notes = draw(story.findings(), folder)
+    assert plots(tmp_path) == {"history", "curves", "slices", "parallel", "rungs", "cost"}
+    assert [n.split(":")[0] for n in notes] == ["importance", "contour"]
+
+
+def test_secrets_are_not_written(tmp_path: Path) -> None:
+    story = Story(tmp_path, storage="postgresql://ann:pa55word@db/ugrl")
+    story.add()
+    findings = story.findings()
+    findings = replace(findings, search=replace(findings.search, shards=Place("s3://key:pa55word@bucket/shards")))
+    write_html(findings, tmp_path / "report.html", [])
+    write_markdown(findings, tmp_path / "report.md", [])
+    for name in ("report.html", "report.md"):
+        assert "pa55word" not in (tmp_path / name).read_text()
+
+
+# -- beside the paper -------------------------------------------------------------------------
+
+
+def table3(out: Path, **changes: Any) -> Story:
+    axes = {"method.setting": {"choice": ["Base", "I", "II", "III", "IV"]}}
+    return Story(out, search=axes, first=[], paper="table3", scheduler={"name": "none"}, **changes)
+
+
+def test_table_3_stands_beside_the_printed_one(tmp_path: Path) -> None:
+    story = table3(tmp_path)
+    for setting in ("IV", "II", "I", "Base"):
+        story.add(seeds=3, final=True, setting=setting)
+    story.add("FAIL", last=0, setting="III")
+    findings, shown = report(story)
+    section = paper_section(findings, tmp_path / "plots")
+    assert section is not None
+    by_setting = {row[0]: row for row in section.rows}
+    assert list(by_setting) == ["Base", "I", "II", "III", "IV"]
+    printed = [(row[3], row[7]) for row in section.rows]
+    assert printed == [("65.3", "63.4"), ("69.7", "68.2"), ("72.5", "70.4"), ("74.8", "74.0"), ("77.9", "77.4")]
+    assert [row[9] for row in section.rows] == ["", "+4.8", "+7.0", "+10.6", "+14.0"]
+    mean, _, count = findings.rows[0].metric("seg_miou", final=True)
+    assert by_setting["IV"][1] == str(count) == "3" and by_setting["IV"][6].startswith(f"{100 * mean:.1f} ± ")
+    assert by_setting["III"][6] == "failed"
+    assert "rank agreement of 1.00" in section.sentences[0] and "the untouched split 'val'" in section.sentences[-1]
+    paper = (tmp_path / "paper.md").read_text()
+    for text in (paper, (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text(), shown):
+        assert "Table 3 of the paper" in text and "rank agreement of 1.00" in text
+    found = paper_trial(findings)
+    assert found is not None and found.params["method.setting"] == "IV"
+
+
+def test_a_trial_without_a_point_is_not_the_papers(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    assert paper_trial(story.findings()) is None
+    number = story.add(d_cls=1024, d_seg=512, keep=0.35, alpha=9.0, origin="first[0]")
+    found = paper_trial(story.findings())
+    assert found is not None and found.number == number
+    assert facts.paper_sentence(story.findings()).startswith("The values that the paper publishes")
+
+
+def test_rows_are_compared_on_one_split(tmp_path: Path) -> None:
+    story = table3(tmp_path)
+    story.add(final=True, setting="Base")
+    story.add(setting="I")
+    section = paper_section(story.findings(), tmp_path / "plots")
+    assert section is not None and "split 'tune_val', which the search sees" in section.sentences[-1]
+    assert "With one seed each the noise is not known" in section.sentences[0]
+
+
+def test_table_4_and_figure_7_invent_nothing(tmp_path: Path) -> None:
+    keeps = {"method.contrast.keep": {"choice": [0.05, 0.2, 0.35, 0.8]}}
+    story = Story(tmp_path / "t", search=keeps, first=[], paper="table4", scheduler={"name": "none"})
+    for keep in (0.05, 0.2, 0.35, 0.8):
+        story.add(seeds=2, keep=keep)
+    section = paper_section(story.findings(), tmp_path / "t" / "plots")
+    assert section is not None and section.image == "paper.png" and plots(tmp_path / "t") == {"paper"}
+    assert [row[-1] for row in section.rows] == ["not known here"] * 2 + ["the paper's choice", "not known here"]
+    assert "not known here: the paper's chosen value is K 0.35" in section.sentences[0]
+
+    widths = {p: SPACE["search"][p] for p in ("method.uncertainty.d_cls", "method.contrast.d_seg")}
+    story = Story(tmp_path / "f", search=widths, first=[], paper="fig7", scheduler={"name": "none"})
+    for d_cls, d_seg in ((256, 512), (1024, 512), (1024, 128), (2048, 512)):
+        story.add(seeds=2, d_cls=d_cls, d_seg=d_seg)
+    section = paper_section(story.findings(), tmp_path / "f" / "plots")
+    assert section is not None and [row[:2] for row in section.rows][0] == ("256", "512")
+    assert [row[4] for row in section.rows] == ["15.6", "13.3", "17.2", "19.2"]
+    assert (tmp_path / "f" / "plots" / "paper.png").stat().st_size > 10_000
+
+
+def test_a_table_whose_axis_is_not_searched_says_so(tmp_path: Path) -> None:
+    section = paper_section(Story(tmp_path, paper="table3").findings(), tmp_path / "plots")
+    assert section is not None and section.sentences == ("Nothing to compare: method.setting is not searched.",)
+    assert paper_section(Story(tmp_path).findings(), tmp_path / "plots") is None
+
+
+def test_rank_correlation_of_ties() -> None:
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
+    assert math.isnan(spearman([1, 1], [1, 2]))

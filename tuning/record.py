@@ -1,0 +1,266 @@
+"""What a study's storage holds of each trial, and how it is read back.
+
+A trial is one configuration. Its runs, one a seed, are kept in the trial's user attributes, so that a report needs
+nothing but the storage:
+
+==============  =====================================================================================
+attribute       what it holds
+==============  =====================================================================================
+``runs``        seed → ``{"value", "step", "metrics", "curve": [[step, value], …], "seconds", "steps",
+                "final": {metrics of the untouched split}, "ended"}``
+``held``        ``{"seconds", "cpus", "gpus"}``: how long the trial held what, over all its starts
+``out``         the folder of its runs
+``host``        where it ran last
+``driver``      who looks after it, or did last
+``commit``      of the code, where there is a repository
+``config``      the whole configuration
+``error``       why it failed
+``note``        why it was stopped
+``violation``   cost → value, where a constraint is broken
+``from``        where its point came from, if nothing sampled it
+==============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from tuning.options import COSTS, METRICS, Objective
+
+RUNS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "held", "out", "host", "driver", "commit"
+CONFIG, ERROR, NOTE, VIOLATION, FROM = "config", "error", "note", "violation", "from"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a configuration.
+
+    Attributes:
+        seed: Of the configuration.
+        step: Of its last validation.
+        value: The first objective there; ``None`` without a validation.
+        metrics: All metrics and costs of that validation, ratios as fractions.
+        curve: (step, first objective) of all validations.
+        seconds: Wall time of training, over all its starts, without what the harness adds.
+        final: Metrics of the untouched split at the end; empty where it was not measured.
+        ended: Whether it reached the last step.
+    """
+
+    seed: int
+    step: int = 0
+    value: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    curve: tuple[tuple[int, float], ...] = ()
+    seconds: float = 0.0
+    final: Mapping[str, float] = field(default_factory=dict)
+    ended: bool = False
+
+    @classmethod
+    def read(cls, seed: str, tree: Mapping[str, Any]) -> Run:
+        """A run from its attribute."""
+        return cls(
+            int(seed),
+            int(tree.get("step", 0)),
+            tree.get("value"),
+            dict(tree.get("metrics", {})),
+            tuple((int(s), float(v)) for s, v in tree.get("curve", [])),
+            float(tree.get("seconds", 0.0)),
+            dict(tree.get("final", {})),
+            bool(tree.get("ended", False)),
+        )
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial, as the report shows it.
+
+    Attributes:
+        number: Optuna's.
+        state: COMPLETE, PRUNED, FAIL, RUNNING or WAITING.
+        values: One for each objective: what the study was told, else means over the runs so far; empty without any.
+        runs: One for each seed that was begun.
+        params: Dotted path → value; an axis that did not count is missing.
+        seconds: How long the trial held its resources.
+        cpus: That it held.
+        gpus: That it held.
+        error: Why it failed.
+        note: Why it was stopped.
+        violation: Cost → value, where a constraint is broken.
+        origin: Where the point came from, if nothing sampled it.
+        host: Where it ran.
+        commit: Of the code.
+        out: The folder of its runs.
+        started: Seconds since the epoch, or NaN.
+        ended: Seconds since the epoch, or NaN.
+    """
+
+    number: int
+    state: str
+    values: tuple[float, ...] = ()
+    runs: tuple[Run, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = math.nan
+    cpus: float = 0.0
+    gpus: float = 0.0
+    error: str = ""
+    note: str = ""
+    violation: Mapping[str, float] = field(default_factory=dict)
+    origin: str = ""
+    host: str = ""
+    commit: str = ""
+    out: str = ""
+    started: float = math.nan
+    ended: float = math.nan
+
+    @property
+    def value(self) -> float | None:
+        """The first objective."""
+        return self.values[0] if self.values else None
+
+    @property
+    def step(self) -> int:
+        """Of the last validation of the first run."""
+        return self.runs[0].step if self.runs else 0
+
+    @property
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        """(step, first objective) of the first run."""
+        return self.runs[0].curve if self.runs else ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the runs."""
+        return mean_metrics(r.metrics for r in self.runs)
+
+    @property
+    def final(self) -> dict[str, float]:
+        """Means over the runs that were measured on the untouched split."""
+        return mean_metrics(r.final for r in self.runs if r.final)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the first objective over the runs; NaN with fewer than two."""
+        return standard_error([r.value for r in self.runs if r.value is not None])
+
+    def metric(self, name: str, *, final: bool = False) -> tuple[float, float, int]:
+        """Mean, standard error and number of the runs that have a metric.
+
+        Args:
+            name: Of a metric or cost.
+            final: On the untouched split.
+        """
+        found = [(r.final if final else r.metrics).get(name) for r in self.runs]
+        values = [v for v in found if v is not None and math.isfinite(v)]
+        return (statistics.fmean(values) if values else math.nan), standard_error(values), len(values)
+
+
+def mean_metrics(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those that have it.
+
+    >>> mean_metrics([{"a": 1.0}, {"a": 3.0, "b": 4.0}])
+    {'a': 2.0, 'b': 4.0}
+    """
+    gathered: dict[str, list[float]] = {}
+    for each in found:
+        for name, value in each.items():
+            gathered.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in gathered.items()}
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of a mean; NaN with fewer than two values.
+
+    >>> standard_error([1.0, 3.0])
+    1.0
+    """
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def read_trial(trial: FrozenTrial, objectives: Sequence[Objective]) -> TrialRow:
+    """A trial of a study."""
+    attrs = trial.user_attrs
+    runs = tuple(Run.read(seed, tree) for seed, tree in attrs.get(RUNS, {}).items())
+    held = attrs.get(HELD, {})
+    values: tuple[float, ...] = tuple(trial.values or ())
+    if not values:
+        means = mean_metrics(r.metrics for r in runs)
+        values = tuple(means[o.name] for o in objectives if o.name in means)
+        values = values if len(values) == len(objectives) else ()
+    begun = trial.datetime_start.timestamp() if trial.datetime_start else math.nan
+    ended = trial.datetime_complete.timestamp() if trial.datetime_complete else math.nan
+    return TrialRow(
+        number=trial.number,
+        state=trial.state.name,
+        values=values,
+        runs=runs,
+        params=dict(trial.params),
+        seconds=float(held.get("seconds", ended - begun)),
+        cpus=float(held.get("cpus", 0.0)),
+        gpus=float(held.get("gpus", 0.0)),
+        error=str(attrs.get(ERROR, "")),
+        note=str(attrs.get(NOTE, "")),
+        violation=dict(attrs.get(VIOLATION, {})),
+        origin=str(attrs.get(FROM, "")),
+        host=str(attrs.get(HOST, "")),
+        commit=str(attrs.get(COMMIT, "")),
+        out=str(attrs.get(OUT, "")),
+        started=begun,
+        ended=ended,
+    )
+
+
+def read_trials(study: optuna.Study, objectives: Sequence[Objective], *, waiting: bool = False) -> list[TrialRow]:
+    """All trials of a study that were started, by number; those that wait as well if asked for."""
+    return [
+        read_trial(t, objectives)
+        for t in study.get_trials(deepcopy=False)
+        if waiting or t.state != TrialState.WAITING or t.user_attrs.get(RUNS)
+    ]
+
+
+def ranked(rows: Sequence[TrialRow], objective: Objective) -> list[TrialRow]:
+    """The trials that may be the best, best first: complete, within the constraints; the earlier one of equals."""
+    done = [r for r in rows if r.state == "COMPLETE" and r.value is not None and not r.violation]
+    sign = -1.0 if objective.maximize else 1.0
+    return sorted(done, key=lambda r: (sign * (r.value or 0.0), r.number))
+
+
+def best_trial(rows: Sequence[TrialRow], objective: Objective) -> TrialRow | None:
+    """The first of :func:`ranked`."""
+    found = ranked(rows, objective)
+    return found[0] if found else None
+
+
+def pareto(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[TrialRow]:
+    """The trials that no other one beats in every objective, by the first objective."""
+    done = ranked(rows, objectives[0])
+    signs = [1.0 if o.maximize else -1.0 for o in objectives]
+
+    def beats(a: TrialRow, b: TrialRow) -> bool:
+        pairs = [(s * x, s * y) for s, x, y in zip(signs, a.values, b.values, strict=True)]
+        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+    return [r for r in done if not any(beats(other, r) for other in done)]
+
+
+def percent(name: str) -> bool:
+    """Whether a value is shown in percent."""
+    return name in METRICS
+
+
+def label(name: str) -> str:
+    """A metric or cost in words, with its unit.
+
+    >>> label("seg_miou"), label("step_s")
+    ('seg mIoU, %', 'step, s')
+    """
+    if name in COSTS:
+        return {"step_s": "step, s", "memory_gb": "memory, GB", "gflop": "step, GFLOP"}[name]
+    return name.replace("_", " ").replace("miou", "mIoU").replace("map", "mAP").replace("f1", "F1") + ", %"

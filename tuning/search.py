@@ -1,0 +1,176 @@
+"""A search that was checked as a whole, and what its storage tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from tuning.options import Objective
+from tuning.record import Run, TrialRow, best_trial, mean_metrics, ranked, read_trials, standard_error
+from tuning.space import SearchSpace
+from ugrl.config import Config
+from ugrl.storage import Place
+
+# Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
+SESSION = "session:"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search.
+
+    Attributes:
+        space: What is searched, and how.
+        base: The configuration that all trials share.
+        shards: Prepared folder.
+        objectives: What is optimised, by its real names: no ``auto``.
+        out: The search's folder.
+    """
+
+    space: SearchSpace
+    base: Config
+    shards: Place
+    objectives: tuple[Objective, ...]
+    out: Path
+
+    @property
+    def objective(self) -> str:
+        """The name of the first objective, which ranks."""
+        return self.objectives[0].name
+
+    @property
+    def steps(self) -> int:
+        """Of a whole run."""
+        return self.base.train.steps
+
+
+@dataclass(frozen=True)
+class Session:
+    """One driver's time with a study.
+
+    Attributes:
+        id: Of the driver.
+        host: Where it ran.
+        pid: Its process.
+        slots: Trials side by side.
+        started: Seconds since the epoch.
+        seen: When it was last heard of.
+        ended: Whether it said goodbye.
+    """
+
+    id: str
+    host: str = ""
+    pid: int = 0
+    slots: int = 1
+    started: float = 0.0
+    seen: float = 0.0
+    ended: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Its length so far."""
+        return max(0.0, self.seen - self.started)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A configuration that was run again with fresh seeds.
+
+    Attributes:
+        trial: Its trial in the search.
+        runs: The fresh ones that ended.
+    """
+
+    trial: TrialRow
+    runs: tuple[Run, ...]
+
+    @property
+    def value(self) -> float | None:
+        """Mean of the first objective over the fresh seeds, on the split that the search sees."""
+        found = [r.value for r in self.runs if r.value is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def stderr(self) -> float:
+        """Its standard error."""
+        return standard_error([r.value for r in self.runs if r.value is not None])
+
+    @property
+    def final(self) -> dict[str, float]:
+        """Mean metrics on the untouched split."""
+        return mean_metrics(r.final for r in self.runs if r.final)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a report is made of.
+
+    Attributes:
+        search: The search.
+        study: Optuna's.
+        rows: Its trials that were started, by number.
+        finalists: Ranked by their fresh seeds, best first; empty where none have run.
+        sessions: Of all drivers, by time.
+    """
+
+    search: Search
+    study: optuna.Study
+    rows: tuple[TrialRow, ...]
+    finalists: tuple[Finalist, ...] = ()
+    sessions: tuple[Session, ...] = field(default_factory=tuple)
+
+    @property
+    def best(self) -> TrialRow | None:
+        """The trial to recommend: the first finalist, or the best complete one where nothing was run again."""
+        if self.finalists:
+            return self.finalists[0].trial
+        return best_trial(self.rows, self.search.objectives[0])
+
+
+def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
+    """The sessions of a study's drivers, by time."""
+    found = [
+        Session(**{k: v for k, v in attrs.items() if k in Session.__dataclass_fields__})
+        for key, attrs in study.user_attrs.items()
+        if key.startswith(SESSION)
+    ]
+    return tuple(sorted(found, key=lambda s: s.started))
+
+
+def read_finalists(
+    rows: list[TrialRow] | tuple[TrialRow, ...], finals: optuna.Study | None, search: Search
+) -> tuple[Finalist, ...]:
+    """The finalists of a search, ranked by their fresh seeds.
+
+    Args:
+        rows: Of the search.
+        finals: The study whose trials are (candidate, seed).
+        search: The search.
+    """
+    if finals is None:
+        return ()
+    by_number = {r.number: r for r in rows}
+    runs: dict[int, list[Run]] = {}
+    for row in read_trials(finals, search.objectives):
+        if row.state == "COMPLETE" and (number := row.params.get("candidate")) in by_number:
+            runs.setdefault(int(number), []).extend(row.runs)
+    made = [
+        Finalist(by_number[number], tuple(sorted(found, key=lambda r: r.seed)))
+        for number, found in runs.items()
+        if any(r.value is not None for r in found)
+    ]
+    sign = -1.0 if search.objectives[0].maximize else 1.0
+    return tuple(sorted(made, key=lambda f: (sign * (f.value or 0.0), f.trial.number)))
+
+
+def survived(rows: Mapping[int, TrialRow] | list[TrialRow] | tuple[TrialRow, ...], steps: list[int]) -> dict[int, int]:
+    """How many trials reached each of these steps, in their first run."""
+    found: Any = rows.values() if isinstance(rows, Mapping) else rows
+    return {step: sum(r.step >= step for r in found) for step in steps}
+
+
+__all__ = ["Finalist", "Findings", "Search", "Session", "ranked", "read_finalists", "read_sessions", "survived"]

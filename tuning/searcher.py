@@ -1,0 +1,473 @@
+"""Between Ray Tune, which places and runs trials, and the Optuna study, which says what to run and when to stop.
+
+Ray's ``OptunaSearch`` hands suggestions out and results in, but tells a study too little: a trial that ASHA stopped
+would count as complete with the score of its early steps, a score of NaN would leave a trial running for ever, and a
+resumed study would sample its first points again. Its schedulers keep their rungs in the driver's memory, so that a
+resumed search would stop trials by what it has seen since. Here the study's own pruner is asked, whose knowledge is in
+the storage.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuning.budget import Spent, spent
+from tuning.lease import Lease
+from tuning.options import COSTS, METRICS
+from tuning.record import COMMIT, CONFIG, ERROR, HELD, HOST, NOTE, OUT, RUNS, VIOLATION, Run, TrialRow, read_trials
+from tuning.search import Search
+from tuning.space import finite, trial_config
+from tuning.study import STEP, put_back, suggest_point, take_waiting, trial_folder
+from ugrl import config as configs
+from ugrl.errors import ConfigError
+
+ERROR_FILE = "error.txt"
+# A search whose first trials all fail for one reason is stopped after so many.
+ALIKE = 3
+# How often a driver with nothing to do looks whether another one has died.
+IDLE_S = 2.0
+FINAL = "final/"
+KEPT = (*METRICS, *COSTS, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
+
+
+@dataclass
+class Job:
+    """A trial that this driver looks after.
+
+    Attributes:
+        trial: Optuna's, RUNNING.
+        point: Dotted path → value, of the configuration.
+        seeds: Of the runs, in order.
+        folder: Of its runs.
+        runs: Seed → what is known of that run, as in :mod:`tuning.record`.
+        verdict: How it ends, once that is known: a state and why.
+        before: Seconds that it held its resources in earlier sessions.
+        since: When this driver began it.
+    """
+
+    trial: Trial
+    point: dict[str, Any]
+    seeds: tuple[int, ...]
+    folder: Path
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verdict: tuple[TrialState, str] | None = None
+    before: float = 0.0
+    since: float = field(default_factory=time.time)
+
+    @property
+    def number(self) -> int:
+        """Optuna's."""
+        return int(self.trial.number)
+
+    def value(self, name: str) -> float | None:
+        """Mean of a metric over the runs that have ended, or of the first one so far."""
+        runs = [r for r in self.runs.values() if r.get("ended")] or list(self.runs.values())[:1]
+        found = [r["metrics"].get(name) for r in runs if r.get("metrics")]
+        return statistics.fmean(found) if found and all(finite(v) for v in found) else None
+
+
+class StudySearch(Searcher):
+    """Ray Tune's searcher over an open study.
+
+    Args:
+        study: From :func:`tuning.study.open_study`.
+        search: The search.
+        lease: This driver's.
+        limit: Trials that may be begun in all; those of the budget by default.
+        cpus: That a trial holds.
+        gpus: That a trial holds.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        search: Search,
+        lease: Lease,
+        *,
+        limit: int | None = None,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+    ) -> None:
+        super().__init__(metric=None, mode=None)
+        self.study, self.search, self.lease = study, search, lease
+        self.limit = search.space.trials if limit is None else limit
+        self.cpus, self.gpus = cpus, gpus
+        self.jobs: dict[str, Job] = {}
+        self.numbers: dict[str, int] = {}
+        self.halted = ""
+        self.closing = self.finished = False
+        self._failures: list[str] = []
+        self._idle_until = 0.0
+        self._commit = code_commit()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing goes into Tune's snapshots."""
+        return {}
+
+    # -- what to run ---------------------------------------------------------------------------
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        """Nothing to set: metric, mode and space are the study's."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial: an orphan to go on with, else one that waits.
+
+        Returns:
+            What :func:`tuning.trial.run_trial` takes; ``FINISHED`` when nothing is left for this driver; ``None`` while
+            another driver's trials may still come back.
+        """
+        found = self._suggest(trial_id)
+        self.finished = self.finished or found == Searcher.FINISHED
+        return found
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.halted or self.closing:
+            return Searcher.FINISHED
+        if time.monotonic() < self._idle_until:
+            return None
+        trial = self._next()
+        if trial is None:
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            mine = {job.number for job in self.jobs.values()}
+            if self.halted or not [t for t in running if t.number not in mine]:
+                return Searcher.FINISHED
+            self._idle_until = time.monotonic() + IDLE_S
+            return None
+        try:
+            job = self.begin(trial)
+        except ConfigError as error:  # values that each are valid, but do not go together
+            trial.set_user_attr(ERROR, str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            self._failed(str(error))
+            return None
+        self.jobs[trial_id] = job
+        self.numbers[trial_id] = job.number
+        return self.task(job)
+
+    def _next(self) -> Trial | None:
+        for orphan in self.lease.orphans(self.study):
+            if (trial := self.lease.claim(self.study, orphan)) is not None:
+                return trial
+        if (why := self.exhausted()) is not None:
+            self.halted = why
+            return None
+        trial = take_waiting(self.study, self.limit)
+        if trial is not None:
+            self.lease.name(self.study, trial)
+        return trial
+
+    def exhausted(self) -> str | None:
+        """Which part of the budget is spent, in words."""
+        return spent(self.study, self.search).over(self.search.space.budget)
+
+    def spent(self) -> Spent:
+        """What the search has cost so far."""
+        return spent(self.study, self.search)
+
+    def begin(self, trial: Trial) -> Job:
+        """A job of a trial that was just taken, with all that is known of it from before."""
+        frozen = self.study._storage.get_trial(trial._trial_id)
+        folder = self.folder(trial.number)
+        job = Job(
+            trial,
+            self.point(trial),
+            self.seeds(trial),
+            folder,
+            runs=dict(frozen.user_attrs.get(RUNS, {})),
+            before=float(frozen.user_attrs.get(HELD, {}).get("seconds", 0.0)),
+        )
+        cfg = trial_config(self.search.base, job.point, self.search.space.split, job.seeds[0])
+        known = {OUT: str(folder), HOST: socket.gethostname(), COMMIT: self._commit, CONFIG: configs.to_dict(cfg)}
+        for key, value in known.items():
+            if frozen.user_attrs.get(key) != value:
+                trial.set_user_attr(key, value)
+        return job
+
+    def folder(self, number: int) -> Path:
+        """Of a trial's runs."""
+        return trial_folder(self.search.out, number)
+
+    def point(self, trial: Trial) -> dict[str, Any]:
+        """The configuration of a trial."""
+        return suggest_point(trial, self.search.space.search)
+
+    def seeds(self, trial: Trial) -> tuple[int, ...]:
+        """The seeds of a trial's runs.
+
+        A sampler may come to a point again (NSGA-II often does): with the same seed it would tell nothing new.
+        """
+        point, count = trial.params, self.search.space.repeats.seeds
+        others = self.study.get_trials(deepcopy=False)[: trial.number]
+        again = sum(t.params == point for t in others)
+        return tuple(self.search.base.seed + count * again + k for k in range(count))
+
+    def task(self, job: Job) -> dict[str, Any]:
+        """What the trial's process is told."""
+        return {
+            "number": job.number,
+            "point": job.point,
+            "seeds": list(job.seeds),
+            "folder": str(job.folder),
+            "before": {seed: run.get("seconds", 0.0) for seed, run in job.runs.items()},
+            "final": self.search.space.final.split if self.measured() else None,
+        }
+
+    def measured(self) -> bool:
+        """Whether a trial's runs are measured on the untouched split."""
+        return self.search.space.final.every
+
+    # -- what happened -------------------------------------------------------------------------
+
+    def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Note a trial's report; returns whether the trial is to be stopped."""
+        job = self.jobs.get(trial_id)
+        if job is None:
+            return True  # late news of a trial that has been told
+        if not self.lease.holds(self.study, job.trial):
+            del self.jobs[trial_id]  # this driver was silent for too long, and another one has taken it
+            return True
+        if "error" in result:
+            job.verdict = (TrialState.FAIL, str(result["error"]))
+            return True
+        if "seed" not in result:
+            return False
+        self._note(job, result)
+        job.verdict = self._verdict(job, result)
+        return job.verdict is not None
+
+    def _note(self, job: Job, result: Mapping[str, Any]) -> None:
+        seed, step = str(result["seed"]), int(result.get(STEP, 0))
+        run = job.runs.setdefault(seed, {"curve": [], "step": 0})
+        score = result.get(self.search.objective, math.nan)
+        last = run["curve"][-1][0] if run["curve"] else 0
+        if step > last and finite(score):
+            run["curve"].append([step, float(score)])
+            if seed == str(job.seeds[0]) and len(self.search.objectives) == 1:
+                job.trial.report(float(score), step)
+        if step >= last:
+            run["step"], run["value"] = step, float(score) if finite(score) else None
+            new = {k: float(result[k]) for k in KEPT if finite(result.get(k))}
+            run["metrics"] = {**run.get("metrics", {}), **new}  # costs are not measured where nothing was left to do
+        run["seconds"] = float(result.get("seconds", 0.0))
+        if result.get("ended"):
+            run["ended"] = True
+            # Tune hands nested values on with their keys joined.
+            found = {k.removeprefix(FINAL): float(v) for k, v in result.items() if k.startswith(FINAL) and finite(v)}
+            run["final"] = found or run.get("final", {})
+        job.trial.set_user_attr(RUNS, job.runs)
+        self.hold(job)
+
+    def hold(self, job: Job) -> None:
+        """Write down what a trial has held so far."""
+        seconds = job.before + time.time() - job.since
+        job.trial.set_user_attr(HELD, {"seconds": seconds, "cpus": self.cpus, "gpus": self.gpus})
+
+    def _verdict(self, job: Job, result: Mapping[str, Any]) -> tuple[TrialState, str] | None:
+        if not finite(result.get(self.search.objective)):
+            return TrialState.FAIL, f"{self.search.objective} is not a number at step {result.get(STEP)}"
+        if violated := self._violated(job, result):
+            return TrialState.PRUNED, violated
+        if not result.get("ended"):
+            first = str(result["seed"]) == str(job.seeds[0])
+            early = int(result.get(STEP, 0)) < self.search.steps  # who has come to the end is complete, rung or not
+            if first and early and len(self.search.objectives) == 1 and job.trial.should_prune():
+                return TrialState.PRUNED, f"stopped by {self.search.space.scheduler.name} at step {result[STEP]}"
+            return None
+        left = [s for s in job.seeds if not job.runs.get(str(s), {}).get("ended")]
+        if left and self.search.space.repeats.skip and (why := self._loses(job)):
+            return TrialState.COMPLETE, why
+        return None
+
+    def _violated(self, job: Job, result: Mapping[str, Any]) -> str:
+        """Mark the constraints as kept or broken; what is broken, in words."""
+        broken = {}
+        for each in self.search.space.constraints:
+            value = result.get(each.name, 0.0)
+            if finite(value) and float(value) > each.limit:
+                broken[each.name] = float(value)
+        if broken:
+            job.trial.set_user_attr(VIOLATION, broken)
+            for each in self.search.space.constraints:
+                job.trial.set_constraint(each.name, broken.get(each.name, each.limit) - each.limit)
+        return ", ".join(f"{k} {v:.3g} is over the limit of {self._limit(k):g}" for k, v in broken.items())
+
+    def _limit(self, name: str) -> float:
+        return next(c.limit for c in self.search.space.constraints if c.name == name)
+
+    def _loses(self, job: Job) -> str:
+        """Why further seeds would change nothing, if so.
+
+        The mean is below the best one's by more than two standard errors of their difference, by the standard
+        deviation that all repeated configurations show together.
+        """
+        rows = [r for r in read_trials(self.study, self.search.objectives) if r.number != job.number]
+        sign = 1.0 if self.search.objectives[0].maximize else -1.0
+        means = [(sign * statistics.fmean(v), len(v)) for r in rows if (v := _ended(r.runs)) and r.state == "COMPLETE"]
+        deviation = pooled_deviation([_ended(r.runs) for r in rows])
+        mine = [float(r["value"]) for r in job.runs.values() if r.get("ended") and r.get("value") is not None]
+        if not means or deviation is None or not mine:
+            return ""
+        best, count = max(means)
+        error = deviation * (1 / len(mine) + 1 / count) ** 0.5
+        gap = best - sign * statistics.fmean(mine)
+        return f"seeds left out after {len(mine)}: {gap / error:.1f} standard errors behind" if gap > 2 * error else ""
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Nothing: :meth:`judge` has heard of it, before the scheduler decided."""
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how a trial ended."""
+        job = self.jobs.pop(trial_id, None)
+        if job is None or not self.lease.holds(self.study, job.trial):
+            return
+        self.hold(job)
+        state, why = self._end(job, error)
+        if state == TrialState.FAIL:
+            job.trial.set_user_attr(ERROR, why)
+        elif why:
+            job.trial.set_user_attr(NOTE, why)
+        if state != TrialState.FAIL and VIOLATION not in job.trial.user_attrs:
+            for each in self.search.space.constraints:
+                kept = job.value(each.name)
+                job.trial.set_constraint(each.name, (kept if kept is not None else each.limit) - each.limit)
+        values = [job.value(o.name) for o in self.search.objectives]
+        if state == TrialState.COMPLETE:
+            self.study.tell(job.trial, [float(v) for v in values if v is not None], state=state)
+        else:
+            self.study.tell(job.trial, state=state)
+        if state == TrialState.FAIL:
+            self._failed(why)
+        else:
+            self._failures.clear()
+
+    def _end(self, job: Job, error: bool) -> tuple[TrialState, str]:
+        if error:
+            return TrialState.FAIL, why_failed(job.folder)
+        if job.verdict is not None and job.verdict[0] != TrialState.COMPLETE:
+            return job.verdict
+        missing = [o.name for o in self.search.objectives if job.value(o.name) is None]
+        if missing or not any(r.get("ended") for r in job.runs.values()):
+            return (
+                TrialState.FAIL,
+                f"no validation reported {missing[0]}" if missing else "it ended before its last step",
+            )
+        return TrialState.COMPLETE, job.verdict[1] if job.verdict else ""
+
+    def _failed(self, why: str) -> None:
+        """Stop a search in which nothing works."""
+        self._failures.append(_kind(why))
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        if len(self._failures) >= ALIKE and len(set(self._failures[-ALIKE:])) == 1 and not done:
+            self.halted = f"the first {len(self._failures)} trials all failed alike: {why}"
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def leave(self) -> list[int]:
+        """Put the trials that still run back into the queue; returns their numbers.
+
+        To be called when their processes are gone.
+        """
+        self.closing = True
+        left = []
+        for trial_id, job in list(self.jobs.items()):
+            if self.lease.holds(self.study, job.trial):
+                self.hold(job)
+                put_back(self.study, job.trial)
+                left.append(job.number)
+            del self.jobs[trial_id]
+        return left
+
+    def number(self, trial_id: str) -> int | None:
+        """Optuna's number of a Tune trial."""
+        return self.numbers.get(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write no snapshot: the study's storage is the record."""
+        Path(checkpoint_path).write_text("the study's storage is the record\n", encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Refuse: a search is resumed from the study's storage."""
+        raise ConfigError(f"{checkpoint_path}: not a snapshot; resume with ugrl-tune --resume")
+
+
+class StudyScheduler(FIFOScheduler):
+    """Asks the study whether a trial that has just reported is to be stopped.
+
+    Args:
+        searcher: Over the study.
+    """
+
+    def __init__(self, searcher: StudySearch) -> None:
+        super().__init__()
+        self.searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: tune.experiment.Trial, result: dict[str, Any]) -> str:
+        """``STOP`` or ``CONTINUE``."""
+        stop = self.searcher.judge(trial.trial_id, result)
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing goes into Tune's snapshots."""
+        return {}
+
+
+def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
+    """Standard deviation within groups, over all of them; ``None`` where no group has two values.
+
+    >>> pooled_deviation([[1.0, 3.0], [5.0]])
+    1.4142135623730951
+    """
+    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups if len(g) > 1)
+    degrees = sum(len(g) - 1 for g in groups if len(g) > 1)
+    return (squares / degrees) ** 0.5 if degrees and squares > 0 else None
+
+
+def _ended(runs: Sequence[Run]) -> list[float]:
+    return [r.value for r in runs if r.ended and r.value is not None]
+
+
+def why_failed(folder: Path) -> str:
+    """One line on why a trial's process died, from what it left behind."""
+    try:
+        lines = (folder / ERROR_FILE).read_text(encoding="utf-8").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "its process ended without a word (killed, or out of memory)"
+
+
+def _kind(why: str) -> str:
+    """An error without its numbers and paths, so that two of a kind are equal."""
+    return " ".join(w for w in why.split() if not any(c.isdigit() or c in "/\\" for c in w))
+
+
+def code_commit() -> str:
+    """The commit of the code that runs, where it is a checkout; with ``+`` where files were changed."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    words = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=5, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def rows_of(study: optuna.Study, search: Search) -> list[TrialRow]:
+    """The trials of a search."""
+    return read_trials(study, search.objectives)

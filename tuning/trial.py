@@ -1,0 +1,192 @@
+"""What a trial's process does: the trainer, once for each seed, and a report for each validation.
+
+A one-worker trial is the trainer itself in a process that is used again for the next trial: torch is imported, the
+device is open, and decoded images stay (``data.cache_mb``). One with more workers is a driver that holds no CPU and
+starts Ray Train, whose reports come back to Tune. Either way Tune sees one report per validation, under the step that
+the trainer counts, and one at the end of each seed.
+
+A run that was begun before, by this process or another one, goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from tuning.searcher import ERROR_FILE
+from tuning.space import trial_config
+from tuning.study import STEP
+from ugrl import config as configs
+from ugrl.config import Config
+from ugrl.errors import UgrlError
+from ugrl.storage import Place, place
+from ugrl.train import checkpoint
+
+# What the trainer's log calls the costs, and how many of them make one of ours.
+LOGGED = {"step_s": ("step_s", 1.0), "device_memory_mb": ("memory_gb", 2**20 / 1e9)}
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report = tune.report) -> None:
+    """One trial: train at a point with each of its seeds, report each validation.
+
+    A training that fails is reported as ``{"error": …}``, and its traceback left in the trial's ``error.txt``: Tune
+    starts a trial again only if its process died.
+
+    Args:
+        task: From :meth:`tuning.searcher.StudySearch.task`.
+        shared: What all trials share: ``base`` (a plain configuration), ``split``, ``shards``, ``workers``, ``cpus``,
+            ``gpus``, ``groups`` (trials side by side), ``flops`` (whether to count them).
+        report: Where reports go.
+    """
+    folder = Path(task["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    try:
+        base = configs.build(shared["base"])
+        costs: dict[str, float] = {}
+        for seed in task["seeds"]:
+            cfg = trial_config(base, task["point"], shared["split"], seed)
+            if shared["flops"] and not costs:
+                costs["gflop"] = count_flops(cfg, place(shared["shards"]))
+            run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
+    except Exception as error:
+        known = isinstance(error, UgrlError)
+        text = str(error) if known else "".join(traceback.format_exception(error))
+        (folder / ERROR_FILE).write_text(text.strip() + "\n", encoding="utf-8")
+        report({"error": text.strip().splitlines()[-1]})
+
+
+class Reports:
+    """Makes the reports of one run of a trial.
+
+    Args:
+        seed: Of the run.
+        before: Seconds that it has trained in earlier starts.
+        costs: Cost → value, filled while it runs.
+    """
+
+    def __init__(self, seed: int, before: float, costs: dict[str, float]) -> None:
+        self.seed, self.before, self.costs = seed, before, costs
+        self.since = time.time()
+
+    def made(self, step: int, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
+        """A report at a step."""
+        seconds = self.before + time.time() - self.since
+        return {**self.costs, **metrics, STEP: int(step), "seed": self.seed, "seconds": seconds, **more}
+
+
+def run_seed(
+    cfg: Config, out: Path, task: Mapping[str, Any], shared: Mapping[str, Any], costs: dict[str, float], report: Report
+) -> None:
+    """One run of a trial: trained, unless it has been before, and measured."""
+    reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
+    shards = place(shared["shards"])
+    state = _state(out)
+    if state is None or state.step < cfg.train.steps:
+        train = train_on_workers if shared["workers"] > 1 else train_here
+        train(cfg, shards, out, shared, reports, report)
+        state = _state(out)
+    if state is None:
+        raise UgrlError(f"{out}: holds no checkpoint after its training")
+    seconds = reports.made(state.step, {})["seconds"]
+    final = measure(cfg, shards, out, task["final"], shared) if task["final"] else {}
+    report({**reports.made(state.step, state.metrics, ended=True, final=final), "seconds": seconds})
+
+
+def _state(out: Path) -> checkpoint.State | None:
+    found = checkpoint.latest(place(out))
+    return checkpoint.read_state(found) if found is not None else None
+
+
+# Decoded training images that the next trial of this process will see again.
+_KEPT: dict[tuple[str, str, int], Any] = {}
+
+
+def train_here(
+    cfg: Config, shards: Place, out: Path, shared: Mapping[str, Any], reports: Reports, report: Report
+) -> None:
+    """Train in this process; a checkpoint in ``out`` is continued."""
+    import torch
+
+    from ugrl.train.loop import Hooks, Trainer
+
+    torch.set_num_threads(max(1, int(shared["cpus"])))
+    if torch.cuda.is_available() and 0 < shared["gpus"] < 1:
+        # So that a trial that asks for too much fails by itself, and not its neighbours on the same GPU.
+        torch.cuda.set_per_process_memory_fraction(shared["gpus"])
+        torch.cuda.empty_cache()
+
+    def on_log(step: int, values: dict[str, float]) -> None:
+        reports.costs.update(logged_costs(values))
+
+    hooks = Hooks(on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log)
+    found = checkpoint.latest(place(out))
+    Trainer(cfg, shards=shards, out=out, hooks=hooks, loader=kept_loader, resume_from=found, quiet=True).fit()
+
+
+def kept_loader(spec: Any) -> Any:
+    """The local loader, with the decoded images that the trial before it left."""
+    from ugrl.data.cache import PixelCache
+    from ugrl.train.loop import local_loader
+
+    if spec.cache_mb <= 0:
+        return local_loader(spec)
+    key = (place(spec.shards).where, spec.split, spec.cache_mb)
+    if key not in _KEPT:
+        _KEPT.clear()  # one data set at a time
+        _KEPT[key] = PixelCache(spec.cache_mb)
+    return local_loader(spec, _KEPT[key])
+
+
+def train_on_workers(
+    cfg: Config, shards: Place, out: Path, shared: Mapping[str, Any], reports: Reports, report: Report
+) -> None:
+    """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
+    from cluster.launch import launch
+    from tuning.relay import Relay
+
+    relay = Relay(reports)
+    launch(cfg, shards=shards, out=out, workers=shared["workers"], callbacks=[relay], groups=shared["groups"])
+
+
+def logged_costs(values: Mapping[str, float]) -> dict[str, float]:
+    """The costs among the values of a training line.
+
+    >>> logged_costs({"step_s": 0.5, "device_memory_mb": 1024.0, "lr": 1.0})
+    {'step_s': 0.5, 'memory_gb': 1.073741824}
+    """
+    return {ours: values[name] * factor for name, (ours, factor) in LOGGED.items() if name in values}
+
+
+def count_flops(cfg: Config, shards: Place) -> float:
+    """GFLOP of a training step, one image; see :func:`ugrl.train.flops.step_gflop`."""
+    from ugrl.data.shards import Manifest
+    from ugrl.train.flops import step_gflop
+
+    return step_gflop(cfg, len(Manifest.load(shards).class_names))
+
+
+def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of a finished run on another split, from its last checkpoint.
+
+    Where the run had workers, a worker's share of the cluster is asked for: the driver itself holds no GPU.
+    """
+    from ugrl.train.measure import measure_run
+
+    if shared["workers"] <= 1:
+        return measure_run(str(out), shards, split)
+    import ray
+
+    from cluster.preflight import capacity, worker_resources
+
+    each = worker_resources(cfg, capacity())
+    share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
+    # Tune's own placement group, in which this driver runs, has no room for it.
+    remote = ray.remote(**share, scheduling_strategy="DEFAULT")(measure_run)
+    return dict(ray.get(remote.remote(str(out), shards.where, split)))

@@ -1,0 +1,53 @@
+"""A trained network, measured on a split."""
+
+from __future__ import annotations
+
+import torch
+
+from ugrl.config import Config
+from ugrl.data.reader import ShardReader
+from ugrl.eval.evaluate import EvalResult, evaluate
+from ugrl.method.build import build_par
+from ugrl.method.refine import PAR
+from ugrl.storage import Place, place
+from ugrl.train.restore import Restored, restore
+
+
+def measure(
+    got: Restored, reader: ShardReader, *, device: torch.device, cfg: Config | None = None, par: PAR | None = None
+) -> EvalResult:
+    """Evaluate what a checkpoint holds.
+
+    Args:
+        got: From :func:`ugrl.train.restore.restore`, on the device.
+        reader: Of the split.
+        device: Where.
+        cfg: Instead of the checkpoint's own configuration.
+        par: Refinement of the CAM, where it is wanted.
+    """
+    cfg = cfg or got.cfg
+    return evaluate(
+        got.net,
+        reader,
+        cfg,
+        device=device,
+        prototypes=got.prototypes,
+        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.cls_warmup_iters,
+        par=par,
+    )
+
+
+def measure_run(out: str | Place, shards: str | Place, split: str) -> dict[str, float]:
+    """Metrics of a run's newest checkpoint on a split, as its own validation would find them.
+
+    Args:
+        out: The run's folder, a path or a URI.
+        shards: Prepared shards.
+        split: Of the shards.
+
+    Raises:
+        UgrlError: There is no checkpoint, or no such split.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    got = restore(place(out), device=device)
+    return dict(measure(got, ShardReader(place(shards), split), device=device, par=build_par(got.cfg)).metrics)
