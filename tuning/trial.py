@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from cluster.sweep import owned
 from tuning.searcher import ERROR_FILE
 from tuning.space import trial_config
 from tuning.study import STEP
@@ -85,18 +87,43 @@ def run_seed(
     cfg: Config, out: Path, task: Mapping[str, Any], shared: Mapping[str, Any], costs: dict[str, float], report: Report
 ) -> None:
     """One run of a trial: trained, unless it has been before, and measured."""
-    reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
     shards = place(shared["shards"])
-    state = _state(out)
-    if state is None or state.step < cfg.train.steps:
-        train = train_on_workers if shared["workers"] > 1 else train_here
-        train(cfg, shards, out, shared, reports, report)
+    with alone(out):
+        reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
-    if state is None:
-        raise UgrlError(f"{out}: holds no checkpoint after its training")
-    seconds = reports.made(state.step, {})["seconds"]
-    final = measure(cfg, shards, out, task["final"], shared) if task["final"] else {}
+        if state is None or state.step < cfg.train.steps:
+            train = train_on_workers if shared["workers"] > 1 else train_here
+            train(cfg, shards, out, shared, reports, report)
+            state = _state(out)
+        if state is None:
+            raise UgrlError(f"{out}: holds no checkpoint after its training")
+        seconds = reports.made(state.step, {})["seconds"]
+        final = measure(cfg, shards, out, task["final"], shared) if task["final"] else {}
     report({**reports.made(state.step, state.metrics, ended=True, final=final), "seconds": seconds})
+
+
+@contextmanager
+def alone(out: Path, patience_s: float = 180.0) -> Iterator[None]:
+    """Hold a run's folder; whoever wrote to it before is waited for.
+
+    Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over may
+    be faster.
+
+    Raises:
+        UgrlError: Another process still holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + patience_s
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(owned(place(out)))
+                break
+            except UgrlError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+        yield
 
 
 def _state(out: Path) -> checkpoint.State | None:
