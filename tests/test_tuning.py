@@ -184,7 +184,7 @@ def test_a_trial_whose_process_is_killed_goes_on_and_counts_once(home: Path) -> 
     finally:
         driver.kill()
     check_whole(out, 3)
-    assert "trial 0 started again: its process had died" in log.read_text()
+    assert "trial 0: its process died; it goes on from its checkpoint" in log.read_text()
 
 
 def _curve(out: Path, number: int) -> list:

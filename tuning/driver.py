@@ -160,7 +160,7 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
             # A name of its own for each session: Tune would mix a reused one with what it finds there.
             name=f"session_{searcher.lease.id}" + ("_final" if isinstance(searcher, FinalSearch) else ""),
             storage_path=str(sessions),
-            failure_config=tune.FailureConfig(max_failures=search.space.max_failures, fail_fast=False),
+            failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # the searcher's to repair
             callbacks=list(callbacks),
             verbose=0,
         ),

@@ -125,8 +125,8 @@ class TrialProgress(tune.Callback):
         job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
         if job is None:
             return
-        if trial.trial_id in self.running:  # its process had died
-            self._say(f"{self.word} {job.number} started again: its process had died")
+        if self.searcher is not None and not self.rows:  # of a search that was resumed
+            self.rows = read_trials(self.searcher.study, self.objectives)
         self.running[trial.trial_id] = _Shown(str(job.number), len(job.seeds))
         if not self.console.is_terminal:
             point = "  ".join(f"{p.rsplit('.', 1)[-1]} {short(v)}" for p, v in job.point.items())
@@ -163,7 +163,9 @@ class TrialProgress(tune.Callback):
         self.rows = read_trials(self.searcher.study, self.objectives)
         number = self.searcher.number(trial.trial_id)
         row = next((r for r in self.rows if r.number == number), None)
-        if row is not None:
+        if row is None or row.state == "WAITING":
+            self._say(f"{self.word} {number}: its process died; it goes on from its checkpoint")
+        else:
             self._say(line(row, best_trial(self.rows, self.objectives[0]), self.objective, self.word))
 
     def _say(self, text: str) -> None:

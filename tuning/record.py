@@ -16,6 +16,7 @@ attribute       what it holds
 ``config``      the whole configuration
 ``error``       why it failed
 ``note``        why it was stopped
+``deaths``      how often its process died
 ``violation``   cost → value, where a constraint is broken
 ``from``        where its point came from, if nothing sampled it
 ==============  =====================================================================================
@@ -35,7 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuning.options import COSTS, METRICS, Objective
 
 RUNS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "held", "out", "host", "driver", "commit"
-CONFIG, ERROR, NOTE, VIOLATION, FROM = "config", "error", "note", "violation", "from"
+CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
 
 
 @dataclass(frozen=True)

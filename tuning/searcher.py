@@ -29,7 +29,21 @@ from ray.tune.search import Searcher
 from tuning.budget import Spent, spent
 from tuning.lease import Lease
 from tuning.options import COSTS, METRICS
-from tuning.record import COMMIT, CONFIG, ERROR, HELD, HOST, NOTE, OUT, RUNS, VIOLATION, Run, TrialRow, read_trials
+from tuning.record import (
+    COMMIT,
+    CONFIG,
+    DEATHS,
+    ERROR,
+    HELD,
+    HOST,
+    NOTE,
+    OUT,
+    RUNS,
+    VIOLATION,
+    Run,
+    TrialRow,
+    read_trials,
+)
 from tuning.search import Search
 from tuning.space import finite, trial_config
 from tuning.study import STEP, put_back, suggest_point, take_waiting, trial_folder
@@ -39,8 +53,8 @@ from ugrl.errors import ConfigError
 ERROR_FILE = "error.txt"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
-# How often a driver with nothing to do looks whether another one has died.
-IDLE_S = 2.0
+# How often a driver with nothing to begin looks whether that has changed.
+IDLE_S = 0.5
 FINAL = "final/"
 KEPT = (*METRICS, *COSTS, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
 
@@ -129,23 +143,23 @@ class StudySearch(Searcher):
         """The next trial: an orphan to go on with, else one that waits.
 
         Returns:
-            What :func:`tuning.trial.run_trial` takes; ``FINISHED`` when nothing is left for this driver; ``None`` while
-            another driver's trials may still come back.
+            What :func:`tuning.trial.run_trial` takes; ``None`` while trials that run may still come back; ``FINISHED``
+            when nothing is left.
         """
         found = self._suggest(trial_id)
         self.finished = self.finished or found == Searcher.FINISHED
         return found
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.halted or self.closing:
+        if self.closing or (self.halted and not self.jobs):
             return Searcher.FINISHED
-        if time.monotonic() < self._idle_until:
+        if self.halted or time.monotonic() < self._idle_until:
             return None
         trial = self._next()
         if trial is None:
+            # What runs, here or elsewhere, may lose its process or its driver and have to go on.
             running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            mine = {job.number for job in self.jobs.values()}
-            if self.halted or not [t for t in running if t.number not in mine]:
+            if not self.jobs and (self.halted or not running):
                 return Searcher.FINISHED
             self._idle_until = time.monotonic() + IDLE_S
             return None
@@ -337,7 +351,9 @@ class StudySearch(Searcher):
         if job is None or not self.lease.holds(self.study, job.trial):
             return
         self.hold(job)
-        state, why = self._end(job, error)
+        if error and job.verdict is None and self._again(job):
+            return
+        state, why = self._end(job)
         if state == TrialState.FAIL:
             job.trial.set_user_attr(ERROR, why)
         elif why:
@@ -356,9 +372,21 @@ class StudySearch(Searcher):
         else:
             self._failures.clear()
 
-    def _end(self, job: Job, error: bool) -> tuple[TrialState, str]:
-        if error:
-            return TrialState.FAIL, why_failed(job.folder)
+    def _again(self, job: Job) -> bool:
+        """Whether a trial whose process died is put back into the queue, to go on from its checkpoint.
+
+        Tune would start it again by itself, but not where the process died before the trial had begun.
+        """
+        frozen = self.study._storage.get_trial(job.trial._trial_id)
+        deaths = int(frozen.user_attrs.get(DEATHS, 0)) + 1
+        job.trial.set_user_attr(DEATHS, deaths)
+        if deaths > self.search.space.max_failures:
+            job.verdict = (TrialState.FAIL, why_failed(job.folder))
+            return False
+        put_back(self.study, job.trial)
+        return True
+
+    def _end(self, job: Job) -> tuple[TrialState, str]:
         if job.verdict is not None and job.verdict[0] != TrialState.COMPLETE:
             return job.verdict
         missing = [o.name for o in self.search.objectives if job.value(o.name) is None]

@@ -1,0 +1,236 @@
+"""What the benchmark of searches counts: compute, true values, noise as measured, seconds outside training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("optuna")
+
+import optuna
+
+from bench import __main__ as program
+from bench import search as bench_search
+from bench.measure import matches
+from bench.search import Found, World, costs, play, reached
+from bench.surrogate import DATA, SPACE, Curve, Measured, Surrogate, collect, main, repeats_space, unit
+from tests.searches import searcher
+from tuning.options import Objective
+from tuning.record import Run, TrialRow
+from tuning.search import Search
+from tuning.searcher import StudySearch
+from tuning.space import build_space
+from ugrl.storage import place
+
+STEPS = (60, 120, 180, 240)
+# Covariance along the curve: neighbours share most of their noise.
+NOISE = 0.02**2 * (0.25 * np.eye(4) + 0.75)
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Measured, np.ndarray]:
+    """Runs of a function that two of the values decide, and their values without noise."""
+    space = build_space(SPACE)
+    rng = np.random.default_rng(3)
+    points = []
+    for row in rng.random((90, len(space.search))):
+        point = {}
+        for axis, u in zip(space.search, row, strict=True):
+            if axis.kind == "choice":
+                point[axis.path] = axis.options[int(u * len(axis.options))]
+            else:
+                ends = np.log([axis.low, axis.high]) if axis.log else np.array([axis.low, axis.high])
+                value = ends[0] + u * (ends[1] - ends[0])
+                point[axis.path] = float(np.exp(value) if axis.log else value)
+        points.append(point)
+    x = unit(space.search, points)
+    height = 0.3 - 0.4 * (x[:, 0] - 0.6) ** 2 + 0.05 * np.sin(4 * x[:, 4])
+    truth = height[:, None] * np.array([0.3, 0.6, 0.9, 1.0])
+    noisy = truth + rng.multivariate_normal(np.zeros(4), NOISE, len(points))
+    runs = tuple(Curve(p, 0, tuple(map(float, y)), 1.0) for p, y in zip(points, noisy, strict=True))
+    return Measured(space, "seg_miou", STEPS, runs), truth
+
+
+@pytest.fixture(scope="module")
+def fitted(known: tuple[Measured, np.ndarray]) -> Surrogate:
+    return Surrogate(known[0])
+
+
+@pytest.fixture(scope="module")
+def measured() -> Surrogate:
+    return Surrogate(Measured.load(DATA))
+
+
+# --- the surrogate ------------------------------------------------------------------------------------------------
+
+
+def test_the_process_finds_the_function_and_the_noise(known: tuple[Measured, np.ndarray], fitted: Surrogate) -> None:
+    data, truth = known
+    assert np.sqrt(((fitted.truth([c.point for c in data.curves]) - truth) ** 2).mean()) < 0.5 * 0.02
+    deviation = np.sqrt(np.diag(fitted.noise_SS))
+    assert deviation == pytest.approx([0.02] * 4, rel=0.3)
+    assert fitted.noise_SS[0, 3] / (deviation[0] * deviation[3]) == pytest.approx(0.75, abs=0.15)
+    assert sorted(np.argsort(fitted.lengths_D)[:2]) == [0, 4]  # the two values that matter
+
+
+def test_simulated_noise_is_what_was_fitted(measured: Surrogate) -> None:
+    drawn = np.array([measured.noise(np.random.default_rng((0, k))) for k in range(4000)])
+    largest = np.diag(measured.noise_SS).max()
+    assert np.cov(drawn.T) == pytest.approx(measured.noise_SS, abs=0.1 * largest)
+    assert drawn.mean(0) == pytest.approx(np.zeros(4), abs=0.1 * largest**0.5)
+    again = measured.noise(np.random.default_rng((0, 7)))
+    assert (again == drawn[7]).all()
+
+
+def test_the_process_reproduces_the_measured_runs_within_their_noise() -> None:
+    data = Measured.load(DATA)
+    made = Surrogate(data)
+    far = np.sqrt(((data.y_NS - made.truth([c.point for c in data.curves])) ** 2).mean(0))
+    assert (far < 1.2 * np.sqrt(np.diag(made.noise_SS))).all()
+    assert made.explained()[-1] > 0.0  # better than a constant where it has not looked
+
+
+def test_a_run_left_out_is_predicted_without_the_others_of_its_point(known: tuple[Measured, np.ndarray]) -> None:
+    data = known[0]
+    twice = Measured(data.space, data.objective, STEPS, data.curves[:30] + data.curves[:1])
+    made = Surrogate(twice, fixed=Surrogate(data).parameters)
+    assert made.left_out()[0] == pytest.approx(made.left_out()[-1])
+    deviation, degrees = twice.repeated_deviation()
+    assert degrees == 1 and deviation == pytest.approx(np.zeros(4))
+
+
+def test_the_file_keeps_what_was_measured(tmp_path: Path, known: tuple[Measured, np.ndarray]) -> None:
+    known[0].save(tmp_path / "x.json")
+    back = Measured.load(tmp_path / "x.json")
+    assert back.x_ND == pytest.approx(known[0].x_ND, abs=1e-3) and back.y_NS == pytest.approx(known[0].y_NS, abs=1e-4)
+    assert back.space == known[0].space and back.steps == STEPS
+    assert DATA.stat().st_size < 200_000
+
+
+def test_the_space_of_the_file_is_the_one_that_is_simulated() -> None:
+    assert Measured.load(DATA).space.search == build_space(SPACE).search
+    assert dict(Measured.load(DATA).space.overrides) == SPACE["overrides"]
+
+
+def test_curves_are_collected_from_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.searches import play as whole
+
+    assert main(["space"]) == 0 and "train.lr" in capsys.readouterr().out
+    search = _search(tmp_path, {"budget": {"trials": 3}})
+    (tmp_path / "space.yaml").write_text(search.space.to_yaml())
+    (tmp_path / "base.yaml").write_text("name: shapes\n" + _base(search))
+    with searcher(search) as found:
+        whole(found, "a", lambda point, seed, step: step / 1000, steps=STEPS)
+        whole(found, "b", lambda point, seed, step: step / 500, steps=STEPS[:2])  # ended, but with a hole
+    data = collect([tmp_path])
+    assert [c.scores for c in data.curves] == [(0.06, 0.12, 0.18, 0.24)]
+    assert data.steps == STEPS and data.objective == "seg_miou"
+    again = repeats_space(data, points=1, seeds=3)
+    assert again["first"] == [dict(data.curves[0].point)] and build_space(again).repeats.seeds == 3
+
+
+def _base(search: Search) -> str:
+    import yaml
+
+    from ugrl import config as configs
+
+    tree = configs.to_dict(search.base)
+    tree.pop("name")
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+# --- compute ------------------------------------------------------------------------------------------------------
+
+
+def _search(out: Path, changes: dict) -> Search:
+    space = build_space(SPACE | changes)
+    return Search(space, space.base(), place(out / "shards"), (Objective("seg_miou"),), out)
+
+
+def simulate(tmp_path: Path, curves: list[tuple[float, ...]], *, slots: int, **changes: object) -> list[Found]:
+    """Play a study whose k-th trial has the k-th curve."""
+    search = _search(tmp_path, {"budget": {"trials": len(curves)}, **changes})
+    found: list[Found] = []
+
+    def run(point, number):
+        points[number] = dict(point)
+        return curves[number]
+
+    points: dict[int, dict] = {}
+    with searcher(search) as made:
+        assert isinstance(made, StudySearch)
+        found = play(made, run, STEPS, slots=slots, until=lambda _: False)
+        made.study.get_trials()
+    numbers = {tuple(p.items()): k for k, p in points.items()}
+    return [Found(f.compute, {"number": numbers[tuple(f.point.items())]}) for f in found]
+
+
+def first(found: list[Found]) -> dict[int, int]:
+    """Trial → compute when it was first held for the best."""
+    begun: dict[int, int] = {}
+    for f in found:
+        begun.setdefault(int(f.point["number"]), f.compute)
+    return begun
+
+
+CURVES = [(0.1, 0.2, 0.2, 0.2), (0.1, 0.1, 0.1, 0.9), (0.1, 0.3, 0.4, 0.5)]
+
+
+def test_compute_of_whole_trials(tmp_path: Path) -> None:
+    assert first(simulate(tmp_path, CURVES, slots=1)) == {0: 240, 1: 480}
+
+
+def test_compute_of_all_slots(tmp_path: Path) -> None:
+    # Side by side, trials 0 and 1 end at the same moment, when both slots have made their steps.
+    assert first(simulate(tmp_path, CURVES, slots=2)) == {1: 480}
+
+
+def test_a_stopped_trial_costs_what_it_trained(tmp_path: Path) -> None:
+    # Trial 1 is stopped at step 120, below trial 0: the third one ends at 240 + 120 + 240.
+    found = simulate(tmp_path, CURVES, slots=1, scheduler=bench_search.ASHA)
+    assert first(found) == {0: 240, 2: 600}
+
+
+def test_when_a_target_is_reached() -> None:
+    found = [Found(240, {"v": 0.1}), Found(480, {"v": 0.3}), Found(720, {"v": 0.2})]
+    assert reached(found, lambda p: p["v"], 0.2, 999) == 480
+    assert reached(found, lambda p: p["v"], 0.4, 999) == 999
+
+
+def test_a_simulated_search_is_a_function_of_its_seed(tmp_path: Path, fitted: Surrogate) -> None:
+    world = World(fitted, "seg_miou", tmp_path)
+    most = 12 * STEPS[-1]
+
+    def go(seed: int) -> list[Found]:
+        return world.search(bench_search.METHODS["search/tpe-asha"], seed, lambda f: f[-1].compute >= most)
+
+    one = go(1)
+    assert one == go(1) != go(2)
+    assert one[-1].compute >= most and all(0 < world.final(f.point) < 0.5 for f in one)
+
+
+# --- overhead -----------------------------------------------------------------------------------------------------
+
+
+def row(number: int, started: float, ended: float, trained: float) -> TrialRow:
+    return TrialRow(number, "COMPLETE", runs=(Run(0, seconds=trained),), started=started, ended=ended)
+
+
+def test_seconds_outside_training() -> None:
+    # Slot one: 10 s with 4 of training, a pause of 1 s, then 5 s with 3 of training; slot two: 8 s with 6, 8 s with 7.
+    rows = [row(0, 100, 110, 4), row(1, 100, 108, 6), row(2, 108, 116, 7), row(3, 111, 116, 3)]
+    found = costs(rows, 2)
+    assert found.first == (6, 2) and found.later == (1, 3)
+    assert found.busy == pytest.approx(20 / 32)
+
+
+def test_the_registry_knows_the_entries() -> None:
+    for name, names in (("search", bench_search.NAMES), ("tuning", bench_search.overhead.NAMES)):
+        module = program._load(name)
+        assert module.NAMES == names and callable(module.entries)
+        assert all(matches(n, name) for n in names)
+        assert name in program.QUICK_SECONDS and name in str(program.__doc__)
+    assert optuna.__version__
