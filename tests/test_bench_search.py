@@ -10,12 +10,10 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("optuna")
 
-import optuna
-
 from bench import __main__ as program
 from bench import search as bench_search
 from bench.measure import matches
-from bench.search import Found, World, costs, play, reached
+from bench.search import Found, World, costs, held, mean_reached, play, reached
 from bench.surrogate import DATA, SPACE, Curve, Measured, Surrogate, collect, main, repeats_space, unit
 from tests.searches import searcher
 from tuning.options import Objective
@@ -76,13 +74,26 @@ def test_the_process_finds_the_function_and_the_noise(known: tuple[Measured, np.
     assert sorted(np.argsort(fitted.lengths_D)[:2]) == [0, 4]  # the two values that matter
 
 
-def test_simulated_noise_is_what_was_fitted(measured: Surrogate) -> None:
-    drawn = np.array([measured.noise(np.random.default_rng((0, k))) for k in range(4000)])
-    largest = np.diag(measured.noise_SS).max()
-    assert np.cov(drawn.T) == pytest.approx(measured.noise_SS, abs=0.1 * largest)
-    assert drawn.mean(0) == pytest.approx(np.zeros(4), abs=0.1 * largest**0.5)
-    again = measured.noise(np.random.default_rng((0, 7)))
-    assert (again == drawn[7]).all()
+def test_simulated_noise_is_as_large_as_measured(measured: Surrogate, fitted: Surrogate) -> None:
+    drawn = np.array([fitted.noise(0.25, np.random.default_rng((0, k))) for k in range(4000)])
+    wanted = np.outer(fitted.noise_scale(0.25), fitted.noise_scale(0.25)) * fitted.noise_SS
+    assert np.cov(drawn.T) == pytest.approx(wanted, abs=0.1 * np.diag(wanted).max())
+    assert drawn.mean(0) == pytest.approx(np.zeros(4), abs=0.002)
+    assert (fitted.noise(0.25, np.random.default_rng((0, 7))) == drawn[7]).all()
+    # Over the measured runs, simulated ones are as noisy as the process says that they are.
+    truth = measured.truth([c.point for c in Measured.load(DATA).curves])[:, -1]
+    assert np.mean([measured.noise_scale(v) ** 2 for v in truth], 0) == pytest.approx(np.ones(4), abs=0.3)
+
+
+def test_noise_is_larger_where_it_was_measured_to_be(known: tuple[Measured, np.ndarray], fitted: Surrogate) -> None:
+    assert fitted.noise_scale(0.2) == pytest.approx(fitted.noise_scale(0.3), rel=0.35)
+    data, truth = known
+    calm = [
+        Curve(c.point, 0, tuple(map(float, t if t[-1] < 0.25 else c.scores)), 1.0)
+        for c, t in zip(data.curves, truth, strict=True)
+    ]
+    made = Surrogate(Measured(data.space, data.objective, STEPS, tuple(calm)), fixed=fitted.parameters)
+    assert (made.noise_scale(0.2) < 0.7 * made.noise_scale(0.3)).all()
 
 
 def test_the_process_reproduces_the_measured_runs_within_their_noise() -> None:
@@ -200,6 +211,18 @@ def test_when_a_target_is_reached() -> None:
     assert reached(found, lambda p: p["v"], 0.4, 999) == 999
 
 
+def test_when_the_mean_reaches_a_target() -> None:
+    one, two = [Found(240, {"v": 0.1}), Found(480, {"v": 0.3})], [Found(360, {"v": 0.2})]
+
+    def value(point):
+        return point["v"]
+
+    assert held(one, value, 239) is None and held(one, value, 479) == 0.1 and held(one, value, 480) == 0.3
+    assert mean_reached([one, two], value, 0.15, 999, 120) == 360
+    assert mean_reached([one, two], value, 0.25, 999, 120) == 480
+    assert mean_reached([one, two], value, 0.26, 999, 120) is None
+
+
 def test_a_simulated_search_is_a_function_of_its_seed(tmp_path: Path, fitted: Surrogate) -> None:
     world = World(fitted, "seg_miou", tmp_path)
     most = 12 * STEPS[-1]
@@ -233,4 +256,3 @@ def test_the_registry_knows_the_entries() -> None:
         assert module.NAMES == names and callable(module.entries)
         assert all(matches(n, name) for n in names)
         assert name in program.QUICK_SECONDS and name in str(program.__doc__)
-    assert optuna.__version__

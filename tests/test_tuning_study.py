@@ -106,9 +106,16 @@ def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> Non
         assert [t["number"] for t in asked[:8]] == list(range(8))
         # Eight are running here, and nothing waits; but one of them might have to go on elsewhere.
         assert asked[8] is None
-    fewer = search_of(SPACE, tmp_path, trials=3)
+    (tmp_path / "few").mkdir()
+    few = search_of(SOUND, tmp_path / "few", trials=5)
+    with searcher(few) as found:
+        play(found, "0", lambda *_: 0.5)
+        play(found, "1", lambda *_: 0.5)
+    fewer = search_of(SOUND, tmp_path / "few", trials=3)
     with searcher(fewer, create=False) as found:
-        assert len([t for t in found.study.get_trials() if t.state == TrialState.WAITING]) == 0
+        assert isinstance(play(found, "2", lambda *_: 0.5), dict)
+        assert play(found, "3", lambda *_: 0.5) == "FINISHED"
+        assert len([t for t in found.study.get_trials() if t.state == TrialState.WAITING]) == 2
 
 
 def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
@@ -206,6 +213,90 @@ def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
         again = found.suggest("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert found.suggest("next")["point"] != task["point"]
+
+
+def test_what_was_put_back_has_one_owner_though_it_had_another(tmp_path: Path) -> None:
+    """A trial that is taken again carries no dead driver's name while its point is being sampled."""
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        found.suggest("mine")
+        found.leave()
+    with searcher(search, create=False) as found:
+        other = Lease(found.study)
+        seen: list[list[int]] = []
+
+        def begun(trial_id: int, number: int) -> None:
+            found.lease.name(found.study, trial_id)
+            seen.append([t.number for t in other.orphans(found.study)])
+
+        # The other one looks at the moment between the two writes.
+        attrs = found.study.user_attrs["session:" + found.lease.id]
+        found.study.set_user_attr("session:" + found.lease.id, {**attrs, "pid": os.getppid()})
+        assert take_waiting(found.study, 5, begun) is not None
+        assert seen == [[]]
+        assert other.orphans(found.study) == []
+
+
+def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=3, first=[{"train.global_batch": 4, "train.lr": 1e-3}] * 2)
+    with searcher(search) as found:
+        first, second = found.suggest("a"), found.suggest("b")
+        assert (first["seeds"], second["seeds"]) == ([0], [1])  # the same point tells more with another seed
+        found.leave()
+    with searcher(search, create=False) as found:
+        assert found.suggest("a")["seeds"] == [0] and found.suggest("b")["seeds"] == [1]
+
+
+def _plan(out: str, trials: int) -> None:
+    search = search_of(SOUND, Path(out), trials=trials)
+    study = open_study(
+        search.space, search.out, create=False, objectives=search.objectives, steps=search.steps, planned=False
+    )
+    with Lease(study) as lease:
+        lease.one_by_one(lambda: plan(study, search.space), lambda: study.user_attrs.get("planned") == trials)
+        time.sleep(2.0)
+
+
+def test_drivers_that_start_together_plan_once(tmp_path: Path) -> None:
+    with searcher(search_of(SOUND, tmp_path, trials=3)):
+        pass
+    context = multiprocessing.get_context("spawn")
+    drivers = [context.Process(target=_plan, args=(str(tmp_path), 30)) for _ in range(3)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(60)
+    assert [d.exitcode for d in drivers] == [0, 0, 0]
+    assert Counter(states(load(search_of(SOUND, tmp_path, trials=30)))) == {"WAITING": 30}
+
+
+def test_a_process_whose_trial_was_given_to_another_leaves_it(tmp_path: Path) -> None:
+    from tuning.trial import OWNER, alone, check_owner
+
+    task = {"owner": "first"}
+    (tmp_path / OWNER).write_text("first")
+    check_owner(tmp_path, task)
+    (tmp_path / OWNER).write_text("second")
+    with pytest.raises(UgrlError, match="another driver has taken this trial over"):
+        check_owner(tmp_path, task)
+    out = tmp_path / "seed_0"
+    out.mkdir()
+    lease = {"id": "x", "host": "elsewhere", "pid": 1, "time": time.time()}
+    (out / "owner.json").write_text(json.dumps(lease))
+    with pytest.raises(UgrlError, match="another driver is running it"), alone(out, patience_s=0.1):
+        pass
+    (out / "owner.json").write_text(json.dumps({**lease, "time": time.time() - 60}))
+    with alone(out, patience_s=0.1):
+        pass
+
+
+def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
+    from tuning.trial import Reports
+
+    reports = Reports(0, 0.0, {})
+    for step_s, memory in ((9.0, 100.0), (1.0, 300.0), (2.0, 200.0)):  # the first line holds the warm-up
+        reports.log({"step_s": step_s, "device_memory_mb": memory})
+    assert reports.costs == {"step_s": 1.5, "memory_gb": pytest.approx(300 * 2**20 / 1e9)}
 
 
 def test_a_sampler_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -393,6 +484,23 @@ def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> N
         assert found.study.best_value == 0.4
 
 
+@pytest.mark.parametrize("name", ["gp", "nsga2"])
+def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str, tmp_path: Path) -> None:
+    tree = {**SOUND, "search": {"train.lr": {"uniform": [0.001, 0.1]}, "method.contrast.keep": {"uniform": [0.1, 0.8]}}}
+    search = search_of(tree, tmp_path, trials=24, sampler=name, constraints={"step_s": 0.5}, **NO_STOP)
+
+    def score(point: Any, seed: int, step: int) -> dict[str, float]:
+        return {"seg_miou": point["method.contrast.keep"], "step_s": 10 * point["train.lr"]}
+
+    with searcher(search) as found:
+        while play(found, "t", score) != "FINISHED":
+            pass
+        rows = read_trials(found.study, search.objectives)
+    late = [bool(r.violation) for r in rows[12:]]
+    assert sum(late) <= 4  # at random, half of them
+    assert all(r.step == 3 and r.state == "COMPLETE" for r in rows if r.violation)
+
+
 @pytest.mark.parametrize("limit", ["hours", "gpu_hours", "cpu_hours"])
 def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, budget={"trials": 5, limit: 0.5}, **NO_STOP)
@@ -425,7 +533,9 @@ def test_a_search_in_which_nothing_works_is_stopped_with_the_reason(tmp_path: Pa
             found.judge(str(k), {"error": f"shard /data/{k}/x.parquet: row {k} cannot be decoded"})
             found.on_trial_complete(str(k), {"done": True})
         assert found.suggest("3") == "FINISHED"
-        assert found.halted == ("the first 3 trials all failed alike: shard /data/2/x.parquet: row 2 cannot be decoded")
+        assert found.halted == (
+            "3 trials in a row failed alike, and none has worked: shard /data/2/x.parquet: row 2 cannot be decoded"
+        )
     assert Counter(states(load(search))) == {"FAIL": 3, "WAITING": 17}
 
 
@@ -448,11 +558,10 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
         for k in range(4):
             play(found, str(k), lambda *_, k=k: (0.3, 0.6, 0.1, 0.5)[k])
         finals = open_finals(search, found.study._storage)
-        points = plan_finals(search, found.study, finals)
+        plan_finals(search, found.study, finals)
         plan_finals(search, found.study, finals)
         asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
         assert [(a["candidate"], a["seed"]) for a in asked] == [(c, s) for s in (1000, 1001, 1002) for c in (1, 3)]
-        assert points[1] == found.study.get_trials()[1].params
         # They are started in this order, and none twice.
         trial = take_waiting(finals, 10**9)
         assert (trial.suggest_int("candidate", 0, 10**6), trial.suggest_int("seed", 0, 2**31 - 1)) == (1, 1000)
@@ -483,8 +592,9 @@ def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
     assert [p["train.lr"] for _, p in warm] == [rate for rate in best if rate <= 0.9 * best[0]][:2]
     assert all(p["method.contrast.keep"] == 0.35 for _, p in warm)
     study = open_study(
-        second.space, second.out, create=True, objectives=second.objectives, steps=second.steps, warm=warm
+        second.space, second.out, create=True, objectives=second.objectives, steps=second.steps, planned=False
     )
+    plan(study, second.space, warm)
     with Lease(study) as lease:
         from tuning.searcher import StudySearch
 

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from tuning.options import Budget
 from tuning.record import HELD
-from tuning.search import Search, Session, read_sessions
+from tuning.search import Session, read_sessions
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Spent:
         return None
 
 
-def spent(study: optuna.Study, search: Search) -> Spent:
+def spent(study: optuna.Study) -> Spent:
     """What a study has cost, by its storage."""
     trials = study.get_trials(deepcopy=False)
     held = [t.user_attrs.get(HELD, {}) for t in trials]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
-MAY_CHANGE = ("budget", "concurrent", "resources", "workers", "final", "max_failures")
+MAY_CHANGE = ("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures")
 
 SUMMARY = """\
 examples:
@@ -228,25 +228,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
     if args.dry_run:
         return run_dry(args, Console())
+    if args.warm_best < 1:
+        raise ConfigError(f"--warm-best is {args.warm_best}; expected at least 1")
+    if args.warm_start and args.resume:
+        raise ConfigError("--warm-start is for a new search; with --resume its points are there already")
     search = plan_search(args, console)
+    if args.warm_start and search.space.sampler.name == "grid":
+        raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
     from cluster.launch import start_ray, stop_ray
     from tuning.driver import concurrent_trials, open_finals
-    from tuning.study import WHERE, open_study, quiet_optuna
+    from tuning.study import quiet_optuna
 
     quiet_optuna()
     try:
         have = start_ray(args.address)
         side_by_side = concurrent_trials(search, have)
-        fresh = not (search.out / SPACE).is_file()
-        search.out.mkdir(parents=True, exist_ok=True)
-        study = open_study(
-            search.space, search.out, create=fresh, objectives=search.objectives, steps=search.steps, warm=warm
-        )
-        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(search.out)})
-        (search.out / SPACE).write_text(search.space.to_yaml(), encoding="utf-8")
-        (search.out / BASE).write_text(yaml.safe_dump(configs.to_dict(search.base), sort_keys=False), encoding="utf-8")
-        interrupted, halted = _run_parts(args, search, study, have, side_by_side, console)
+        study = begin(search, resume=args.resume)
+        interrupted, halted = _run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
     from tuning.report import write_report
@@ -256,14 +255,66 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return _ended(args, search, study, finals, interrupted, halted, console)
 
 
+def begin(search: Search, *, resume: bool) -> optuna.Study:
+    """The study of a search, and the files that say what the search is.
+
+    The files come first: a search that is killed at any moment can be resumed.
+
+    Raises:
+        UgrlError: The storage cannot be opened, or holds another search's study.
+    """
+    import optuna as library
+
+    from tuning.study import WHERE, open_storage, open_study, public, study_name
+
+    space, out = search.space, search.out
+    storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None
+    name = study_name(space.storage, out)
+    if storage is not None and name in library.get_all_study_names(storage):
+        found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
+        if not resume or found != str(out):
+            raise ConfigError(
+                f"storage '{public(space.storage)}' already holds a study named '{name}', of the search in {found}; "
+                "choose another name for --out, or continue that one with --resume"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / BASE, yaml.safe_dump(configs.to_dict(search.base), sort_keys=False))
+    write_whole(out / SPACE, space.to_yaml(), mode=0o600 if "@" in space.storage else 0o644)
+    study = open_study(
+        space,
+        out,
+        create=not resume,
+        objectives=search.objectives,
+        steps=search.steps,
+        storage=storage,
+        planned=False,
+    )
+    study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
+    return study
+
+
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
 def _run_parts(
-    args: argparse.Namespace, search: Search, study: optuna.Study, have: Capacity, slots: int, console: Console
+    args: argparse.Namespace,
+    search: Search,
+    study: optuna.Study,
+    have: Capacity,
+    slots: int,
+    warm: list[tuple[str, dict[str, Any]]],
+    console: Console,
 ) -> tuple[bool, str]:
     """The search and its final runs; returns whether it was interrupted, and why it stopped early, if it did."""
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease
     from tuning.progress import TrialProgress
-    from tuning.study import is_spent
+    from tuning.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
     shown = "" if args.quiet else f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {slots} at a "
@@ -275,6 +326,9 @@ def _run_parts(
     with ExitStack() as stack:
         stack.enter_context(sigterm_is_an_interrupt())
         lease = stack.enter_context(Lease(study, slots=slots))
+        lease.one_by_one(
+            lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
+        )
         enabled = not args.quiet
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
             searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar]), bar)
@@ -337,9 +391,11 @@ def _ended(
         raise ConfigError(f"{search.out.name}: {halted}")
     if halted:
         console.print(halted, highlight=False, soft_wrap=True)
-    left = search.space.trials - sum(is_spent(t) for t in study.get_trials(deepcopy=False))
+    left = max(0, search.space.trials - sum(is_spent(t) for t in study.get_trials(deepcopy=False)))
     again = sum(not is_spent(t) for t in finals.get_trials(deepcopy=False)) if finals is not None else 0
     if not interrupted:
+        if left:
+            console.print(f"{left} trials were not run; --resume runs them", highlight=False)
         return 0
     words = ["ugrl-tune", "--out", str(search.out), "--resume"]
     words += ["--data", str(args.data)] if args.data else []
@@ -358,7 +414,7 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
     from tuning.dryrun import dry_run, machine
     from tuning.study import quiet_optuna
 
-    if args.step_s is not None and args.step_s <= 0:
+    if args.step_s is not None and not 0 < args.step_s < float("inf"):
         raise ConfigError(f"--step-s is {args.step_s:g}; expected a number > 0")
     quiet_optuna()
     space = read_space(args)

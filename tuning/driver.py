@@ -23,7 +23,7 @@ from ray import tune
 from cluster.preflight import Capacity, check_fits
 from tuning.lease import Lease
 from tuning.options import Repeats, Scheduler
-from tuning.record import ranked, read_trials
+from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
 from tuning.searcher import StudyScheduler, StudySearch
 from tuning.study import FINALS, study_name
@@ -137,15 +137,14 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
     """
     search = searcher.search
     side_by_side = concurrent_trials(search, have)
-    callbacks = [*callbacks, _Free(searcher)] if search.space.workers > 1 else list(callbacks)
+    callbacks = [_Clock(searcher), *callbacks]
+    callbacks += [_Free(searcher)] if search.space.workers > 1 else []
     for callback in callbacks:
         if hasattr(callback, "searcher"):
             callback.searcher = searcher
     sessions = search.out / "tune"
     sessions.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the trainer writes its own logs
-    # A trial that is stopped ends its step and closes its files before its process takes the next one.
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "300")
     tuner = tune.Tuner(
         tune.with_resources(_trainable(searcher, side_by_side), _placement(searcher)),
         tune_config=tune.TuneConfig(
@@ -168,6 +167,20 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
     tuner.fit()
     if searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
+
+
+class _Clock(tune.Callback):
+    """What a trial holds counts from when it has got it."""
+
+    def __init__(self, searcher: StudySearch) -> None:
+        self._searcher = searcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (job := self._searcher.jobs.get(trial.trial_id)) is not None:
+            job.since = time.time()
 
 
 class _Free(tune.Callback):
@@ -221,6 +234,9 @@ def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]],
     def trial(task: dict[str, Any]) -> None:
         from tuning.trial import run_trial
 
+        # Read by Tune in this process: a trial that is stopped ends its step and closes its files before the process
+        # takes the next one. After the two seconds of the default, Tune would drop the next one instead.
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "300")
         run_trial(task, shared)
 
     return trial
@@ -241,6 +257,7 @@ class FinalSearch(StudySearch):
         # A candidate is not stopped early, whatever the search's own scheduler and repeats are.
         space = replace(search.space, scheduler=Scheduler("none"), repeats=Repeats(1), constraints=())
         super().__init__(study, replace(search, space=space), lease, limit=10**9, **more)
+        self.fresh = False
         self.points = points
 
     def point(self, trial: Trial) -> dict[str, Any]:
@@ -285,13 +302,14 @@ def open_finals(search: Search, storage: BaseStorage, *, create: bool = True) ->
     )
 
 
-def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> dict[int, dict[str, Any]]:
-    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing.
+def finalists_of(search: Search, study: optuna.Study) -> list[TrialRow]:
+    """The trials that are run again."""
+    return ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
 
-    Returns:
-        Candidate's number → its point.
-    """
-    best = ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
+
+def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> None:
+    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing."""
+    best = finalists_of(search, study)
     found = finals.get_trials(deepcopy=False)
     have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
     have |= {tuple(t.system_attrs.get("fixed_params", {}).get(k) for k in ("candidate", "seed")) for t in found}
@@ -301,23 +319,23 @@ def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> di
             made = {"candidate": row.number, "seed": search.base.seed + FRESH + k}
             if (made["candidate"], made["seed"]) not in have:
                 finals.enqueue_trial(made)
-    return {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
 
 
 def run_finals(
     search: Search, study: optuna.Study, finals: optuna.Study, have: Capacity, lease: Lease, **more: Any
 ) -> FinalSearch:
     """Run the best trials again with fresh seeds; as :func:`run_search`."""
-    while True:
-        # Two drivers that plan at the same moment would plan everything twice.
-        if lease.first():
-            points = plan_finals(search, study, finals)
-            finals.set_user_attr(READY, sorted(points))
-            break
-        if finals.user_attrs.get(READY):
-            points = plan_finals(search, study, finals)
-            break
-        time.sleep(1.0)
+    wanted = [sorted(r.number for r in finalists_of(search, study)), search.space.final.seeds]
+
+    def planned() -> bool:
+        return bool(finals.user_attrs.get(READY) == wanted)
+
+    def work() -> None:
+        plan_finals(search, study, finals)
+        finals.set_user_attr(READY, wanted)
+
+    lease.one_by_one(work, planned)
+    points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
     cpus, gpus = held(search, have)
     searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)
     run(searcher, have, **more)

@@ -5,7 +5,9 @@ whose driver has not been heard of for :data:`EXPIRED_S` (at once, where its pro
 an orphan: another driver takes it over and goes on from its checkpoint.
 
 Two drivers may want the same orphan. A storage has no compare-and-set for attributes; so each writes its name, waits
-longer than a write takes, and the one whose name is there then has it.
+longer than a write usually takes, and the one whose name is there then has it. Should both go on, the processes of the
+trial settle it (:func:`tuning.trial.alone`), and the driver whose name is not there hears nothing of its own.
+The clocks of the drivers' machines must agree within :data:`EXPIRED_S`, as they do with NTP.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ class Lease:
         self.study, self.slots, self.beat_s, self.expired_s = study, slots, beat_s, expired_s
         self.id = uuid.uuid4().hex[:12]
         self.started = time.time()
+        self._settled = time.monotonic() + SETTLE_S
         self._leave = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
         self._write()
+        self._settled = time.monotonic() + SETTLE_S
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -71,6 +75,7 @@ class Lease:
                 "id": self.id,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "space": process_space(),
                 "slots": self.slots,
                 "started": self.started,
                 "seen": time.time(),
@@ -91,8 +96,8 @@ class Lease:
     def _alive(self, session: Session) -> bool:
         if session.ended or time.time() - session.seen > self.expired_s:
             return False
-        if session.host != socket.gethostname():
-            return True
+        if session.host != socket.gethostname() or session.space != process_space():
+            return True  # the number of its process says nothing here
         if session.pid == os.getpid():
             return False  # a process has one driver at a time, and this one is another
         try:
@@ -113,16 +118,30 @@ class Lease:
 
     def _named(self, trial: FrozenTrial) -> bool:
         """Whether a trial had the time to be named after its driver."""
-        if DRIVER in trial.user_attrs or trial.datetime_start is None:
+        if trial.user_attrs.get(DRIVER) or trial.datetime_start is None:
             return True
         return time.time() - trial.datetime_start.timestamp() > self.expired_s or not self._others()
 
     def _others(self) -> bool:
         return len(self.alive()) > 1
 
-    def name(self, study: optuna.Study, trial: Trial) -> None:
+    def name(self, study: optuna.Study, trial_id: int) -> None:
         """Write this driver's name on a trial that it has begun."""
-        study._storage.set_trial_user_attr(trial._trial_id, DRIVER, self.id)
+        study._storage.set_trial_user_attr(trial_id, DRIVER, self.id)
+
+    def one_by_one(self, work: Callable[[], None], done: Callable[[], bool]) -> None:
+        """Have one driver do what must not be done twice at a time: the one that has been there longest.
+
+        Args:
+            work: Idempotent.
+            done: Whether somebody has done it.
+        """
+        time.sleep(max(0.0, self._settled - time.monotonic()))  # until others' sessions can be seen, and this one
+        while not done():
+            if self.first():
+                work()
+                return
+            time.sleep(0.5)
 
     def claim(self, study: optuna.Study, orphan: FrozenTrial) -> Trial | None:
         """Take an orphan over; ``None`` where another driver was given it, or it has ended."""
@@ -140,6 +159,14 @@ class Lease:
         """Whether a trial is still this driver's: not after a silence in which another one took it."""
         found = study._storage.get_trial(trial._trial_id)
         return found.state == TrialState.RUNNING and found.user_attrs.get(DRIVER) == self.id
+
+
+def process_space() -> str:
+    """In which space of process numbers this process is: containers of one host may share its name."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _quietly(work: Callable[[], None]) -> None:

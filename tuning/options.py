@@ -160,7 +160,7 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
         )
     if tree.get("paper"):
         made["paper"] = _one_of("paper", tree["paper"], PAPERS)
-    if made["final"].best and made["final"].split == made.get("split", "tune_val"):
+    if (made["final"].best or made["final"].every) and made["final"].split == made.get("split", "tune_val"):
         raise ConfigError(
             f"space key 'final.split' is '{made['final'].split}', which the search sees; expected an untouched split"
         )

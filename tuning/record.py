@@ -8,6 +8,7 @@ attribute       what it holds
 ==============  =====================================================================================
 ``runs``        seed → ``{"value", "step", "metrics", "curve": [[step, value], …], "seconds", "steps",
                 "final": {metrics of the untouched split}, "ended"}``
+``seeds``       of its runs
 ``held``        ``{"seconds", "cpus", "gpus"}``: how long the trial held what, over all its starts
 ``out``         the folder of its runs
 ``host``        where it ran last
@@ -35,7 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuning.options import COSTS, METRICS, Objective
 
-RUNS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "held", "out", "host", "driver", "commit"
+RUNS, SEEDS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "seeds", "held", "out", "host", "driver", "commit"
 CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
 
 

@@ -8,7 +8,7 @@ from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.worker import EVALUATED
-from tuning.trial import LOGGED, Reports, logged_costs
+from tuning.trial import LOGGED, Reports
 
 
 class Relay(TuneReportCallback):
@@ -30,5 +30,5 @@ class Relay(TuneReportCallback):
         if found.get(EVALUATED) and found["step"] > self._step:
             self._step = found["step"]
             scores = {k: v for k, v in found.items() if k not in (EVALUATED, *LOGGED)}
-            self._reports.costs.update(logged_costs(found))
+            self._reports.log(found)
             super().after_report(run_context, [self._reports.made(int(found["step"]), scores)], None)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 
 from tuning.options import Objective
-from tuning.record import Run, TrialRow, best_trial, mean_metrics, ranked, read_trials, standard_error
+from tuning.record import Run, TrialRow, best_trial, mean_metrics, read_trials, standard_error
 from tuning.space import SearchSpace
 from ugrl.config import Config
 from ugrl.storage import Place
@@ -56,6 +54,7 @@ class Session:
         id: Of the driver.
         host: Where it ran.
         pid: Its process.
+        space: In which space of process numbers (see :func:`tuning.lease.process_space`).
         slots: Trials side by side.
         started: Seconds since the epoch.
         seen: When it was last heard of.
@@ -65,6 +64,7 @@ class Session:
     id: str
     host: str = ""
     pid: int = 0
+    space: str = ""
     slots: int = 1
     started: float = 0.0
     seen: float = 0.0
@@ -154,23 +154,14 @@ def read_finalists(
     if finals is None:
         return ()
     by_number = {r.number: r for r in rows}
-    runs: dict[int, list[Run]] = {}
+    runs: dict[int, dict[int, Run]] = {}
     for row in read_trials(finals, search.objectives):
         if row.state == "COMPLETE" and (number := row.params.get("candidate")) in by_number:
-            runs.setdefault(int(number), []).extend(row.runs)
+            runs.setdefault(int(number), {}).update({r.seed: r for r in row.runs})
     made = [
-        Finalist(by_number[number], tuple(sorted(found, key=lambda r: r.seed)))
+        Finalist(by_number[number], tuple(sorted(found.values(), key=lambda r: r.seed)))
         for number, found in runs.items()
-        if any(r.value is not None for r in found)
+        if any(r.value is not None for r in found.values())
     ]
     sign = -1.0 if search.objectives[0].maximize else 1.0
     return tuple(sorted(made, key=lambda f: (sign * (f.value or 0.0), f.trial.number)))
-
-
-def survived(rows: Mapping[int, TrialRow] | list[TrialRow] | tuple[TrialRow, ...], steps: list[int]) -> dict[int, int]:
-    """How many trials reached each of these steps, in their first run."""
-    found: Any = rows.values() if isinstance(rows, Mapping) else rows
-    return {step: sum(r.step >= step for r in found) for step in steps}
-
-
-__all__ = ["Finalist", "Findings", "Search", "Session", "ranked", "read_finalists", "read_sessions", "survived"]

@@ -15,18 +15,20 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import Trial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.exc import OperationalError
 
-from tuning.budget import Spent, spent
+from tuning.budget import spent
 from tuning.lease import Lease
 from tuning.options import COSTS, METRICS
 from tuning.record import (
@@ -39,17 +41,18 @@ from tuning.record import (
     NOTE,
     OUT,
     RUNS,
+    SEEDS,
     VIOLATION,
     Run,
-    TrialRow,
     read_trials,
 )
 from tuning.search import Search
 from tuning.space import finite, trial_config
-from tuning.study import STEP, put_back, suggest_point, take_waiting, trial_folder
+from tuning.study import STEP, make_sampler, put_back, suggest_point, take_waiting, trial_folder
 from ugrl import config as configs
-from ugrl.errors import ConfigError
+from ugrl.errors import ConfigError, UgrlError
 
+T = TypeVar("T")
 ERROR_FILE = "error.txt"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
@@ -125,6 +128,7 @@ class StudySearch(Searcher):
         self.numbers: dict[str, int] = {}
         self.halted = ""
         self.closing = self.finished = False
+        self.fresh = True  # whether points are sampled, and not given
         self._failures: list[str] = []
         self._idle_until = 0.0
         self._commit = code_commit()
@@ -146,7 +150,7 @@ class StudySearch(Searcher):
             What :func:`tuning.trial.run_trial` takes; ``None`` while trials that run may still come back; ``FINISHED``
             when nothing is left.
         """
-        found = self._suggest(trial_id)
+        found = patiently(lambda: self._suggest(trial_id))
         self.finished = self.finished or found == Searcher.FINISHED
         return found
 
@@ -181,18 +185,17 @@ class StudySearch(Searcher):
         if (why := self.exhausted()) is not None:
             self.halted = why
             return None
-        trial = take_waiting(self.study, self.limit)
-        if trial is not None:
-            self.lease.name(self.study, trial)
-        return trial
+        return take_waiting(self.study, self.limit, self._begun)
+
+    def _begun(self, trial_id: int, number: int) -> None:
+        # Named before anything is sampled: with a dead driver's name on it, another one would take it for an orphan.
+        self.lease.name(self.study, trial_id)
+        if self.fresh:
+            self.study.sampler = make_sampler(self.search.space, number)
 
     def exhausted(self) -> str | None:
         """Which part of the budget is spent, in words."""
-        return spent(self.study, self.search).over(self.search.space.budget)
-
-    def spent(self) -> Spent:
-        """What the search has cost so far."""
-        return spent(self.study, self.search)
+        return spent(self.study).over(self.search.space.budget)
 
     def begin(self, trial: Trial) -> Job:
         """A job of a trial that was just taken, with all that is known of it from before."""
@@ -201,13 +204,19 @@ class StudySearch(Searcher):
         job = Job(
             trial,
             self.point(trial),
-            self.seeds(trial),
+            tuple(frozen.user_attrs.get(SEEDS) or self.seeds(trial)),
             folder,
             runs=dict(frozen.user_attrs.get(RUNS, {})),
             before=float(frozen.user_attrs.get(HELD, {}).get("seconds", 0.0)),
         )
         cfg = trial_config(self.search.base, job.point, self.search.space.split, job.seeds[0])
-        known = {OUT: str(folder), HOST: socket.gethostname(), COMMIT: self._commit, CONFIG: configs.to_dict(cfg)}
+        known = {
+            SEEDS: list(job.seeds),
+            OUT: str(folder),
+            HOST: socket.gethostname(),
+            COMMIT: self._commit,
+            CONFIG: configs.to_dict(cfg),
+        }
         for key, value in known.items():
             if frozen.user_attrs.get(key) != value:
                 trial.set_user_attr(key, value)
@@ -238,6 +247,7 @@ class StudySearch(Searcher):
             "point": job.point,
             "seeds": list(job.seeds),
             "folder": str(job.folder),
+            "owner": f"{self.lease.id}:{job.since}",
             "before": {seed: run.get("seconds", 0.0) for seed, run in job.runs.items()},
             "final": self.search.space.final.split if self.measured() else None,
         }
@@ -250,6 +260,9 @@ class StudySearch(Searcher):
 
     def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Note a trial's report; returns whether the trial is to be stopped."""
+        return patiently(lambda: self._judge(trial_id, result))
+
+    def _judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         job = self.jobs.get(trial_id)
         if job is None:
             return True  # late news of a trial that has been told
@@ -293,10 +306,14 @@ class StudySearch(Searcher):
         job.trial.set_user_attr(HELD, {"seconds": seconds, "cpus": self.cpus, "gpus": self.gpus})
 
     def _verdict(self, job: Job, result: Mapping[str, Any]) -> tuple[TrialState, str] | None:
-        if not finite(result.get(self.search.objective)):
-            return TrialState.FAIL, f"{self.search.objective} is not a number at step {result.get(STEP)}"
+        name = self.search.objective
+        if not finite(result.get(name)):
+            why = f"is not a number at step {result.get(STEP)}" if name in result else "was not reported"
+            return TrialState.FAIL, f"{name} {why}"
         if violated := self._violated(job, result):
-            return TrialState.PRUNED, violated
+            # What was stopped teaches these samplers nothing: they learn from complete trials alone.
+            learns = self.search.space.sampler.name in ("gp", "nsga2")
+            return TrialState.COMPLETE if learns else TrialState.PRUNED, violated
         if not result.get("ended"):
             first = str(result["seed"]) == str(job.seeds[0])
             early = int(result.get(STEP, 0)) < self.search.steps  # who has come to the end is complete, rung or not
@@ -304,7 +321,7 @@ class StudySearch(Searcher):
                 return TrialState.PRUNED, f"stopped by {self.search.space.scheduler.name} at step {result[STEP]}"
             return None
         left = [s for s in job.seeds if not job.runs.get(str(s), {}).get("ended")]
-        if left and self.search.space.repeats.skip and (why := self._loses(job)):
+        if left and len(self.search.objectives) == 1 and self.search.space.repeats.skip and (why := self._loses(job)):
             return TrialState.COMPLETE, why
         return None
 
@@ -348,7 +365,11 @@ class StudySearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how a trial ended."""
         job = self.jobs.pop(trial_id, None)
-        if job is None or not self.lease.holds(self.study, job.trial):
+        if job is not None:
+            patiently(lambda: self._complete(job, error))
+
+    def _complete(self, job: Job, error: bool) -> None:
+        if not self.lease.holds(self.study, job.trial):
             return
         self.hold(job)
         if error and job.verdict is None and self._again(job):
@@ -358,7 +379,7 @@ class StudySearch(Searcher):
             job.trial.set_user_attr(ERROR, why)
         elif why:
             job.trial.set_user_attr(NOTE, why)
-        if state != TrialState.FAIL and VIOLATION not in job.trial.user_attrs:
+        if state != TrialState.FAIL and VIOLATION not in self.study._storage.get_trial(job.trial._trial_id).user_attrs:
             for each in self.search.space.constraints:
                 kept = job.value(each.name)
                 job.trial.set_constraint(each.name, (kept if kept is not None else each.limit) - each.limit)
@@ -390,7 +411,7 @@ class StudySearch(Searcher):
         if job.verdict is not None and job.verdict[0] != TrialState.COMPLETE:
             return job.verdict
         missing = [o.name for o in self.search.objectives if job.value(o.name) is None]
-        if missing or not any(r.get("ended") for r in job.runs.values()):
+        if missing or not (job.verdict or any(r.get("ended") for r in job.runs.values())):
             return (
                 TrialState.FAIL,
                 f"no validation reported {missing[0]}" if missing else "it ended before its last step",
@@ -402,7 +423,7 @@ class StudySearch(Searcher):
         self._failures.append(_kind(why))
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         if len(self._failures) >= ALIKE and len(set(self._failures[-ALIKE:])) == 1 and not done:
-            self.halted = f"the first {len(self._failures)} trials all failed alike: {why}"
+            self.halted = f"{ALIKE} trials in a row failed alike, and none has worked: {why}"
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -496,6 +517,21 @@ def code_commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def rows_of(study: optuna.Study, search: Search) -> list[TrialRow]:
-    """The trials of a search."""
-    return read_trials(study, search.objectives)
+def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:
+    """Do something with the storage; a database that is away for a while is waited for.
+
+    Raises:
+        UgrlError: It was away for too long.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return work()
+        except (OperationalError, StorageInternalError, OSError) as error:
+            if time.monotonic() > until:
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UgrlError(
+                    f"the study's storage has been away for {patience_s:g} s ({why}); continue with --resume once it "
+                    "answers"
+                ) from None
+            time.sleep(2.0)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -313,7 +313,7 @@ def build_space(
     base = configs.load(made["config"], made["overrides"])
     made["search"] = tuple(_ordered(list(_axes(axes, base))))
     space = SearchSpace(**made)
-    _check_search(space, base)
+    _check_search(space, base, points)
     space = replace(space, first=tuple(complete_point(space, f"first[{i}]", p, base) for i, p in enumerate(points)))
     if space.sampler.name == "grid":
         count = len(space.grid())
@@ -327,7 +327,7 @@ def differences(a: SearchSpace, b: SearchSpace, ignore: tuple[str, ...] = ()) ->
     """Dotted keys in which two spaces differ, with both values."""
     flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
     for key in [*flat_a, *(k for k in flat_b if k not in flat_a)]:
-        if key.split(".")[0] not in ignore and flat_a.get(key) != flat_b.get(key):
+        if not {key, key.split(".")[0]} & set(ignore) and flat_a.get(key) != flat_b.get(key):
             yield key, flat_a.get(key), flat_b.get(key)
 
 
@@ -361,6 +361,8 @@ def _axes(tree: Mapping[str, Any], base: Config) -> Iterator[Axis]:
         if kinds[0] not in KINDS:
             raise ConfigError(f"space key 'search.{path}': unknown kind '{kinds[0]}'{nearest(str(kinds[0]), KINDS)}")
         axis = _axis(path, kinds[0], spec[kinds[0]], spec.get("step"))
+        if isinstance(configs.get(base, path), bool) and axis.kind != "choice":
+            raise ConfigError(f"space key 'search.{path}' is a {axis.kind} range, but the key is true or false")
         if isinstance(configs.get(base, path), int) and axis.kind in ("uniform", "loguniform"):
             other = "logint" if axis.log else "int"
             raise ConfigError(
@@ -441,7 +443,7 @@ def _ordered(axes: list[Axis]) -> Iterator[Axis]:
         yield ready
 
 
-def _check_search(space: SearchSpace, base: Config) -> None:
+def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> None:
     """Everything that needs the base configuration: ends of ranges, warm-ups, what must not be searched."""
     tree = configs.to_dict(base)
     for axis in space.search:
@@ -455,6 +457,10 @@ def _check_search(space: SearchSpace, base: Config) -> None:
     if space.split == base.data.train_split:
         raise ConfigError(
             f"space key 'split' is '{space.split}', the training split; expected another, such as tune_val"
+        )
+    if (space.final.best or space.final.every) and space.final.split == base.data.train_split:
+        raise ConfigError(
+            f"space key 'final.split' is '{space.final.split}', the training split; expected an untouched one"
         )
     train = base.train
     if space.scheduler.name != "none":
@@ -478,6 +484,11 @@ def _check_search(space: SearchSpace, base: Config) -> None:
             axis.values()
     if space.sampler.name == "cmaes" and (choices := [a.path for a in space.search if a.kind == "choice"]):
         raise ConfigError(f"space key 'sampler.name' is 'cmaes', which cannot vary the choice '{choices[0]}'")
+    if space.sampler.name == "cmaes" and (len(space.search) < 2 or space.constraints):
+        what = "constraints" if space.constraints else "a single axis"
+        raise ConfigError(f"space key 'sampler.name' is 'cmaes', which cannot handle {what}; expected tpe or gp")
+    if space.sampler.name == "grid" and points:
+        raise ConfigError("space key 'first' has points, but a grid has all of its own")
     if space.sampler.name == "cmaes" and any(a.when for a in space.search):
         raise ConfigError("space key 'sampler.name' is 'cmaes', which cannot vary conditional axes")
     if len(space.objectives) > 1 and space.sampler.name == "cmaes":

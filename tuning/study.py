@@ -20,9 +20,9 @@ number of drivers, killed at any moment, run exactly the planned trials.
 
 from __future__ import annotations
 
+import json
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuning.options import Objective
-from tuning.record import FROM
-from tuning.search import SESSION
+from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
 from ugrl.errors import ConfigError, UgrlError
 
@@ -46,8 +45,10 @@ FINALS = ":final"
 JOURNAL = "study.journal"
 # Attributes of a study.
 PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
-# How long a driver waits for another one that is planning the same study.
-PLAN_PATIENCE_S = 30.0
+
+
+def _nothing(*_: int) -> None:
+    return None
 
 
 def open_storage(storage: str, out: Path) -> BaseStorage:
@@ -69,8 +70,8 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
         storage = f"{prefix}{(out / storage.removeprefix(prefix)).absolute()}"
     try:
         # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
-        waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else None
-        return RDBStorage(storage, engine_kwargs=waits, heartbeat_interval=None)
+        waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
+        return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True, **waits}, heartbeat_interval=None)
     except Exception as error:  # SQLAlchemy's errors, and a missing database driver
         raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
 
@@ -92,24 +93,36 @@ def _line(error: Exception) -> str:
 
 
 def mend_journal(path: Path) -> None:
-    """Cut off a last line that a machine that died, or a full disk, left half written.
+    """Take out what a machine that died, or a full disk, left half written.
 
     Optuna would read no further than such a line, and what others append after it would be lost. Half a line is no
     record: whoever wrote it was not told that it is safe.
     """
-    try:
-        with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            start = max(0, size - 1_000_000)
-            file.seek(start)
-            tail = file.read()
-            if tail and not tail.endswith(b"\n"):
-                # A driver that is alive may be writing it right now: look again before cutting.
-                time.sleep(0.2)
-                if file.seek(0, os.SEEK_END) == size:
-                    file.truncate(start + tail.rfind(b"\n") + 1)
-    except FileNotFoundError:
+    if not path.is_file() or _whole(path.read_bytes()):
         return
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()  # nobody is writing now
+    try:
+        data = path.read_bytes()
+        if not _whole(data):
+            kept = [line + b"\n" for line in data.split(b"\n") if _record(line)]
+            temporary = path.with_name(path.name + ".mended")
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+    finally:
+        lock.release()
+
+
+def _whole(data: bytes) -> bool:
+    *lines, last = data.split(b"\n")
+    return not last and all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+
+
+def _record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def study_name(storage: str, out: Path) -> str:
@@ -143,15 +156,16 @@ def suggest_point(trial: Trial, axes: Sequence[Axis]) -> dict[str, Any]:
     return point
 
 
-def make_sampler(space: SearchSpace, started: int) -> BaseSampler:
-    """The sampler of a driver.
+def make_sampler(space: SearchSpace, number: int) -> BaseSampler:
+    """The sampler of a trial.
 
     Args:
         space: The search.
-        started: Trials and drivers that were started before: the seed moves on with them, so that a resumed search
-            goes on sampling instead of repeating its first points, and so does a driver beside others.
+        number: Of the trial: it moves the seed on, so that a resumed search goes on sampling instead of repeating its
+            first points, and drivers side by side do not sample the same ones. What a sampler has learned is in the
+            storage.
     """
-    seed = (space.seed + 7919 * started) % 2**32
+    seed = (space.seed + 7919 * number) % 2**32
     # Points drawn before the model of good and bad ones starts: ten by default, too many for a small budget.
     startup = space.sampler.startup or min(10, max(3, space.trials // 4))
     name = space.sampler.name
@@ -193,10 +207,10 @@ def open_study(
     create: bool,
     objectives: Sequence[Objective],
     steps: int,
-    warm: Sequence[tuple[str, Mapping[str, Any]]] = (),
     storage: BaseStorage | None = None,
+    planned: bool = True,
 ) -> optuna.Study:
-    """Create the study of a search with all its trials waiting, or load an existing one and add what its budget lacks.
+    """Create the study of a search, or load an existing one.
 
     Args:
         space: The search.
@@ -204,8 +218,9 @@ def open_study(
         create: Refuse a study that exists.
         objectives: What is optimised, by their real names.
         steps: Of a whole run.
-        warm: Points of another study, with where they came from; tried after the starting points.
         storage: Already open.
+        planned: Whether to put the trials that the budget lacks into it at once; drivers that may start together do
+            so one by one.
 
     Raises:
         UgrlError: The name is taken, or the study has other objectives.
@@ -218,38 +233,22 @@ def open_study(
             f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or --resume"
         )
     directions = [o.direction for o in objectives]
-    made = False
     if not exists:
         try:
             optuna.create_study(storage=storage, study_name=name, directions=directions)
-            made = True
         except optuna.exceptions.DuplicatedStudyError:
             pass  # another driver was faster
     study = optuna.load_study(storage=storage, study_name=name)
     names = [o.name for o in objectives]
-    if made:
+    if OBJECTIVES not in study.user_attrs:
         study.set_user_attr(OBJECTIVES, names)
     elif (found := study.user_attrs.get(OBJECTIVES, names)) != names:
         raise UgrlError(f"study '{name}' optimises {', '.join(found)}, not {', '.join(names)}")
-    if not made:
-        _await_plan(study)
-    plan(study, space, warm)
-    begun = sum(bool(t.params) for t in study.get_trials(deepcopy=False))
-    study.sampler = make_sampler(space, begun + sum(key.startswith(SESSION) for key in study.user_attrs))
+    if planned:
+        plan(study, space)
+    study.sampler = make_sampler(space, 0)
     study.pruner = make_pruner(space, steps)
     return study
-
-
-def _await_plan(study: optuna.Study) -> None:
-    """Wait while the driver that created the study is still filling its queue; one that died there is replaced."""
-    until = time.monotonic() + PLAN_PATIENCE_S
-    seen = -1
-    while PLANNED not in study.user_attrs and time.monotonic() < until:
-        count = len(study.get_trials(deepcopy=False))
-        if count == seen:
-            return  # nobody is filling it
-        seen = count
-        time.sleep(1.0)
 
 
 def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
@@ -276,8 +275,13 @@ def is_spent(trial: FrozenTrial) -> bool:
     return trial.state.is_finished()
 
 
-def take_waiting(study: optuna.Study, limit: int) -> Trial | None:
+def take_waiting(study: optuna.Study, limit: int, begun_by: Callable[[int, int], None] = _nothing) -> Trial | None:
     """Begin the first trial that waits, if the budget of ``limit`` trials has room.
+
+    Args:
+        study: The study.
+        limit: Trials that may have been begun.
+        begun_by: Told (id, number) before anything is sampled, which may take a while.
 
     Returns:
         ``None`` where nothing waits.
@@ -291,12 +295,14 @@ def take_waiting(study: optuna.Study, limit: int) -> Trial | None:
             except RuntimeError:  # it has ended meanwhile, elsewhere
                 continue
             if mine:
+                begun_by(trial._trial_id, trial.number)
                 return Trial(study, trial._trial_id)
     return None
 
 
 def put_back(study: optuna.Study, trial: Trial) -> None:
     """Let a trial wait again: whoever takes it goes on from its checkpoint, with the same parameters."""
+    study._storage.set_trial_user_attr(trial._trial_id, DRIVER, "")
     study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 

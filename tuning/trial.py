@@ -31,6 +31,8 @@ from ugrl.train import checkpoint
 
 # What the trainer's log calls the costs, and how many of them make one of ours.
 LOGGED = {"step_s": ("step_s", 1.0), "device_memory_mb": ("memory_gb", 2**20 / 1e9)}
+# Names the driver that a trial's folder belongs to.
+OWNER = "owner"
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -52,6 +54,7 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
     try:
         base = configs.build(shared["base"])
         costs: dict[str, float] = {}
+        (folder / OWNER).write_text(task["owner"], encoding="utf-8")
         for seed in task["seeds"]:
             cfg = trial_config(base, task["point"], shared["split"], seed)
             if shared["flops"] and not costs:
@@ -75,7 +78,18 @@ class Reports:
 
     def __init__(self, seed: int, before: float, costs: dict[str, float]) -> None:
         self.seed, self.before, self.costs = seed, before, costs
-        self.since = time.time()
+        self.since, self._windows = time.time(), 0
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Take the costs of a training line: the most memory of the run, and its mean step without the first line's."""
+        found = logged_costs(values)
+        if "memory_gb" in found:
+            found["memory_gb"] = max(found["memory_gb"], self.costs.get("memory_gb", 0.0))
+        if "step_s" in found:
+            if self._windows > 1:
+                found["step_s"] = self.costs["step_s"] + (found["step_s"] - self.costs["step_s"]) / self._windows
+            self._windows += 1
+        self.costs.update(found)
 
     def made(self, step: int, metrics: Mapping[str, float], **more: Any) -> dict[str, Any]:
         """A report at a step."""
@@ -89,11 +103,12 @@ def run_seed(
     """One run of a trial: trained, unless it has been before, and measured."""
     shards = place(shared["shards"])
     with alone(out):
+        check_owner(out.parent, task)
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, shared, reports, report)
+            train(cfg, shards, out, {**shared, "check": lambda: check_owner(out.parent, task)}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -102,12 +117,23 @@ def run_seed(
     report({**reports.made(state.step, state.metrics, ended=True, final=final), "seconds": seconds})
 
 
+def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
+    """Leave a trial that another process was given since.
+
+    Raises:
+        UgrlError: It was.
+    """
+    if (folder / OWNER).read_text(encoding="utf-8") != task["owner"]:
+        raise UgrlError("another driver has taken this trial over")
+
+
 @contextmanager
-def alone(out: Path, patience_s: float = 180.0) -> Iterator[None]:
+def alone(out: Path, patience_s: float = 600.0) -> Iterator[None]:
     """Hold a run's folder; whoever wrote to it before is waited for.
 
     Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over may
-    be faster.
+    be faster. Where it was only silent for too long, they find another owner's name with their next line of the log,
+    and leave.
 
     Raises:
         UgrlError: Another process still holds it.
@@ -150,7 +176,8 @@ def train_here(
         torch.cuda.empty_cache()
 
     def on_log(step: int, values: dict[str, float]) -> None:
-        reports.costs.update(logged_costs(values))
+        shared["check"]()
+        reports.log(values)
 
     hooks = Hooks(on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log)
     found = checkpoint.latest(place(out))
