@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuning.budget import covered
 from tuning.options import COSTS, METRICS
 from tuning.record import Run, TrialRow, label, percent, ranked
-from tuning.search import Finalist, Findings, Session
+from tuning.search import Finalist, Findings
 from tuning.space import trial_config
 from ugrl import config as configs
 
@@ -99,11 +100,6 @@ def show(name: str, value: float | None, digits: int = 2) -> str:
     if value is None or not math.isfinite(value):
         return ""
     return f"{100 * value:.{digits}f}" if percent(name) else f"{value:.3g}"
-
-
-def short(value: Any) -> str:
-    """A value of a point in a few characters; empty where it is missing."""
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def duration(seconds: float) -> str:
@@ -455,7 +451,7 @@ def cost(findings: Findings) -> Cost:
         held=sum(s for _, s in held),
         gpu_hours=sum(s * r.gpus for r, s in held) / 3600,
         cpu_hours=sum(s * r.cpus for r, s in held) / 3600,
-        wall=wall_seconds(findings.sessions),
+        wall=covered(findings.sessions),
         training=sum(training_seconds(r) for r in findings.rows) + sum(s for _, s in again),
         slots=sum(s.seconds * s.slots for s in findings.sessions),
         outside=statistics.fmean(outside) if outside else math.nan,
@@ -468,19 +464,6 @@ def cost(findings: Findings) -> Cost:
 def training_seconds(row: TrialRow) -> float:
     """Seconds that the runs of a trial trained."""
     return sum(r.seconds for r in row.runs)
-
-
-def wall_seconds(sessions: Sequence[Session]) -> float:
-    """Seconds in which at least one session was at work.
-
-    >>> wall_seconds([Session("a", started=0, seen=10), Session("b", started=5, seen=12)])
-    12.0
-    """
-    total, until = 0.0, -math.inf
-    for each in sorted(sessions, key=lambda s: s.started):
-        total += max(0.0, each.seen - max(each.started, until))
-        until = max(until, each.seen)
-    return total
 
 
 def _pace(findings: Findings) -> float:

@@ -34,7 +34,6 @@ from tuning.facts import (
     paper_trial,
     plural,
     remark,
-    short,
     show,
     states,
     train_command,
@@ -42,6 +41,7 @@ from tuning.facts import (
     verdict,
 )
 from tuning.paper import PaperSection
+from tuning.plain import short
 from tuning.plots import importance
 from tuning.record import TrialRow, label, pareto, ranked
 from tuning.search import Findings

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.facts import PAPER, Measure, beyond_noise, by_luck, difference, measure, plural, seed_noise, short, show
+from tuning.facts import PAPER, Measure, beyond_noise, by_luck, difference, measure, plural, seed_noise, show
+from tuning.plain import short
 from tuning.plots import BEST, COLORS, STYLE, save
 from tuning.plots import PAPER as INK
 from tuning.record import Run, TrialRow, label, ranked

@@ -17,12 +17,12 @@ def score_text(name: str, value: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in a few characters.
+    """A value in a few characters; empty where it is missing.
 
-    >>> short(0.123456), short(256)
-    ('0.123', '256')
+    >>> short(0.123456), short(256), short(None)
+    ('0.123', '256', '')
     """
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def clock(seconds: float) -> str:

@@ -30,13 +30,13 @@ from tuning.facts import (
     ordered,
     plural,
     remark,
-    short,
     show,
     train_command,
     verdict,
 )
 from tuning.options import COSTS, METRICS
 from tuning.paper import PaperSection
+from tuning.plain import short
 from tuning.record import label, pareto
 from tuning.search import Findings
 

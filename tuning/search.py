@@ -54,21 +54,21 @@ class Session:
         id: Of the driver.
         host: Where it ran.
         pid: Its process.
-        space: In which space of process numbers (see :func:`tuning.lease.process_space`).
         slots: Trials side by side.
         started: Seconds since the epoch.
         seen: When it was last heard of.
         ended: Whether it said goodbye.
+        space: In which space of process numbers its own counts (see :func:`tuning.lease.process_space`).
     """
 
     id: str
     host: str = ""
     pid: int = 0
-    space: str = ""
     slots: int = 1
     started: float = 0.0
     seen: float = 0.0
     ended: bool = False
+    space: str = ""
 
     @property
     def seconds(self) -> float:
