@@ -3,9 +3,10 @@
     python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N]
                     [--device cpu|cuda] [--check]
 
-A NAME is a module (step, contrast, affinity, par, loader, validation, growth, stream) or the beginning of an entry's
-name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it has. The exit
-status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also where a gate is missed.
+A NAME is a module (step, contrast, affinity, par, loader, validation, growth, stream, search, tuning) or the beginning
+of an entry's name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it
+has. The exit status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also where a
+gate is missed.
 """
 
 from __future__ import annotations
@@ -38,18 +39,22 @@ MODULES = {
     "validation": "bench.validation",
     "growth": "bench.growth",
     "stream": "bench.stream",
+    "search": "bench.search",
+    "tuning": "bench.search:overhead",
 }
 
 #: Seconds of each module with ``--quick``; what one leaves over, or what is not asked for, goes to the next.
 QUICK_SECONDS = {
-    "step": 150,
-    "contrast": 105,
+    "step": 125,
+    "contrast": 90,
     "affinity": 25,
     "par": 25,
-    "loader": 80,
-    "validation": 65,
-    "growth": 80,
-    "stream": 70,
+    "loader": 65,
+    "validation": 50,
+    "growth": 70,
+    "stream": 65,
+    "search": 35,
+    "tuning": 50,
 }
 
 
@@ -156,8 +161,10 @@ def _seen(report: Report) -> Iterator[str]:
 
 
 def _load(name: str) -> ModuleType | Skipped:
+    path, _, part = MODULES[name].partition(":")
     try:
-        return import_module(MODULES[name])
+        module = import_module(path)
+        return getattr(module, part) if part else module
     except ImportError as error:
         return Skipped(name, f"cannot be imported: {error}")
 
