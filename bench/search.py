@@ -243,9 +243,10 @@ def _words(ours: Sequence[int], ahead: Sequence[float], whole: int, surrogate: S
     return (
         f"training steps until a search has a trial that is, without noise, as good as the best of random search's "
         f"{BUDGET} whole trials, {SLOTS} at a time; {len(ours)} repeats, quartiles of the ratio {low:.2f}, "
-        f"{middle:.2f}, {high:.2f}; {missed} were not there after {PATIENCE} times its compute and count as that; the trial that the "
-        f"search itself would name, at equal compute: {statistics.fmean(points):+.2f} ± {error:.2f} points of random "
-        f"search's; objective: a Gaussian process on measured learning curves ({surrogate.describe()})"
+        f"{middle:.2f}, {high:.2f}; {missed} were not there after {PATIENCE} times its compute and count as that; the "
+        f"trial that the search itself would name, at equal compute: {statistics.fmean(points):+.2f} ± {error:.2f} "
+        f"points of random search's; objective: a Gaussian process on measured learning curves "
+        f"({surrogate.describe()})"
     )
 
 
