@@ -39,6 +39,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 from ugrl.config import build
+from tests.ranks import leave
 from ugrl.train.loop import Trainer
 tree, shards, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,7 +49,7 @@ resume = Path(sys.argv[4]) if len(sys.argv) > 4 else None
 dtype = getattr(torch, os.environ.get("DTYPE", "float64"))
 Trainer(build(tree), shards=shards, out=out, quiet=True, device="cpu", dtype=dtype, resume_from=resume).fit()
 if world > 1:
-    dist.destroy_process_group()
+    leave()
 """
 
 
@@ -58,7 +59,8 @@ def run(
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "DTYPE": dtype}
     argv = [sys.executable, "-c", textwrap.dedent(RANK), json.dumps(tree), str(shards), str(out)]
     argv += [str(resume)] if resume else []
-    ranks = [subprocess.Popen(argv, env={**env, "RANK": str(r)}) for r in range(world)]
+    root = Path(__file__).parents[1]
+    ranks = [subprocess.Popen(argv, env={**env, "RANK": str(r)}, cwd=root) for r in range(world)]
     assert [p.wait(timeout=300) for p in ranks] == [0] * world
 
 

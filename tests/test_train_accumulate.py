@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from tests.ranks import leave
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.train import checkpoint
@@ -85,7 +86,7 @@ def rank_run(rank: int, world: int, made: dict, shards: str, out: str) -> None:
     os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
     Trainer(build(made), shards=Path(shards), out=Path(out), quiet=True, dtype=torch.float64, device="cpu").fit()
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_in_parts_are_one_rank_in_one_piece(shards: Path, tmp_path: Path) -> None:

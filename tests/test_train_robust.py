@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from safetensors.torch import load_file
 
+from tests.ranks import leave
 from tests.tiny import tiny_tree
 from ugrl.config import TrainConfig, build
 from ugrl.errors import CheckpointError, UgrlError
@@ -131,7 +132,7 @@ def rank_run(rank: int, made: dict, shards: str, out: str, stop_at: int) -> None
     except Interrupted as stopped:
         left = f"stopped {stopped.step}"
     Path(f"{out}.rank{rank}").write_text(left)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_ranks_stop_together_though_one_is_told(shards: Path, tmp_path: Path) -> None:
