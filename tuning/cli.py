@@ -236,23 +236,42 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
-    from cluster.launch import start_ray, stop_ray
-    from tuning.driver import concurrent_trials, open_finals
+    from tuning.driver import nothing_left, open_finals
+    from tuning.report import write_report
     from tuning.study import quiet_optuna
 
     quiet_optuna()
+    study, interrupted, halted = ended_search(search) if args.resume else None, False, ""
+    if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
+        study, interrupted, halted = _run_on_ray(args, search, warm, console)
+    finals = open_finals(search, study._storage, create=False)
+    write_report(findings(search, study, finals), console)
+    return _ended(args, search, study, finals, interrupted, halted, console)
+
+
+def ended_search(search: Search) -> optuna.Study | None:
+    """The study of a search that is resumed, where there is one and it may have ended."""
+    try:
+        _, study = stored_search(search.out)
+    except ConfigError:
+        return None
+    return study
+
+
+def _run_on_ray(
+    args: argparse.Namespace, search: Search, warm: list[tuple[str, dict[str, Any]]], console: Console
+) -> tuple[optuna.Study, bool, str]:
+    """Run what is left; the study, whether it was interrupted, and why it stopped early, if it did."""
+    from cluster.launch import start_ray, stop_ray
+    from tuning.driver import concurrent_trials
+
     try:
         have = start_ray(args.address)
         side_by_side = concurrent_trials(search, have)
         study = begin(search, resume=args.resume)
-        interrupted, halted = _run_parts(args, search, study, have, side_by_side, warm, console)
+        return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
-    from tuning.report import write_report
-
-    finals = open_finals(search, study._storage, create=False)
-    write_report(findings(search, study, finals), console)
-    return _ended(args, search, study, finals, interrupted, halted, console)
 
 
 def begin(search: Search, *, resume: bool) -> optuna.Study:

@@ -26,7 +26,7 @@ from tuning.options import Repeats, Scheduler
 from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
 from tuning.searcher import StudyScheduler, StudySearch
-from tuning.study import FINALS, study_name
+from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ConfigError
@@ -321,11 +321,28 @@ def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> No
                 finals.enqueue_trial(made)
 
 
+def _wanted(search: Search, study: optuna.Study) -> list[Any]:
+    """What the final runs are of, as the study of the final runs remembers it."""
+    return [sorted(r.number for r in finalists_of(search, study)), search.space.final.seeds]
+
+
+def nothing_left(search: Search, study: optuna.Study, finals: optuna.Study | None) -> bool:
+    """Whether the trials of the budget and the final runs have all ended."""
+    trials = study.get_trials(deepcopy=False)
+    if study.user_attrs.get(PLANNED) != search.space.trials or not all(is_spent(t) for t in trials):
+        return False
+    if search.space.final.best == 0 or not finalists_of(search, study):
+        return True
+    if finals is None or finals.user_attrs.get(READY) != _wanted(search, study):
+        return False
+    return all(is_spent(t) for t in finals.get_trials(deepcopy=False))
+
+
 def run_finals(
     search: Search, study: optuna.Study, finals: optuna.Study, have: Capacity, lease: Lease, **more: Any
 ) -> FinalSearch:
     """Run the best trials again with fresh seeds; as :func:`run_search`."""
-    wanted = [sorted(r.number for r in finalists_of(search, study)), search.space.final.seeds]
+    wanted = _wanted(search, study)
 
     def planned() -> bool:
         return bool(finals.user_attrs.get(READY) == wanted)
