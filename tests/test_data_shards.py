@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest, ShardInfo, open_shard, verify, write_rows
 from ugrl.data.source import RowError, make_row
-from ugrl.errors import DataError
+from ugrl.errors import BusyError, DataError
 
 SPEC = ShapesSpec(train=30, val=9, size=32)
 
@@ -283,6 +284,45 @@ def test_two_writers_of_one_folder_are_refused(tmp_path):
 
     with pytest.raises(DataError, match="another process is writing it"):
         prepare(Nested(SPEC), tmp_path / "out")
+
+
+def test_a_folder_that_another_process_has_just_made_is_left_as_it_is(tmp_path, monkeypatch):
+    from ugrl.data import prepare as module
+
+    made = tmp_path / "out"
+    lock = module._locked
+
+    def late(folder):
+        monkeypatch.setattr(module, "_locked", lock)
+        (tmp_path / "elsewhere").mkdir()
+        prepare(ShapesSource(SPEC), tmp_path / "elsewhere" / "out")
+        os.replace(tmp_path / "elsewhere" / "out", made)
+        return lock(folder)
+
+    monkeypatch.setattr(module, "_locked", late)
+    with pytest.raises(BusyError, match="another process has just made it"):
+        prepare(ShapesSource(SPEC), made)
+    assert len(Manifest.load(made).ids("val")) == 9 and not (tmp_path / "out.partial").exists()
+
+
+def _generate(root: str) -> None:
+    from ugrl.config import load
+    from ugrl.train.run import ensure_shards
+
+    os.environ["UGRL_DATA"] = root
+    cfg = load("shapes", {"data.shapes.train": 300, "data.shapes.val": 30, "data.shapes.size": 32})
+    Manifest.load(ensure_shards(cfg, None))
+
+
+def test_runs_that_start_together_generate_their_images_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=_generate, args=(str(tmp_path),)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_empty_splits_are_refused(tmp_path):

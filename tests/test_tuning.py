@@ -236,6 +236,40 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
     check_whole(out, 14, storage)
 
 
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_two_drivers_with_a_ray_of_their_own_share_a_search_and_its_final_runs(home: Path) -> None:
+    """Both begin the same new search at the same moment; a third takes the place of one that is killed."""
+    out = home / "shared"
+    file = write_space(
+        home / "shared.yaml",
+        SOUND,
+        trials=10,
+        concurrent=1,
+        scheduler={"name": "none"},
+        final={"best": 2, "seeds": 2},
+    )
+    words = ["--space", str(file), "--out", str(out), "--resume"]
+    logs = [home / f"shared-{k}.log" for k in range(3)]
+    drivers = [start(*words, log=log) for log in logs[:2]]
+    try:
+        wait_for(lambda: count(out, "journal", *ENDED) >= 3 or any(d.poll() is not None for d in drivers), 120)
+        drivers[0].kill()
+        drivers[0].wait()
+        drivers.append(start(*words, log=logs[2]))
+        assert [d.wait(300) for d in drivers[1:]] == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for driver in drivers:
+            driver.kill()
+    study = check_whole(out, 10)
+    assert all(t.state == TrialState.COMPLETE for t in study.get_trials())
+    assert len({t.user_attrs["driver"] for t in study.get_trials()}) >= 2
+    finals = optuna.load_study(study_name=study.study_name + ":final", storage=open_storage("journal", out))
+    assert [t.state for t in finals.get_trials()] == [TrialState.COMPLETE] * 4
+    made = {(t.params["candidate"], t.params["seed"]) for t in finals.get_trials()}
+    assert len(made) == 4 and {seed for _, seed in made} == {1000, 1001}
+
+
 # -- what else runs -------------------------------------------------------------------------------------
 
 

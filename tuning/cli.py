@@ -123,7 +123,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
             raise ConfigError(
                 f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
             )
-        if not known.is_file():
+        if not known.is_file() and not all(_being_written(p) for p in out.iterdir()):
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
     resumed = args.resume and known.is_file()
     space = read_space(args, known if resumed else None)
@@ -132,6 +132,11 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
     return check_data(Search(space, base, shards, space.objectives, out))
+
+
+def _being_written(path: Path) -> bool:
+    """Whether a file is one that comes before the space file: another driver begins this very search."""
+    return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
 def check_data(search: Search) -> Search:

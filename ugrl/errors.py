@@ -19,5 +19,9 @@ class DataError(UgrlError):
     """A data set, a shard or an image that cannot be used."""
 
 
+class BusyError(DataError):
+    """Another process is writing the same data set at this moment."""
+
+
 class CheckpointError(UgrlError):
     """A checkpoint or a weight file that cannot be used."""

@@ -34,7 +34,7 @@ from ugrl.data.shards import (
     write_text,
 )
 from ugrl.data.source import RowError, Source
-from ugrl.errors import DataError
+from ugrl.errors import BusyError, DataError
 from ugrl.row import Row
 from ugrl.seeding import derive
 
@@ -243,6 +243,10 @@ def prepare(
     }
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
+        if out.exists():  # made by another process since this one looked
+            if not any(partial.iterdir()):
+                partial.rmdir()
+            raise BusyError(f"{out}: another process has just made it")
         done = _resume(partial, options)
         try:
             _write_all(source, jobs, partial, options, done, on_error, progress, shard_map)
@@ -270,9 +274,11 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.is_dir() or not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise BlockingIOError  # its writer was done, and renamed it, before the lock was ours
         yield
     except BlockingIOError:
-        raise DataError(f"{folder}: another process is writing it") from None
+        raise BusyError(f"{folder}: another process is writing it") from None
     finally:
         os.close(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest
-from ugrl.errors import ConfigError, DataError
+from ugrl.errors import BusyError, ConfigError, DataError
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.objective import resolve_objective
@@ -68,11 +69,16 @@ def ensure_shards(cfg: Config, data: str | Path | Place | None, *, console: Cons
     s = cfg.data.shapes
     digest = hashlib.blake2b(json.dumps(asdict(s), sort_keys=True).encode(), digest_size=4).hexdigest()
     out = generated_root() / f"shapes-{s.size}px-{digest}"
-    if not out.is_dir():
-        if console:
-            console.print(f"generating {s.train + s.val} images of shapes into {out}", soft_wrap=True)
+    if not out.is_dir() and console:
+        console.print(f"generating {s.train + s.val} images of shapes into {out}", soft_wrap=True)
+    while not out.is_dir():
         spec = ShapesSpec(train=s.train, val=s.val, size=s.size, difficulty=s.difficulty, seed=s.seed)
-        prepare(ShapesSource(spec), out, tune_val=s.tune_val, seed=s.seed, progress=False)
+        try:
+            prepare(ShapesSource(spec), out, tune_val=s.tune_val, seed=s.seed, progress=False)
+        except DataError as error:
+            if not isinstance(error, BusyError) and not out.is_dir():
+                raise
+            time.sleep(0.2)  # a run that was started at the same moment makes the same images
     Manifest.load(out)
     return place(out)
 
