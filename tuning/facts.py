@@ -3,103 +3,33 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.budget import covered
+from tuning.noise import Measure, difference, measure, seed_noise, show
 from tuning.options import COSTS, METRICS
-from tuning.record import Run, TrialRow, label, percent, ranked
+from tuning.record import TrialRow, ranked
 from tuning.search import Finalist, Findings
 from tuning.space import trial_config
 from ugrl import config as configs
 
 # The values that the paper publishes; α, β, τ, η and λ1-λ3 it does not give.
 PAPER = {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35}
-# From so many standard errors on a difference counts as real: the 97.5 % point of Student's t with 1, 2, … degrees of
-# freedom, beyond them by its expansion around the normal distribution's.
-FEW_FREEDOM, NORMAL = (12.71, 4.30, 3.18, 2.78), 1.96
-# Draws of what seeds alone would give.
-DRAWS = 4000
 # The best trial's configuration, in the search's folder.
 BEST = "best.yaml"
 ORDER = {"COMPLETE": 0, "PRUNED": 2, "RUNNING": 3, "WAITING": 4}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A mean over seeds.
-
-    Attributes:
-        name: Of the metric or cost.
-        mean: In the metric's own unit, ratios as fractions; NaN without a measurement.
-        stderr: Its standard error; NaN with fewer than two seeds.
-        count: Seeds.
-    """
-
-    name: str
-    mean: float
-    stderr: float = math.nan
-    count: int = 0
-
-    @property
-    def known(self) -> bool:
-        """Whether anything was measured."""
-        return math.isfinite(self.mean)
-
-    def short(self, digits: int = 2) -> str:
-        """The number, without its unit.
-
-        >>> Measure("seg_miou", 0.5, 0.01, 3).short(), Measure("seg_miou", 0.5, count=1).short()
-        ('50.00 ± 1.00', '50.00')
-        """
-        if not self.known:
-            return ""
-        noise = f" ± {show(self.name, self.stderr, digits)}" if math.isfinite(self.stderr) else ""
-        return show(self.name, self.mean, digits) + noise
-
-    def text(self) -> str:
-        """The number in words.
-
-        >>> Measure("seg_miou", 0.5, 0.01, 3).text()
-        'seg mIoU 50.00 ± 1.00 %'
-        """
-        name, unit = label(self.name).rsplit(", ", 1)
-        return f"{name} {self.short()} {unit}"
-
-
-def measure(runs: Iterable[Run], name: str, *, final: bool = False) -> Measure:
-    """A metric over runs.
-
-    Args:
-        runs: Of one configuration.
-        name: Of a metric or cost.
-        final: On the untouched split.
-    """
-    return Measure(name, *TrialRow(0, "", runs=tuple(runs)).metric(name, final=final))
 
 
 def objective_of(row: TrialRow, findings: Findings, index: int = 0) -> Measure:
     """An objective of a trial as the study was told it, with the spread over the trial's seeds."""
     name = findings.search.objectives[index].name
     found = measure(row.runs, name)
-    return Measure(name, row.values[index] if row.values else math.nan, found.stderr, found.count)
-
-
-def show(name: str, value: float | None, digits: int = 2) -> str:
-    """A metric in percent, a cost with three significant digits; empty where it is unknown.
-
-    >>> show("seg_miou", 0.123456), show("step_s", 0.123456), show("seg_miou", None)
-    ('12.35', '0.123', '')
-    """
-    if value is None or not math.isfinite(value):
-        return ""
-    return f"{100 * value:.{digits}f}" if percent(name) else f"{value:.3g}"
+    return replace(found, mean=row.values[index] if row.values else math.nan)
 
 
 def duration(seconds: float) -> str:
@@ -159,97 +89,7 @@ def states(findings: Findings) -> str:
     return ", ".join(f"{found[s]} {words.get(s, s.lower())}" for s in order if found[s]) or "none"
 
 
-# -- how sure ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What seeds alone do to a metric.
-
-    Attributes:
-        deviation: Standard deviation between seeds of one configuration; NaN where none has two.
-        freedom: Degrees of freedom behind it.
-    """
-
-    deviation: float = math.nan
-    freedom: int = 0
-
-    @property
-    def known(self) -> bool:
-        """Whether any configuration has two seeds."""
-        return self.freedom > 0
-
-    @property
-    def bar(self) -> float:
-        """Standard errors from which on a difference counts as real.
-
-        >>> round(Noise(1.0, 1).bar, 1), round(Noise(1.0, 10).bar, 1)
-        (12.7, 2.2)
-        """
-        n, z = max(1, self.freedom), NORMAL
-        if n <= len(FEW_FREEDOM):
-            return FEW_FREEDOM[n - 1]
-        return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-
-
-def seed_noise(findings: Findings, name: str = "", *, final: bool = False) -> Noise:
-    """The noise of a metric, pooled over all configurations with two or more seeds.
-
-    Args:
-        findings: Of the search.
-        name: Of the metric; the first objective by default.
-        final: On the untouched split.
-    """
-    name = name or findings.search.objective
-    groups = [r.runs for r in findings.rows if r.state == "COMPLETE"] + [f.runs for f in findings.finalists]
-    squares, freedom = 0.0, 0
-    for runs in groups:
-        values = [(r.final if final else r.metrics).get(name, math.nan) for r in runs]
-        values = [v for v in values if math.isfinite(v)]
-        if len(values) > 1:
-            squares += statistics.variance(values) * (len(values) - 1)
-            freedom += len(values) - 1
-    return Noise(math.sqrt(squares / freedom), freedom) if freedom else Noise()
-
-
-def difference(a: Measure, b: Measure, noise: Noise) -> Measure:
-    """How much higher ``a`` is than ``b``.
-
-    The standard error is that of the pooled noise: two or three seeds tell little of their own spread.
-    """
-    error = noise.deviation * math.sqrt(1 / max(1, a.count) + 1 / max(1, b.count))
-    return Measure(a.name, a.mean - b.mean, error, min(a.count, b.count))
-
-
-def beyond_noise(gap: Measure, noise: Noise) -> bool | None:
-    """Whether a difference is real; ``None`` where the noise is not known."""
-    return abs(gap.mean) > noise.bar * gap.stderr if noise.known else None
-
-
-def by_luck(found: Sequence[Measure], noise: Noise, against: int | None = None) -> float:
-    """How often seeds alone put the best so far above the lowest of some measures, or above one of them.
-
-    The best of many is high by luck, so its distance must not be judged like that of two given ones.
-
-    Args:
-        found: Measures of configurations, the higher the better.
-        noise: Between seeds.
-        against: Index of the measure to compare the best with; ``None`` for the lowest.
-
-    Returns:
-        A share of draws; NaN where the noise is not known.
-    """
-    if not noise.known or len(found) < 2:
-        return math.nan
-    means = [m.mean for m in found]
-    gap = max(means) - (min(means) if against is None else means[against])
-    draw, hits = random.Random(0), 0
-    for _ in range(DRAWS):
-        # The deviation is an estimate itself: a draw of what it may be, given its degrees of freedom.
-        scale = noise.deviation * math.sqrt(noise.freedom / (2 * draw.gammavariate(noise.freedom / 2, 1.0)))
-        these = [draw.gauss(0.0, scale / math.sqrt(max(1, m.count))) for m in found]
-        hits += max(these) - (min(these) if against is None else these[against]) >= gap
-    return hits / DRAWS
+# -- the finding ------------------------------------------------------------------------------
 
 
 def contender(findings: Findings) -> tuple[TrialRow, Measure, Measure] | None:
@@ -296,7 +136,9 @@ def verdict(findings: Findings) -> list[str]:
     if noise.known:
         lines.append(
             f"Between seeds of one configuration the standard deviation is {100 * noise.deviation:.2f} points "
-            f"({noise.freedom} degrees of freedom)."
+            f"({noise.freedom} degrees of freedom)"
+            + (f", {100 * noise.paired.deviation:.2f} ({noise.paired.freedom}) without" if noise.paired else "")
+            + (" what a seed does to all configurations alike." if noise.paired else ".")
         )
     return [line for line in lines if line]
 
@@ -347,14 +189,13 @@ def _second(findings: Findings, tune: Measure) -> str:
     if second is None:
         return "There is no second to compare it with."
     row, other, _ = second
-    noise = seed_noise(findings)
-    gap = difference(tune, other, noise)
-    text = f"Second is trial {row.number} with {other.short()} %, {gap.short()} points below: "
-    real = beyond_noise(gap, noise)
-    if real is None:
+    gap = difference(tune, other, seed_noise(findings))
+    how = " (seed by seed)" if gap.paired else ""
+    text = f"Second is trial {row.number} with {other.short()} %, {gap.short()} points below{how}: "
+    if gap.real is None:
         return text + "with one seed each the noise is not known, so which of the two is better is not known either."
-    if not real:
-        least = 100 * noise.bar * gap.stderr
+    if not gap.real:
+        least = 100 * gap.least
         return f"{text}within noise, the two cannot be told apart (a difference counts from {least:.2f} points on)."
     return f"{text}beyond noise."
 

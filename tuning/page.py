@@ -34,12 +34,12 @@ from tuning.facts import (
     paper_trial,
     plural,
     remark,
-    show,
     states,
     train_command,
     training_seconds,
     verdict,
 )
+from tuning.noise import show
 from tuning.paper import PaperSection
 from tuning.plain import short
 from tuning.plots import importance

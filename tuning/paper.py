@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.facts import PAPER, Measure, beyond_noise, by_luck, difference, measure, plural, seed_noise, show
+from tuning.facts import PAPER, plural
+from tuning.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
 from tuning.plain import short
 from tuning.plots import BEST, COLORS, STYLE, save
 from tuning.plots import PAPER as INK
@@ -158,6 +159,9 @@ def _how(findings: Findings, cells: Sequence[Cell], final: bool) -> str:
     text += (
         f"{search.steps} steps. Levels compare with printed ones only where data, backbone and schedule are the same."
     )
+    have = [m for c in cells if (m := _measured(c, SEG, final)).known]
+    if seed_noise(findings, SEG, final=final).judges_pairs(have):
+        text += " All settings ran on the same seeds, and their differences are judged seed by seed."
     if any(c.others for c in cells):
         text += " Where several trials share a setting, the best of them stands for it, which is optimistic."
     return text
@@ -205,7 +209,7 @@ def _absent(cell: Cell, findings: Findings) -> str:
     return ", ".join(sorted(found)) or "not run"
 
 
-def _signed(gap: Measure) -> str:
+def _signed(gap: Gap) -> str:
     return ("+" if gap.mean >= 0 else "") + gap.short(1)
 
 
@@ -226,7 +230,7 @@ def _order(cells: Sequence[Cell], name: str, final: bool, findings: Findings) ->
     )
     if not noise.known:
         return f"{text}. With one seed each the noise is not known, so the steps are not judged."
-    real = [f"{step} {_signed(g)}" for step, g in gaps if beyond_noise(g, noise)]
+    real = [f"{step} {_signed(g)}" for step, g in gaps if g.real]
     if not real:
         return f"{text}, none beyond noise."
     return f"{text}; {len(real)} {'is' if len(real) == 1 else 'are'} beyond noise: {', '.join(real)}."

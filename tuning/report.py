@@ -30,10 +30,10 @@ from tuning.facts import (
     ordered,
     plural,
     remark,
-    show,
     train_command,
     verdict,
 )
+from tuning.noise import show
 from tuning.options import COSTS, METRICS
 from tuning.paper import PaperSection
 from tuning.plain import short
