@@ -369,24 +369,27 @@ def test_seeds_that_agree_to_the_last_digit_make_no_difference_real(tmp_path: Pa
     for _ in range(2):
         story.add(seeds=1)
     rows = story.findings().rows
-    values = {1000: 0.1 + 0.2, 1001: 0.5}
-    story.finalists = [Finalist(rows[0], _runs(values)), Finalist(rows[1], _runs({1000: 0.3, 1001: 0.5}))]
+    values = {1000: 0.1 + 0.2, 1001: 0.5, 1002: 0.4}
+    story.finalists = [Finalist(rows[0], _runs(values)), Finalist(rows[1], _runs({**values, 1000: 0.3}))]
     assert any("within noise, the two cannot be told apart" in t for t in verdict(story.findings()))
 
 
 def test_noise_with_gaps_in_the_table_is_that_of_least_squares(tmp_path: Path) -> None:
-    """Three configurations, of which none has all seeds: what is added by configuration and by seed is no noise."""
+    """Three configurations, of which one has all seeds: what is added by configuration and by seed is no noise."""
     story = Story(tmp_path, final={"best": 3})
     for _ in range(3):
         story.add(seeds=1)
     rows, seed = story.findings().rows, {1: 0.3, 2: 0.1, 3: 0.25}
-    tables = [(0.0, (1, 2)), (0.05, (2, 3)), (0.1, (1, 3))]
+    tables = [(0.0, (1, 2)), (0.05, (2, 3)), (0.1, (1, 2, 3))]
     story.finalists = [
         Finalist(r, _runs({s: c + seed[s] for s in have})) for r, (c, have) in zip(rows, tables, strict=True)
     ]
     noise = seed_noise(story.findings())
-    assert noise.paired is not None and noise.paired.freedom == 1
+    assert noise.paired is not None and noise.paired.freedom == 2
     assert noise.paired.deviation == pytest.approx(0, abs=1e-9) and noise.deviation > 0.05
+    # Two configurations on two seeds tell too little of what is left.
+    story.finalists = [Finalist(r, _runs({1: c, 2: c + 0.1})) for r, c in zip(rows[:2], (0.3, 0.4), strict=True)]
+    assert seed_noise(story.findings()).paired is None
 
 
 def test_the_best_of_many_equals_is_seen_as_luck() -> None:

@@ -22,6 +22,8 @@ from tuning.search import Findings
 # From so many standard errors on a difference counts as real: the 97.5 % point of Student's t with 1, 2, … degrees of
 # freedom, beyond them by its expansion around the normal distribution's.
 FEW_FREEDOM, NORMAL = (12.71, 4.30, 3.18, 2.78), 1.96
+# Two configurations on two seeds leave one degree of freedom: too little to believe a small remainder.
+LEAST_FREEDOM = 2
 # Draws of what seeds alone would give.
 DRAWS = 4000
 # Fractions are equal below this: seeds may agree to the last digit, and then rounding is no difference.
@@ -110,7 +112,8 @@ class Noise:
     Attributes:
         deviation: Standard deviation between seeds of one configuration; NaN where none has two.
         freedom: Degrees of freedom behind it.
-        paired: The same without what a seed does to all configurations alike; ``None`` where no seeds are shared.
+        paired: The same without what a seed does to all configurations alike; ``None`` where too few seeds
+            are shared.
     """
 
     deviation: float = math.nan
@@ -177,7 +180,7 @@ def _paired(groups: Sequence[Mapping[int, float]]) -> Noise | None:
     values = np.array([value for *_, value in cells])
     fitted, _, rank, _ = np.linalg.lstsq(table, values, rcond=None)
     freedom = len(cells) - int(rank)
-    if freedom < 1:
+    if freedom < LEAST_FREEDOM:
         return None
     return Noise(math.sqrt(float(np.square(values - table @ fitted).sum()) / freedom), freedom)
 
