@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 from tests.searches import SOUND, SPACE, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals
 from tuning.lease import Lease
+from tuning.noise import noise_of
 from tuning.record import read_trials
-from tuning.searcher import pooled_deviation
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
 from ugrl.errors import UgrlError
 
@@ -431,9 +431,23 @@ def test_seeds_are_a_mean_and_a_standard_error_and_losers_are_spared(tmp_path: P
     assert [len(r.runs) for r in rows] == [3, 3, 1, 3]
     assert rows[0].value == pytest.approx(0.52) and rows[0].stderr == pytest.approx(0.02 / math.sqrt(3))
     assert rows[2].note.startswith("seeds left out after 1: ")
-    assert pooled_deviation([[0.5, 0.52, 0.54], [0.53, 0.51, 0.55]]) == pytest.approx(0.02)
-    # 0.53 against 0.20 by one seed against three: 0.33 / (0.02 · √(1 + 1/3))
-    assert rows[2].note == "seeds left out after 1: 14.3 standard errors behind"
+    # Seed by seed: the differences -0.03, 0.01, -0.01 leave 0.02 / √2 for each, and trial 1 had 0.53 on seed 0.
+    noise = noise_of([{0: 0.5, 1: 0.52, 2: 0.54}, {0: 0.53, 1: 0.51, 2: 0.55}])
+    assert noise.deviation == pytest.approx(0.02) and noise.paired is not None
+    assert noise.paired.deviation == pytest.approx(0.02 / math.sqrt(2))
+    assert rows[2].note == "seeds left out after 1: 16.5 standard errors behind, seed by seed"
+
+
+def test_a_seed_that_is_low_for_all_leaves_nobody_out(tmp_path: Path) -> None:
+    """Seeds are apart by twenty points; a trial that is behind by one point on its first seed gets its second."""
+    search = search_of(SOUND, tmp_path, trials=5, repeats={"seeds": 2}, **NO_STOP)
+    scores = {0: (0.30, 0.50), 1: (0.31, 0.52), 2: (0.305, 0.50), 3: (0.30, 0.51), 4: (0.25, 0.45)}
+    with searcher(search) as found:
+        for k in range(5):
+            play(found, str(k), lambda point, seed, step, k=k: scores[k][seed])
+        rows = read_trials(found.study, search.objectives)
+    assert [len(r.runs) for r in rows] == [2, 2, 2, 2, 1]
+    assert rows[4].note.endswith("standard errors behind, seed by seed")
 
 
 def test_without_skipping_every_seed_runs(tmp_path: Path) -> None:

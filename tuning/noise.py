@@ -158,20 +158,28 @@ def seed_noise(findings: Findings, name: str = "", *, final: bool = False) -> No
     name = name or findings.search.objective
     runs = [r.runs for r in findings.rows if r.state == "COMPLETE"] + [f.runs for f in findings.finalists]
     groups = [{r.seed: (r.final if final else r.metrics)[name] for r in g if _finite(r, name, final)} for g in runs]
-    groups = [g for g in groups if len(g) > 1]
-    freedom = sum(len(g) - 1 for g in groups)
-    if not freedom:
-        return Noise()
-    squares = sum(statistics.variance(g.values()) * (len(g) - 1) for g in groups)
-    return Noise(math.sqrt(squares / freedom), freedom, _paired(groups))
+    return noise_of(groups)
 
 
-def _paired(groups: Sequence[Mapping[int, float]]) -> Noise | None:
-    """What is left of seeds' noise beside one number for each configuration and one for each seed.
+def noise_of(groups: Iterable[Mapping[int, float]]) -> Noise:
+    """The noise of a metric.
 
     Args:
         groups: For each configuration, its value on each of its seeds.
+
+    >>> noise_of([{0: 1.0, 1: 3.0}, {0: 5.0}]).deviation
+    1.4142135623730951
     """
+    several = [g for g in groups if len(g) > 1]
+    freedom = sum(len(g) - 1 for g in several)
+    if not freedom:
+        return Noise()
+    squares = sum(statistics.variance(g.values()) * (len(g) - 1) for g in several)
+    return Noise(math.sqrt(squares / freedom), freedom, _paired(several))
+
+
+def _paired(groups: Sequence[Mapping[int, float]]) -> Noise | None:
+    """What is left of seeds' noise beside one number for each configuration and one for each seed."""
     cells = [(k, seed, value) for k, group in enumerate(groups) for seed, value in group.items()]
     seeds = sorted({seed for _, seed, _ in cells})
     table = np.zeros((len(cells), len(groups) + len(seeds)))

@@ -30,6 +30,7 @@ from sqlalchemy.exc import OperationalError
 
 from tuning.budget import spent
 from tuning.lease import Lease
+from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
     COMMIT,
@@ -344,20 +345,27 @@ class StudySearch(Searcher):
     def _loses(self, job: Job) -> str:
         """Why further seeds would change nothing, if so.
 
-        The mean is below the best one's by more than two standard errors of their difference, by the standard
-        deviation that all repeated configurations show together.
+        The mean is behind the best one's by more than two standard errors of their difference, taken seed by seed
+        where enough configurations have shared seeds for that.
         """
-        rows = [r for r in read_trials(self.study, self.search.objectives) if r.number != job.number]
+        name = self.search.objectives[0].name
         sign = 1.0 if self.search.objectives[0].maximize else -1.0
-        means = [(sign * statistics.fmean(v), len(v)) for r in rows if (v := _ended(r.runs)) and r.state == "COMPLETE"]
-        deviation = pooled_deviation([_ended(r.runs) for r in rows])
-        mine = [float(r["value"]) for r in job.runs.values() if r.get("ended") and r.get("value") is not None]
-        if not means or deviation is None or not mine:
+        rows = [r for r in read_trials(self.study, self.search.objectives) if r.number != job.number]
+        others = [(r.state, _ended(r.runs, sign)) for r in rows]
+        mine = _ended([Run.read(seed, run) for seed, run in job.runs.items()], sign)
+        complete = [values for state, values in others if values and state == "COMPLETE"]
+        if not complete or not mine:
             return ""
-        best, count = max(means)
-        error = deviation * (1 / len(mine) + 1 / count) ** 0.5
-        gap = best - sign * statistics.fmean(mine)
-        return f"seeds left out after {len(mine)}: {gap / error:.1f} standard errors behind" if gap > 2 * error else ""
+        noise = noise_of([values for _, values in others])
+        best = max(complete, key=lambda values: statistics.fmean(values.values()))
+        if noise.paired is not None and mine.keys() <= best.keys():
+            best = {seed: best[seed] for seed in mine}
+        gap = difference(_mean(name, best), _mean(name, mine), noise)
+        if not gap.noise.known or gap.mean <= max(2 * gap.stderr, ROUNDING):
+            return ""
+        how = ", seed by seed" if gap.paired else ""
+        errors = gap.mean / max(gap.stderr, ROUNDING)
+        return f"seeds left out after {len(mine)}: {errors:.1f} standard errors behind{how}"
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Nothing: :meth:`judge` has heard of it, before the scheduler decided."""
@@ -476,19 +484,13 @@ class StudyScheduler(FIFOScheduler):
         return {}
 
 
-def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
-    """Standard deviation within groups, over all of them; ``None`` where no group has two values.
-
-    >>> pooled_deviation([[1.0, 3.0], [5.0]])
-    1.4142135623730951
-    """
-    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups if len(g) > 1)
-    degrees = sum(len(g) - 1 for g in groups if len(g) > 1)
-    return (squares / degrees) ** 0.5 if degrees and squares > 0 else None
+def _ended(runs: Sequence[Run], sign: float) -> dict[int, float]:
+    """Seed → value of the runs that reached their end, the higher the better."""
+    return {r.seed: sign * r.value for r in runs if r.ended and r.value is not None}
 
 
-def _ended(runs: Sequence[Run]) -> list[float]:
-    return [r.value for r in runs if r.ended and r.value is not None]
+def _mean(name: str, values: Mapping[int, float]) -> Measure:
+    return Measure(name, statistics.fmean(values.values()), count=len(values), seeds=tuple(sorted(values)))
 
 
 def why_failed(folder: Path) -> str:
