@@ -156,6 +156,30 @@ def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, 
     assert len(whose) == 3 and 1 in whose.values()
 
 
+def _open(folder: str, gate: Any, told: Any) -> None:
+    from tuning.study import open_storage
+
+    gate.wait(60)
+    try:
+        open_storage("sqlite:///study.db", Path(folder)).get_all_studies()
+        told.put("")
+    except Exception as error:
+        told.put(f"{type(error).__name__}: {error}")
+
+
+def test_processes_that_open_a_new_database_at_once_all_get_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for k in range(3):
+        (tmp_path / str(k)).mkdir()
+        gate, told = context.Barrier(6), context.SimpleQueue()
+        crowd = [context.Process(target=_open, args=(str(tmp_path / str(k)), gate, told)) for _ in range(6)]
+        for each in crowd:
+            each.start()
+        assert [told.get() for _ in crowd] == [""] * 6
+        for each in crowd:
+            each.join(30)
+
+
 # -- orphans ---------------------------------------------------------------------------------------
 
 

@@ -22,17 +22,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import DatabaseError
 
 from tuning.options import Objective
 from tuning.record import DRIVER, FROM
@@ -43,6 +46,8 @@ STEP = "step"
 STUDY = "ugrl"
 FINALS = ":final"
 JOURNAL = "study.journal"
+# Several processes may open a new database at once, and each makes its tables.
+OPEN_TRIES = 20
 # Attributes of a study.
 PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
 
@@ -68,12 +73,25 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
     prefix = "sqlite:///"
     if storage.startswith(prefix) and not storage.startswith(prefix + "/"):
         storage = f"{prefix}{(out / storage.removeprefix(prefix)).absolute()}"
-    try:
-        # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
-        waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
-        return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True, **waits}, heartbeat_interval=None)
-    except Exception as error:  # SQLAlchemy's errors, and a missing database driver
-        raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
+    # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
+    waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
+    tries = OPEN_TRIES
+    while True:
+        try:
+            return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True, **waits}, heartbeat_interval=None)
+        except Exception as error:  # SQLAlchemy's errors, and a missing database driver
+            tries -= 1
+            if not tries or not _made_by_another(error):
+                raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
+            time.sleep(0.2)
+
+
+def _made_by_another(error: Exception) -> bool:
+    """Whether another process makes the same tables at this moment: they will be there the next time."""
+    words = f"{error} {error.__cause__}".lower()
+    return isinstance(error, (DatabaseError, StorageInternalError)) and any(
+        w in words for w in ("already exists", "unique", "duplicate")
+    )
 
 
 def public(storage: str) -> str:
