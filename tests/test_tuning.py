@@ -210,7 +210,7 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
     kinds = ["driver", "driver", "trial", "node", chance.choice(["driver", "trial", "node"])]
     chance.shuffle(kinds)
     out, log = home / f"chaos-{storage[:6]}", home / f"chaos-{storage[:6]}.log"
-    file = write_space(home / "chaos.yaml", SOUND, trials=14, storage=storage, repeats={"seeds": 2}, max_failures=10)
+    file = write_space(home / "chaos.yaml", SOUND, trials=24, storage=storage, repeats={"seeds": 2}, max_failures=10)
     with raylets(2) as made:
         words = ["--space", str(file), "--out", str(out), "--resume", "--address", made.address]
         driver = start(*words, log=log)
@@ -218,7 +218,7 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
             for kind in kinds:
                 ended = count(out, storage, *ENDED)
                 wait_for(lambda: driver.poll() is not None or count(out, storage, *ENDED) > ended)  # noqa: B023
-                time.sleep(chance.uniform(0, 3))
+                time.sleep(chance.uniform(0, 2))
                 assert driver.poll() is None, log.read_text()
                 if kind == "driver":
                     driver.kill()
@@ -233,7 +233,7 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
             assert driver.wait(600) == 0, log.read_text()
         finally:
             driver.kill()
-    check_whole(out, 14, storage)
+    check_whole(out, 24, storage)
 
 
 @pytest.mark.full
