@@ -534,6 +534,8 @@ def test_table_3_stands_beside_the_printed_one(tmp_path: Path) -> None:
     assert by_setting["IV"][1] == str(count) == "3" and by_setting["IV"][6].startswith(f"{100 * mean:.1f} ± ")
     assert by_setting["III"][6] == "failed"
     assert "rank agreement of 1.00" in section.sentences[0] and "the untouched split 'val'" in section.sentences[-1]
+    # Two points between one setting and the next (so is the story), 0.6 between seeds.
+    assert "Against Base, beyond noise: I +" in section.sentences[0] and "judged seed by seed" in section.sentences[-1]
     paper = (tmp_path / "paper.md").read_text()
     for text in (paper, (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text(), shown):
         assert "Table 3 of the paper" in text and "rank agreement of 1.00" in text

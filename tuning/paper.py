@@ -231,9 +231,13 @@ def _order(cells: Sequence[Cell], name: str, final: bool, findings: Findings) ->
     if not noise.known:
         return f"{text}. With one seed each the noise is not known, so the steps are not judged."
     real = [f"{step} {_signed(g)}" for step, g in gaps if g.real]
-    if not real:
-        return f"{text}, none beyond noise."
-    return f"{text}; {len(real)} {'is' if len(real) == 1 else 'are'} beyond noise: {', '.join(real)}."
+    verb = "is" if len(real) == 1 else "are"
+    text += f"; {len(real)} {verb} beyond noise: {', '.join(real)}." if real else ", none beyond noise."
+    if have[0][0] != "Base":
+        return text
+    whole = [(s, difference(m, have[0][1], noise)) for s, m in have[1:]]
+    apart = [f"{s} {_signed(g)}" for s, g in whole if g.real]
+    return f"{text} Against Base, beyond noise: {', '.join(apart) or 'none'}."
 
 
 # -- Table 4 ----------------------------------------------------------------------------------
