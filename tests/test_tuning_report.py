@@ -571,6 +571,7 @@ def test_table_4_and_figure_7_invent_nothing(tmp_path: Path) -> None:
     assert section is not None and section.image == "paper.png" and plots(tmp_path / "t") == {"paper"}
     assert [row[-1] for row in section.rows] == ["not known here"] * 2 + ["the paper's choice", "not known here"]
     assert "not known here: the paper's chosen value is K 0.35" in section.sentences[0]
+    assert [s.split("with ")[1].split(" mIoU")[0] for s in section.sentences[1:3]] == ["seg", "CAM"]
 
     widths = {p: SPACE["search"][p] for p in ("method.uncertainty.d_cls", "method.contrast.d_seg")}
     story = Story(tmp_path / "f", search=widths, first=[], paper="fig7", scheduler={"name": "none"})

@@ -261,6 +261,8 @@ def _table4(title: str, findings: Findings, folder: Path) -> PaperSection:
         f"The printed values are not known here: the paper's chosen value is K {chosen}, which it calls the best.",
         _best_cell(cells, [("K", KEEP)], final, findings),
     ]
+    if sum(_measured(c, CAM, final).known for c in cells) > 1:
+        sentences.append(_best_cell(cells, [("K", KEEP)], final, findings, CAM))
     image = _picture(folder, _plot_keep(cells, final), [c for c in cells if _measured(c, SEG, final).known])
     header = ("K", "seeds", "CAM mIoU, %", "seg mIoU, %", "printed")
     return PaperSection(title, header, rows, (*sentences, _how(findings, cells, final)), image)

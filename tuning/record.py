@@ -260,9 +260,10 @@ def percent(name: str) -> bool:
 def label(name: str) -> str:
     """A metric or cost in words, with its unit.
 
-    >>> label("seg_miou"), label("step_s")
-    ('seg mIoU, %', 'step, s')
+    >>> label("seg_miou"), label("cam_miou"), label("step_s")
+    ('seg mIoU, %', 'CAM mIoU, %', 'step, s')
     """
     if name in COSTS:
         return {"step_s": "step, s", "memory_gb": "memory, GB", "gflop": "step, GFLOP"}[name]
-    return name.replace("_", " ").replace("miou", "mIoU").replace("map", "mAP").replace("f1", "F1") + ", %"
+    words = {"miou": "mIoU", "map": "mAP", "f1": "F1", "cam": "CAM"}
+    return " ".join(words.get(word, word) for word in name.split("_")) + ", %"
