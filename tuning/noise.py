@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from tuning.record import Run, TrialRow, label, percent
 from tuning.search import Findings
 
-# From so many standard errors on a difference counts as real: the 97.5 % point of Student's t with 1, 2, … degrees of
-# freedom, beyond them by its expansion around the normal distribution's.
-FEW_FREEDOM, NORMAL = (12.71, 4.30, 3.18, 2.78), 1.96
+# Of Student's t: a difference beyond it would be luck in one of twenty cases.
+QUANTILE = 0.975
 # Two configurations on two seeds leave one degree of freedom: too little to believe a small remainder.
 LEAST_FREEDOM = 2
 # Draws of what seeds alone would give.
@@ -132,10 +132,7 @@ class Noise:
         >>> round(Noise(1.0, 1).bar, 1), round(Noise(1.0, 10).bar, 1)
         (12.7, 2.2)
         """
-        n, z = max(1, self.freedom), NORMAL
-        if n <= len(FEW_FREEDOM):
-            return FEW_FREEDOM[n - 1]
-        return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        return float(stdtrit(max(1, self.freedom), QUANTILE))
 
     def judges_pairs(self, found: Iterable[Measure]) -> bool:
         """Whether differences between some measures are taken seed by seed: all of them have the same seeds."""
