@@ -11,6 +11,7 @@ import pytest
 from cluster import cli
 from cluster.cli import load_config, load_place, shipped
 from cluster.preflight import Capacity, Node, check_fits, data_tasks, sizes
+from tests.raycluster import raylets
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 
@@ -139,45 +140,37 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-    from cluster.launch import start_ray, stop_ray
     from cluster.preflight import wait_until_free
     from cluster.sweep import sweep_placement_groups
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        try:
-            start_ray(cpus=2)
-            group = placement_group([{"CPU": 1.5}])
-            ray.get(group.ready())
-            said: list[str] = []
-            busy = cfg(cluster__cpus_per_worker=0.5)
-            with pytest.raises(
-                ConfigError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"
-            ):
-                wait_until_free(busy, 2, patience_s=1, say=said.append, every_s=0.2)
-            assert len(said) == 1
-            assert sweep_placement_groups() == []  # ours is a live job
-            remove_placement_group(group)
-            wait_until_free(busy, 2, patience_s=30, say=said.append, every_s=0.2)
-            # A driver that is killed while its group, which outlives it, is placed.
-            code = (
-                "import ray, os; ray.init(address='auto', log_to_driver=False);"
-                "from ray.util.placement_group import placement_group as make;"
-                "g = make([{'CPU': 1}], lifetime='detached', name='left'); ray.get(g.ready());"
-                "print(g.id.hex(), flush=True); os.kill(os.getpid(), 9)"
-            )
-            address = ray.get_runtime_context().gcs_address
-            done = subprocess.run(
-                [sys.executable, "-c", code.replace("'auto'", repr(address))], capture_output=True, text=True
-            )
-            left = done.stdout.split()[-1]
-            until = time.monotonic() + 60
-            while sweep_placement_groups() != [left]:
-                assert time.monotonic() < until
-                time.sleep(0.5)
-            until = time.monotonic() + 30
-            while placement_group_table()[left]["state"] != "REMOVED":
-                assert time.monotonic() < until
-                time.sleep(0.1)
-        finally:
-            stop_ray()
+    with raylets(1, cpus=2):
+        group = placement_group([{"CPU": 1.5}])
+        ray.get(group.ready())
+        said: list[str] = []
+        busy = cfg(cluster__cpus_per_worker=0.5)
+        with pytest.raises(ConfigError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"):
+            wait_until_free(busy, 2, patience_s=1, say=said.append, every_s=0.2)
+        assert len(said) == 1
+        assert sweep_placement_groups() == []  # ours is a live job
+        remove_placement_group(group)
+        wait_until_free(busy, 2, patience_s=30, say=said.append, every_s=0.2)
+        # A driver that is killed while its group, which outlives it, is placed.
+        code = (
+            "import ray, os; ray.init(address='auto', log_to_driver=False);"
+            "from ray.util.placement_group import placement_group as make;"
+            "g = make([{'CPU': 1}], lifetime='detached', name='left'); ray.get(g.ready());"
+            "print(g.id.hex(), flush=True); os.kill(os.getpid(), 9)"
+        )
+        address = ray.get_runtime_context().gcs_address
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("'auto'", repr(address))], capture_output=True, text=True
+        )
+        left = done.stdout.split()[-1]
+        until = time.monotonic() + 60
+        while sweep_placement_groups() != [left]:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        until = time.monotonic() + 30
+        while placement_group_table()[left]["state"] != "REMOVED":
+            assert time.monotonic() < until
+            time.sleep(0.1)

@@ -93,6 +93,7 @@ def test_four_workers_and_a_batch_of_six_are_refused_before_the_start(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.full
 def test_two_workers_then_one_then_two_again(
     small: configs.Config, small_shards: Path, alone: Path, cluster: object, tmp_path: Path
 ) -> None:
