@@ -54,6 +54,9 @@ SOUND = SPACE | {
     "search": {"train.global_batch": {"choice": [4, 8]}, "train.lr": {"loguniform": [1e-4, 1e-2]}},
 }
 
+STORAGES = ["journal", "sqlite:///study.db"]
+NO_STOP = {"scheduler": {"name": "none"}}
+
 
 def write_space(path: Path, tree: Mapping[str, Any], **changes: Any) -> Path:
     """A space file."""
@@ -119,3 +122,8 @@ def play(
 def states(study: optuna.Study) -> list[str]:
     """Of all trials, by number."""
     return [t.state.name for t in study.get_trials(deepcopy=False)]
+
+
+def load(search: Any) -> optuna.Study:
+    """The study as somebody else would open it."""
+    return open_study(search.space, search.out, create=False, objectives=search.objectives, steps=search.steps)

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 from optuna.trial import TrialState
+from rich.console import Console
 
 from cluster.preflight import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
@@ -445,6 +446,17 @@ def test_a_folder_holds_one_search(home: Path, capsys: pytest.CaptureFixture[str
     (home / "stranger" / "notes.txt").write_text("")
     assert cli.main(["--space", str(other), "--out", str(home / "stranger"), "--resume"]) == 2
     assert "holds no search to resume; expected space.yaml in it" in capsys.readouterr().err
+
+
+def test_a_search_that_another_driver_is_beginning_is_joined(home: Path) -> None:
+    (home / "begun").mkdir()
+    (home / "begun" / "base.yaml").write_text("")  # the space file comes last
+    file = write_space(home / "begun.yaml", SOUND)
+    words = cli.build_parser().parse_args(["--space", str(file), "--out", str(home / "begun"), "--resume"])
+    assert cli.plan_search(words, Console(quiet=True)).out == home / "begun"
+    (home / "begun" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match="holds no search to resume"):
+        cli.plan_search(words, Console(quiet=True))
 
 
 def test_a_search_whose_trials_all_fail_alike_stops_and_quotes_the_error(

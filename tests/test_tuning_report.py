@@ -364,14 +364,11 @@ def test_on_the_same_seeds_a_difference_is_judged_seed_by_seed(tmp_path: Path) -
     assert any("points below: within noise" in t for t in verdict(story.findings()))
 
 
-def test_seeds_that_agree_to_the_last_digit_make_no_difference_real(tmp_path: Path) -> None:
-    story = Story(tmp_path, final={"best": 2})
-    for _ in range(2):
-        story.add(seeds=1)
-    rows = story.findings().rows
-    values = {1000: 0.1 + 0.2, 1001: 0.5, 1002: 0.4}
-    story.finalists = [Finalist(rows[0], _runs(values)), Finalist(rows[1], _runs({**values, 1000: 0.3}))]
-    assert any("within noise, the two cannot be told apart" in t for t in verdict(story.findings()))
+def test_rounding_is_no_difference_where_seeds_leave_no_noise() -> None:
+    noise = Noise(0.1, 4, Noise(0.0, 2))
+    a, b = (Measure("seg_miou", m, count=3, seeds=(0, 1, 2)) for m in (0.3 + 1e-12, 0.3))
+    assert difference(a, b, noise).real is False
+    assert difference(replace(a, mean=0.31), b, noise).real is True
 
 
 def test_noise_with_gaps_in_the_table_is_that_of_least_squares(tmp_path: Path) -> None:

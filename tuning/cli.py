@@ -257,10 +257,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def ended_search(search: Search) -> optuna.Study | None:
     """The study of a search that is resumed, where there is one and it may have ended."""
     try:
-        _, study = stored_search(search.out)
+        return stored_search(search.out)[1]
     except ConfigError:
         return None
-    return study
 
 
 def _run_on_ray(

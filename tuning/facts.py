@@ -134,12 +134,13 @@ def verdict(findings: Findings) -> list[str]:
     lines.append(_second(findings, tune))
     noise = seed_noise(findings)
     if noise.known:
-        lines.append(
-            f"Between seeds of one configuration the standard deviation is {100 * noise.deviation:.2f} points "
-            f"({noise.freedom} degrees of freedom)"
-            + (f", {100 * noise.paired.deviation:.2f} ({noise.paired.freedom}) without" if noise.paired else "")
-            + (" what a seed does to all configurations alike." if noise.paired else ".")
-        )
+        text = f"Between seeds of one configuration the standard deviation is {100 * noise.deviation:.2f} points "
+        text += f"({noise.freedom} degrees of freedom)"
+        if (left := noise.paired) is not None:
+            text += (
+                f", {100 * left.deviation:.2f} ({left.freedom}) without what a seed does to all configurations alike"
+            )
+        lines.append(text + ".")
     return [line for line in lines if line]
 
 
