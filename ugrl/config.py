@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from ugrl.errors import ConfigError
+from ugrl.model.specs import SPECS, least_crop
 
 T = TypeVar("T")
 
@@ -357,11 +358,18 @@ def build(tree: Mapping[str, Any]) -> Config:
 
 def _check_together(cfg: Config) -> None:
     d, t, c = cfg.data, cfg.train, cfg.method.cam
+    backbone = cfg.model.backbone
+    crop = least_crop(backbone, c.scales) if min(c.scales) > 0 else 0
     rules = [
         (d.scale_min <= d.scale_max, f"data.scale_min is {d.scale_min}; expected ≤ data.scale_max {d.scale_max}"),
         (c.low <= c.high, f"method.cam.low is {c.low}; expected ≤ method.cam.high {c.high}"),
         (1.0 in c.scales, f"method.cam.scales is {list(c.scales)}; expected 1.0 among them: it carries the affinity"),
         (all(s > 0 for s in c.scales), f"method.cam.scales is {list(c.scales)}; expected numbers > 0"),
+        (
+            d.crop >= crop,
+            f"data.crop is {d.crop}: at {min(c.scales):g}, the smallest of method.cam.scales, it is smaller than the "
+            f"{SPECS[backbone].min_size} px that {backbone} needs; expected data.crop ≥ {crop}",
+        ),
         (all(s > 0 for s in cfg.eval.seg_scales), f"eval.seg_scales is {list(cfg.eval.seg_scales)}; expected > 0"),
         (
             t.at(t.cls_warmup_iters) < max(2, t.steps),
