@@ -469,7 +469,8 @@ def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> No
                 f"space key 'scheduler.name' is '{space.scheduler.name}'; with {len(space.objectives)} objectives no "
                 "trial can be stopped early: expected none"
             )
-        grace, warm = space.scheduler.grace_steps, max(train.at(train.lr_warmup_iters), train.at(train.cls_warmup_iters))
+        grace = space.scheduler.grace_steps
+        warm = max(train.at(train.lr_warmup_iters), train.at(train.cls_warmup_iters))
         if grace <= warm:
             raise ConfigError(
                 f"space key 'scheduler.grace_steps' is {grace}; expected > both warm-ups "
