@@ -337,8 +337,8 @@ class Trainer:
         left, step_s = pace.left(self.done), pace.step_s(warm)
         if left is None or step_s is None:
             return
-        known = "and steps after the warm-up take longer" if warm else "without validations"
-        self.say(f"step {self.done}  {step_time(step_s)} a step: about {duration(left)} left, {known}")
+        more = ", and steps after the warm-up take longer" if warm else ""
+        self.say(f"step {self.done}  {step_time(step_s)} a step: about {duration(left)} left{more}")
         if warning := slow_text(left, self.done, self.cfg.train.steps):
             self.say(warning)
 

@@ -139,7 +139,8 @@ def header(
 
 def tell(console: Console, text: str) -> None:
     """One line that may hold anything: wrapped between words on a terminal, one line elsewhere."""
-    console.print(plain(text), highlight=False, soft_wrap=not console.is_terminal)
+    words = Text("  ").join(plain(word) for word in text.split("  "))
+    console.print(words, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def slow_text(left_s: float, done: int, total: int) -> str:
@@ -199,7 +200,7 @@ class Progress:
 
     def _words(self) -> tuple[str, list[str]]:
         left = left_text(self.pace.left(self.done) if self.pace else None)
-        texts = (self.now, speed_text(self.values), losses_text(self.values))
+        texts = (self.now,) if self.now else (speed_text(self.values), losses_text(self.values))
         return left, [word for text in texts if text for word in text.split("  ")]
 
     def render(self) -> Text:
@@ -208,9 +209,9 @@ class Progress:
         options = self.console.options
         return bar_line(options.max_width, self.done, self.total, left, notes, ascii_only=options.ascii_only)
 
-    def _line(self) -> None:
+    def _line(self, *, due: bool = False) -> None:
         now = time.monotonic()
-        if not self.enabled or self.on_terminal or (now - self.last_line < self.every_s and self.done < self.total):
+        if not self.enabled or self.on_terminal or (now - self.last_line < self.every_s and not due):
             return
         self.last_line = now
         left, notes = self._words()
@@ -222,7 +223,7 @@ class Progress:
         if values is not None:
             self.values = dict(values)
         if self.values:
-            self._line()
+            self._line(due=done == self.total)
 
     def validating(self, images: int, total: int) -> None:
         """Images of a validation that are through."""
