@@ -243,7 +243,7 @@ def test_missing_file_and_empty_folder(tmp_path):
 @contextmanager
 def hub(monkeypatch, tmp_path, files):
     """A hub of one's own on this machine; yields what it was asked. ``None`` for files hangs up on everyone."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     asked = []
 
@@ -272,10 +272,10 @@ def hub(monkeypatch, tmp_path, files):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield asked
