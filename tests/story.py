@@ -64,6 +64,8 @@ class Story:
         self.draw = random.Random(0)
         self.time = BEGIN
         self.finalists: list[Finalist] = []
+        # Where it is set: the score of a predictor that has learned nothing, as validations up to step 80 have it.
+        self.nothing: float | None = None
 
     def point(self, **given: Any) -> dict[str, Any]:
         """A random point; values by the last word of the path."""
@@ -80,16 +82,23 @@ class Story:
             made[axis.path] = given.get(axis.name, int(value) if axis.integer else value)
         return made
 
-    def run(self, point: Mapping[str, Any], seed: int, last: int, *, final: bool = False) -> dict[str, Any]:
-        """A run as the record keeps it."""
+    def run(
+        self, point: Mapping[str, Any], seed: int, last: int, *, final: bool = False, flat: bool = False
+    ) -> dict[str, Any]:
+        """A run as the record keeps it; a flat one has learned nothing."""
         top = quality(point) + self.draw.gauss(0, 0.006)
         curve = [[s, top * (1 - math.exp(-s / 70))] for s in range(EVERY, last + 1, EVERY)]
+        if self.nothing is not None:
+            curve = [[s, self.nothing if flat or s <= 80 else v] for s, v in curve]
         value = curve[-1][1] if curve else None
         d_cls, d_seg = point.get("method.uncertainty.d_cls", 1024), point.get("method.contrast.d_seg", 512)
         metrics = {} if value is None else {
             "seg_miou": value, "cam_miou": value * 0.9, "tag_map": 0.8, "tag_f1": 0.7, "step_s": 0.2 + d_cls / 1e4,
             "gflop": 10 + d_cls / 500 + d_seg / 100,
         }  # fmt: skip
+        if value is not None and self.nothing is not None:
+            beside = {"tag_prevalence": 0.25, "collapsed": float(value <= self.nothing)}
+            metrics |= {"seg_background_miou": self.nothing, **beside}
         ended = last == STEPS
         return {
             "value": value, "step": last if curve else 0, "metrics": metrics, "curve": curve, "seconds": 0.25 * last,
@@ -99,11 +108,11 @@ class Story:
 
     def add(
         self, state: str = "COMPLETE", *, last: int = STEPS, seeds: int = 1, final: bool = False, origin: str = "",
-        values: list[float] | None = None, attrs: Mapping[str, Any] | None = None, **given: Any,
+        values: list[float] | None = None, attrs: Mapping[str, Any] | None = None, flat: bool = False, **given: Any,
     ) -> int:  # fmt: skip
         """One trial; its number."""
         point = self.point(**given)
-        runs = {str(s): self.run(point, s, last, final=final) for s in range(seeds)} if last else {}
+        runs = {str(s): self.run(point, s, last, final=final, flat=flat) for s in range(seeds)} if last else {}
         held = sum(r["seconds"] for r in runs.values()) + 9.0
         told = values
         if told is None and state in ("COMPLETE", "PRUNED"):

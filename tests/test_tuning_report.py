@@ -8,7 +8,6 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from optuna.trial import TrialState
 from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
 from tuning import facts
 from tuning.facts import cost, paper_trial, verdict
-from tuning.noise import Measure, Noise, by_luck, difference, seed_noise
 from tuning.page import write_html, write_markdown
 from tuning.paper import paper_section, spearman
 from tuning.plots import draw, importance
-from tuning.record import Run
-from tuning.search import Finalist, Findings
+from tuning.search import Findings
 from ugrl import config as configs
 from ugrl.storage import Place
 from ugrl.text import markdown
@@ -159,102 +156,6 @@ def test_a_browser_shows_the_page_without_a_complaint(whole: tuple[Path, Finding
     done = subprocess.run([*words, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr
     assert picture.stat().st_size > 50_000
-
-
-# -- how sure ---------------------------------------------------------------------------------
-
-
-def test_without_fresh_seeds_the_number_is_called_optimistic(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    story.fill(6)
-    text = " ".join(verdict(story.findings()))
-    assert "best of 4, picked for being the best, and therefore optimistic" in text
-    assert "with one seed each the noise is not known" in text
-
-
-def _runs(values: Mapping[int, float]) -> tuple[Run, ...]:
-    return tuple(Run(s, STEPS, v, {"seg_miou": v}, final={"seg_miou": v - 0.1}) for s, v in values.items())
-
-
-@pytest.mark.parametrize(
-    ("gap", "words"), [(0.01, "within noise, the two cannot be told apart"), (0.1, "beyond noise")]
-)
-def test_the_second_is_judged_by_the_noise(gap: float, words: str, tmp_path: Path) -> None:
-    story = Story(tmp_path, final={"best": 2})
-    for _ in range(2):
-        story.add(seeds=1)
-    rows = story.findings().rows
-    runs = [_runs({s + k: m + d for s, d in enumerate((-0.01, 0.0, 0.01))}) for k, m in ((0, 0.5), (10, 0.5 - gap))]
-    story.finalists = [Finalist(rows[1], runs[0]), Finalist(rows[0], runs[1])]
-    found = story.findings()
-    assert found.best is not None and found.best.number == 1
-    noise = seed_noise(found)
-    assert noise.deviation == pytest.approx(0.01) and noise.freedom == 4 and noise.paired is None
-    text = verdict(found)
-    assert "50.00 ± 0.58 % on split 'tune_val' (3 fresh seeds), 40.00 ± 0.58 % on the untouched split 'val'" in text[0]
-    second = next(t for t in text if t.startswith("Second"))
-    assert words in second and f"{100 * gap:.2f} ± 0.82 points below: " in second
-
-
-def test_on_the_same_seeds_a_difference_is_judged_seed_by_seed(tmp_path: Path) -> None:
-    """Seeds are apart by ten points, and the two configurations by one on each of them."""
-    story = Story(tmp_path, final={"best": 2})
-    for _ in range(2):
-        story.add(seeds=1)
-    rows = story.findings().rows
-    first = {1000: 0.40, 1001: 0.50, 1002: 0.60}
-    second = {1000: 0.389, 1001: 0.490, 1002: 0.591}
-    story.finalists = [Finalist(rows[0], _runs(first)), Finalist(rows[1], _runs(second))]
-    noise = seed_noise(story.findings())
-    assert noise.paired is not None and noise.freedom == 4 and noise.paired.freedom == 2
-    assert noise.deviation == pytest.approx(0.1005, abs=1e-4)
-    # The differences 0.011, 0.010, 0.009 have deviation 0.001, and a difference has the noise of both.
-    assert noise.paired.deviation == pytest.approx(0.001 / math.sqrt(2))
-    text = verdict(story.findings())
-    assert any("1.00 ± 0.06 points below (seed by seed): beyond noise" in t for t in text)
-    assert any("is 10.05 points (4 degrees of freedom), 0.07 (2) without what a seed does to all" in t for t in text)
-    # With one seed of its own, the second is judged by what seeds do as a whole.
-    story.finalists[1] = Finalist(rows[1], _runs({**second, 1003: 0.49}))
-    assert any("points below: within noise" in t for t in verdict(story.findings()))
-
-
-def test_rounding_is_no_difference_where_seeds_leave_no_noise() -> None:
-    noise = Noise(0.1, 4, Noise(0.0, 2))
-    a, b = (Measure("seg_miou", m, count=3, seeds=(0, 1, 2)) for m in (0.3 + 1e-12, 0.3))
-    assert difference(a, b, noise).real is False
-    assert difference(replace(a, mean=0.31), b, noise).real is True
-
-
-def test_noise_with_gaps_in_the_table_is_that_of_least_squares(tmp_path: Path) -> None:
-    """Three configurations, of which one has all seeds: what is added by configuration and by seed is no noise."""
-    story = Story(tmp_path, final={"best": 3})
-    for _ in range(3):
-        story.add(seeds=1)
-    rows, seed = story.findings().rows, {1: 0.3, 2: 0.1, 3: 0.25}
-    tables = [(0.0, (1, 2)), (0.05, (2, 3)), (0.1, (1, 2, 3))]
-    story.finalists = [
-        Finalist(r, _runs({s: c + seed[s] for s in have})) for r, (c, have) in zip(rows, tables, strict=True)
-    ]
-    noise = seed_noise(story.findings())
-    assert noise.paired is not None and noise.paired.freedom == 2
-    assert noise.paired.deviation == pytest.approx(0, abs=1e-9) and noise.deviation > 0.05
-    # Two configurations on two seeds tell too little of what is left.
-    story.finalists = [Finalist(r, _runs({1: c, 2: c + 0.1})) for r, c in zip(rows[:2], (0.3, 0.4), strict=True)]
-    assert seed_noise(story.findings()).paired is None
-
-
-def test_the_best_of_many_equals_is_seen_as_luck() -> None:
-    noise, normal = Noise(0.01, 16), statistics.NormalDist(0.5, 0.01 / math.sqrt(2))
-    measures = [Measure("seg_miou", normal.inv_cdf((k + 0.5) / 16), count=2) for k in range(16)]
-    top, low = max(measures, key=lambda m: m.mean), min(measures, key=lambda m: m.mean)
-    # Taken by themselves the two ends look different; as ends of sixteen they are not.
-    assert difference(top, low, noise).real
-    assert by_luck(measures, noise) > 0.1
-    assert by_luck([*measures, Measure("seg_miou", 0.6, count=2)], noise) < 0.01
-    assert math.isnan(by_luck(measures, Noise()))
-    # The same sixteen on the same two seeds, which do much the same to all of them.
-    shared = [replace(m, seeds=(0, 1)) for m in measures]
-    assert by_luck(shared, Noise(0.01, 16, Noise(0.001, 15))) < 0.01 < by_luck(measures, noise)
 
 
 # -- states that are not whole ----------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.budget import covered
-from tuning.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show, unit
+from tuning.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
 from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
 from tuning.search import Finalist, Findings
@@ -135,22 +135,23 @@ def verdict(findings: Findings) -> list[str]:
     lines += [star(findings), _second(findings, tune)]
     noise = seed_noise(findings)
     if noise.known:
-        text = f"Between seeds of one configuration the standard deviation is {amount(tune.name, noise.deviation)} "
+        text = f"Between seeds of one configuration the standard deviation is {points(noise.deviation)} "
         text += f"({noise.freedom} degrees of freedom)"
         if (left := noise.paired) is not None:
-            number = amount(tune.name, left.deviation).split()[0]
-            text += f", {number} ({left.freedom}) without what a seed does to all configurations alike"
+            text += (
+                f", {100 * left.deviation:.2f} ({left.freedom}) without what a seed does to all configurations alike"
+            )
         lines.append(text + ".")
     return [line for line in lines if line]
 
 
-def amount(name: str, value: float) -> str:
-    """The size of a difference, with its unit.
+def points(value: float) -> str:
+    """The size of a difference of two scores.
 
-    >>> amount("seg_miou", -0.012), amount("step_s", 0.25)
-    ('1.20 points', '0.25 s')
+    >>> points(-0.012)
+    '1.20 points'
     """
-    return f"{show(name, abs(value))} {unit(name)}"
+    return f"{100 * abs(value):.2f} points"
 
 
 def _within(findings: Findings) -> str:
@@ -176,30 +177,25 @@ def _fresh(findings: Findings, row: TrialRow, tune: Measure) -> list[str]:
     if have < asked:
         lines.append(f"{have} of {asked} finalists have been run again with fresh seeds so far.")
     if row.value is not None:
-        seeds = ", ".join(str(r.seed) for r in row.runs)
-        change = tune.mean - row.value
-        text = f"In the search it had {show(tune.name, row.value)}{' %' if unit(tune.name) == 'points' else ''}"
-        text += (
-            f" on seed{'s' if len(row.runs) > 1 else ''} {seeds}; with fresh seeds it has "
-            if seeds
-            else ("; with fresh seeds it has ")
-        )
-        if abs(change) <= ROUNDING:
-            return [*lines, text + "the same."]
-        lines.append(f"{text}{amount(tune.name, change)} {'more' if change > 0 else 'less'}. {_chance(findings)}")
+        seeds, change = ", ".join(str(r.seed) for r in row.runs), tune.mean - row.value
+        where = f" on {'seeds' if len(row.runs) > 1 else 'seed'} {seeds}" if seeds else ""
+        text = f"In the search it had {show(tune.name, row.value)} %{where}; with fresh seeds it has "
+        same = abs(change) <= ROUNDING
+        more = "more" if change > 0 else "less"
+        lines.append(f"{text}the same." if same else f"{text}{points(change)} {more}. {_chance(findings)}")
     return lines
 
 
 def _chance(findings: Findings) -> str:
     """What picking and other seeds explain of the change, and whether that is all of it."""
-    found, name = loss(findings), findings.search.objective
+    found = loss(findings)
     if found is None or not (math.isfinite(found.picked) or math.isfinite(found.seeds)):
         return "With one seed each it is not known how much of that is chance."
     parts = []
     if found.lost > 0 and found.trials > 1 and math.isfinite(found.picked):
-        parts.append(f"picking the best of {found.trials} adds {amount(name, found.picked)} on average at most")
+        parts.append(f"picking the best of {found.trials} adds {points(found.picked)} on average at most")
     if math.isfinite(found.seeds):
-        parts.append(f"other seeds alone move such a number by up to {amount(name, found.seeds)} (19 cases of 20)")
+        parts.append(f"other seeds alone move such a number by up to {points(found.seeds)} (19 cases of 20)")
     else:
         parts.append("with one fresh seed it is not known what other seeds alone do")
     text = ", and ".join(parts)
@@ -207,11 +203,9 @@ def _chance(findings: Findings) -> str:
         words = "both together explain" if len(parts) > 1 else "that explains"
         text += f": {words} it" if found.explained else f": it is more than {words}"
     if found.shared is not None:
-        text += (
-            f". All {len(findings.finalists)} finalists {'lost' if found.shared > 0 else 'gained'} "
-            f"{amount(name, found.shared)} on average, which picking does not explain: it is the search's own seed, "
-            "which all its trials shared"
-        )
+        text += f". The {len(findings.finalists)} finalists {'lost' if found.shared > 0 else 'gained'} "
+        text += f"{points(found.shared)} on average, which picking does not explain: it is the search's own seed, "
+        text += "which all its trials shared"
     return text[0].upper() + text[1:] + "."
 
 
@@ -227,7 +221,7 @@ def _optimism(findings: Findings) -> str:
     noise = noise.paired or noise
     if noise.known:
         most = expected_best(len(able)) * noise.deviation / math.sqrt(max(1, len(able[0].runs)))
-        text += f", by {amount(findings.search.objective, most)} on average at most"
+        text += f", by {points(most)} on average at most"
     return text + "."
 
 
@@ -238,13 +232,11 @@ def _second(findings: Findings, tune: Measure) -> str:
     row, other, _ = second
     gap = difference(tune, other, seed_noise(findings))
     how = " (seed by seed)" if gap.paired else ""
-    size = replace(gap, mean=abs(gap.mean)).short()
-    text = f"Second is trial {row.number} with {other.short()}{' %' if unit(tune.name) == 'points' else ''}, {size} "
-    text += f"{unit(tune.name)} {'below' if findings.search.objectives[0].maximize else 'above'}{how}: "
+    text = f"Second is trial {row.number} with {other.short()} %, {gap.short()} points below{how}: "
     if gap.real is None:
         return text + "with one seed each the noise is not known, so which of the two is better is not known either."
     if not gap.real:
-        least = amount(tune.name, gap.least)
+        least = points(gap.least)
         return f"{text}within noise, the two cannot be told apart (a difference counts from {least} on)."
     return f"{text}beyond noise."
 
@@ -322,7 +314,7 @@ def weak_rung(findings: Findings) -> str:
         return ""
     return (
         f"At the first rung, step {min(s for s, _ in weak)}, {len(weak)} of {len(there)} trials were within "
-        f"{amount(name, NEAR)} of what is had without learning anything ({show(name, base)} %): what was stopped there "
+        f"{points(NEAR)} of what is had without learning anything ({show(name, base)} %): what was stopped there "
         "was not compared. Set scheduler.grace_steps to a step where scores have left it."
     )
 

@@ -41,15 +41,6 @@ def show(name: str, value: float | None, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}" if percent(name) else f"{value:.3g}"
 
 
-def unit(name: str) -> str:
-    """What a difference of two values is counted in.
-
-    >>> unit("seg_miou"), unit("step_s")
-    ('points', 's')
-    """
-    return "points" if percent(name) else label(name).rsplit(", ", 1)[1]
-
-
 @dataclass(frozen=True)
 class Measure:
     """A mean over seeds.
@@ -90,8 +81,8 @@ class Measure:
         >>> Measure("seg_miou", 0.5, 0.01, 3).text()
         'seg mIoU 50.00 ± 1.00 %'
         """
-        name, of = label(self.name).rsplit(", ", 1)
-        return f"{name} {self.short()} {of}"
+        name, unit = label(self.name).rsplit(", ", 1)
+        return f"{name} {self.short()} {unit}"
 
 
 def measure(runs: Iterable[Run], name: str, *, final: bool = False) -> Measure:
@@ -280,7 +271,7 @@ class Loss:
     noise that trials do not share; what a seed does to all trials alike picks none of them, but goes with the seed.
 
     Attributes:
-        lost: The score in the search less that with fresh seeds, for a cost the reverse: above 0 is worse.
+        lost: The score in the search less that with fresh seeds.
         trials: Among which it was picked; 1 where scores picked nothing, since there is one or all are equal.
         picked: What picking adds on average, at most (that much if all trials were equally good); NaN if unknown.
         seeds: How far other seeds alone move it either way in 19 of 20 cases; NaN if unknown.
@@ -306,15 +297,14 @@ def loss(findings: Findings) -> Loss | None:
     """What the first finalist lost with fresh seeds; ``None`` without one, or without a score in the search."""
     if not findings.finalists or findings.finalists[0].trial.value is None:
         return None
-    objective, name = findings.search.objectives[0], findings.search.objective
-    sign = 1.0 if objective.maximize else -1.0
-    able = ranked(findings.rows, objective)
+    name = findings.search.objective
+    able = ranked(findings.rows, findings.search.objectives[0])
     values = [r.value or 0.0 for r in able]
     count = len(able) if values and max(values) - min(values) > ROUNDING else 1
 
     def lost(k: int) -> float:
         found = findings.finalists[k]
-        return sign * ((found.trial.value or 0.0) - measure(found.runs, name).mean)
+        return (found.trial.value or 0.0) - measure(found.runs, name).mean
 
     total, alike = seed_noise(findings), _alike(findings, name)
     before, after = len(findings.finalists[0].trial.runs) or 1, len(findings.finalists[0].runs) or 1

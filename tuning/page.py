@@ -54,6 +54,7 @@ from ugrl.secrets import masked, public
 from ugrl.storage import place
 from ugrl.text import html, line, markdown
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # From so many complete trials on, the range of the best quarter says something.
 QUARTER = 8
 
@@ -445,7 +446,7 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Picture):
         return f"![{_plain(block.caption)}](plots/{block.name}.png)"
     if isinstance(block, Code):
-        text = masked(block.text.rstrip())
+        text = CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", masked(block.text.rstrip()))
         ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         fence = f"{ticks}{'yaml' if block.title else 'sh'}\n{text}\n{ticks}"
         if not block.title:
@@ -498,11 +499,11 @@ def _html(block: Block, folder: Path) -> str:
 
 
 def _figure(picture: Picture, folder: Path) -> str:
-    data = base64.b64encode(_file(picture, folder).read_bytes()).decode()
-    text = _escape(picture.caption)
-    image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-    kind = ' class="large"' if picture.wide else ""
-    return f"<figure{kind}>{_wide(image, picture.name)}<figcaption>{text}</figcaption></figure>"
+    data = _file(picture, folder).read_bytes()
+    text, width = _escape(picture.caption), int.from_bytes(data[16:20])  # PNG keeps its width there
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    image = f'<img alt="{text}" style="--pixels: {width}" src="{source}">'
+    return f"<figure>{_wide(image, picture.name)}<figcaption>{text}</figcaption></figure>"
 
 
 def _wide(content: str, name: str) -> str:
@@ -612,8 +613,7 @@ summary { cursor: pointer; color: var(--accent); }
   .tiles, .figures { grid-template-columns: minmax(0, 1fr); }
   table { font-size: 14.5px; }
   nav { gap: 8px 18px; font-size: 15.5px; }
-  img { max-width: none; width: max(100%, 600px); }
-  .large img { width: max(100%, 900px); }
+  img { max-width: none; width: max(100%, var(--pixels) * .65px); }
 }
 """
 

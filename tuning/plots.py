@@ -121,8 +121,8 @@ def history(findings: Findings) -> Figure | str:
         ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=1)
     line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _baseline_line(ax, findings)
     _focus(ax, findings)
+    _baseline_line(ax, findings)
     ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(ax)
@@ -186,7 +186,7 @@ def slices(findings: Findings) -> Figure | str:
     for ax in grid.flat:
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 * cols + 1, frameon=False)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=cols + 1, frameon=False)
     return fig
 
 
@@ -286,12 +286,11 @@ def parallel(findings: Findings) -> Figure | str:
     for r in sorted(rows, key=lambda r: _y(findings, r)):
         place = min(1.0, max(0.0, (_y(findings, r) - low) / span))
         whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
-        good = place if findings.search.objectives[0].maximize else 1 - place
         name = _best_label(findings) if chosen else "" if whole else "not complete"
         ax.plot(
             range(len(scales) + 1),
             [*_places(scales, r.params), place],
-            color=BEST if chosen else SHADES(good) if whole else COLORS["FAIL"],
+            color=BEST if chosen else SHADES(place) if whole else COLORS["FAIL"],
             lw=2.6 if chosen else 1.4 if whole else 0.8,
             ls="-" if whole else "--",
             zorder=4 if chosen else 3 if whole else 2,
@@ -524,11 +523,11 @@ def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], findings: Findi
 
 
 def _baseline_line(ax: Axes, findings: Findings) -> None:
-    """What is had without learning anything."""
-    value = baseline(findings, findings.search.objective)
-    if math.isfinite(value):
-        name = "without learning anything"
-        ax.axhline(_scale(findings) * value, color="#444444", ls="-.", lw=1.0, zorder=1, label=name)
+    """What is had without learning anything, where the axis shows it."""
+    value = _scale(findings) * baseline(findings, findings.search.objective)
+    low, high = ax.get_ylim()
+    if low <= value <= high:
+        ax.axhline(value, color="#444444", ls="-.", lw=1.0, zorder=1, label="without learning anything")
 
 
 def _paper_line(ax: Axes, x: float, *, across: bool = False) -> None:
