@@ -93,7 +93,8 @@ def test_a_first_rung_that_compared_nothing_is_warned_of(told: tuple[Path, Findi
     assert weak_rung(older.findings()) == "" and collapse(older.findings()) == ""
 
 
-def test_a_star_on_rank_2_is_explained_beside_it(tmp_path: Path) -> None:
+def test_a_star_on_rank_2_is_explained_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "PLOTS", {})  # what they show of it stands in their legends, which are tested below
     story = Story(tmp_path, final={"best": 2, "seeds": 1})
     for alpha in (8.0, 30.0, 7.0):
         story.add(alpha=alpha, keep=0.45, tau=0.15, d_cls=512, d_seg=512)

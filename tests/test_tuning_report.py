@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-import shutil
 import statistics
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from optuna.trial import TrialState
 
 from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
 from tuning import facts
+from tuning import plots as plots_module
 from tuning.facts import cost, paper_trial, verdict
 from tuning.page import write_html, write_markdown
 from tuning.paper import paper_section, spearman
@@ -42,6 +41,11 @@ def full(out: Path) -> Story:
     for row in best[:3]:
         story.rerun(row.number)
     return story
+
+
+def draw_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """No other plots: drawing takes most of the time, and ``whole`` has all of them."""
+    monkeypatch.setattr(plots_module, "PLOTS", {name: plots_module.PLOTS[name] for name in names})
 
 
 # -- a search with everything -----------------------------------------------------------------
@@ -147,17 +151,6 @@ def test_the_cost_adds_up(whole: tuple[Path, Findings, str]) -> None:
     assert spent.utilisation == pytest.approx(training / (findings.sessions[0].seconds * 2))
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
-def test_a_browser_shows_the_page_without_a_complaint(whole: tuple[Path, Findings, str], tmp_path: Path) -> None:
-    out, _, _ = whole
-    picture = tmp_path / "page.png"
-    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    words += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,2000", f"--screenshot={picture}"]
-    done = subprocess.run([*words, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in done.stderr
-    assert picture.stat().st_size > 50_000
-
-
 # -- states that are not whole ----------------------------------------------------------------
 
 
@@ -194,7 +187,8 @@ def test_a_search_that_runs_has_no_complete_trial_yet(tmp_path: Path) -> None:
     assert "not known without a complete trial" in (tmp_path / "report.html").read_text()
 
 
-def test_one_axis(tmp_path: Path) -> None:
+def test_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "slices", "contour", "parallel")
     story = Story(tmp_path, search={"method.contrast.keep": {"uniform": [0.05, 0.8]}}, first=[])
     story.fill(3)
     _, shown = report(story, width=80)
@@ -204,7 +198,8 @@ def test_one_axis(tmp_path: Path) -> None:
     ]
 
 
-def test_axes_that_do_not_always_count(tmp_path: Path) -> None:
+def test_axes_that_do_not_always_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "slices", "parallel", "importance", "contour")
     axes = {
         "method.uncertainty.weighting": {"choice": ["inverse_exp", "none"]},
         "method.uncertainty.u_min": {
@@ -223,7 +218,8 @@ def test_axes_that_do_not_always_count(tmp_path: Path) -> None:
     assert "where weighting is inverse_exp" in (tmp_path / "report.html").read_text() and "train:" in shown
 
 
-def test_several_objectives(tmp_path: Path) -> None:
+def test_several_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "pareto", "importance")
     tree = {"objective": ["seg_miou", "step_s"], "scheduler": {"name": "none"}, "constraints": {"gflop": 18}}
     story = Story(tmp_path, **tree)
     for k in range(10):
@@ -269,7 +265,8 @@ def table3(out: Path, **changes: Any) -> Story:
     return Story(out, search=axes, first=[], paper="table3", scheduler={"name": "none"}, **changes)
 
 
-def test_table_3_stands_beside_the_printed_one(tmp_path: Path) -> None:
+def test_table_3_stands_beside_the_printed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch)
     story = table3(tmp_path)
     for setting in ("IV", "II", "I", "Base"):
         story.add(seeds=3, final=True, setting=setting)
