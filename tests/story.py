@@ -100,9 +100,12 @@ class Story:
             beside = {"tag_prevalence": 0.25, "collapsed": float(value <= self.nothing)}
             metrics |= {"seg_background_miou": self.nothing, **beside}
         ended = last == STEPS
+        untouched = {} if value is None else {"seg_miou": value - 0.02, "cam_miou": value * 0.85}
+        if self.nothing is not None:
+            untouched["seg_background_miou"] = self.nothing + 0.01
         return {
             "value": value, "step": last if curve else 0, "metrics": metrics, "curve": curve, "seconds": 0.25 * last,
-            "steps": last, "final": {"seg_miou": value - 0.02, "cam_miou": value * 0.85} if final and ended else {},
+            "steps": last, "final": untouched if final and ended else {},
             "ended": ended,
         }  # fmt: skip
 

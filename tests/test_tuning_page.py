@@ -57,7 +57,8 @@ def figures() -> Iterator[None]:
 def test_scores_stand_beside_what_learning_nothing_gives(told: tuple[Path, Findings, str]) -> None:
     out, findings, shown = told
     page, table = (out / "report.html").read_text(), csv_rows(out)
-    words = "Without learning anything (background everywhere) seg mIoU is 12.00 % on split 'tune_val'."
+    words = "Without learning anything (background everywhere) seg mIoU is 12.00 % on split 'tune_val' and 13.00 % on "
+    words += "split 'val'."
     assert words in verdict(findings) and words in shown
     assert "<dd>12.00 %</dd><dt>seg mIoU on tune_val without learning anything</dt>" in page
     assert table[0]["seg_background_miou"] == "0.12" and table[0]["tag_prevalence"] == "0.25"

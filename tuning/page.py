@@ -233,7 +233,7 @@ def _range(axis: Axis, rows: Sequence[TrialRow]) -> str:
     if not values:
         return "does not count"
     if axis.kind == "choice":
-        return ", ".join(str(o) for o in axis.options if o in values)
+        return ", ".join(short(o) for o in axis.options if o in values)
     return short(values[0]) if min(values) == max(values) else f"{short(min(values))} … {short(max(values))}"
 
 
