@@ -469,7 +469,7 @@ def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> No
                 f"space key 'scheduler.name' is '{space.scheduler.name}'; with {len(space.objectives)} objectives no "
                 "trial can be stopped early: expected none"
             )
-        grace, warm = space.scheduler.grace_steps, max(train.lr_warmup_iters, train.cls_warmup_iters)
+        grace, warm = space.scheduler.grace_steps, max(train.at(train.lr_warmup_iters), train.at(train.cls_warmup_iters))
         if grace <= warm:
             raise ConfigError(
                 f"space key 'scheduler.grace_steps' is {grace}; expected > both warm-ups "
@@ -477,7 +477,7 @@ def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> No
             )
         if grace > train.steps:
             raise ConfigError(f"space key 'scheduler.grace_steps' is {grace}; expected ≤ train.steps {train.steps}")
-    if train.eval_every > train.steps:
+    if train.at(train.eval_every) > train.steps:
         raise ConfigError(f"train.eval_every is {train.eval_every}; expected ≤ train.steps {train.steps}")
     if space.sampler.name == "grid":
         for axis in space.search:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ugrl.bilinear import resize
-from ugrl.model.encoder import Features, Four, init_weights, rows
+from ugrl.model.encoder import Features, init_weights, rows
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.norm import make_norm
+from ugrl.model.specs import Four
 from ugrl.precision import full_precision
 
 
