@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.preflight import Capacity
-from tuning.driver import concurrent_trials, held
 from tuning.options import Objective
+from tuning.placement import concurrent_trials, held
 from tuning.plain import clock, short
 from tuning.search import Search
 from tuning.space import SearchSpace
