@@ -28,7 +28,7 @@ from cluster.preflight import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import SOUND, SPACE, search_of, write_space
 from tuning import cli
-from tuning.driver import concurrent_trials, held
+from tuning.placement import concurrent_trials, held
 from tuning.record import read_trials
 from tuning.search import Search
 from tuning.study import open_storage, study_name

@@ -267,7 +267,7 @@ def _run_on_ray(
 ) -> tuple[optuna.Study, bool, str]:
     """Run what is left; the study, whether it was interrupted, and why it stopped early, if it did."""
     from cluster.launch import start_ray, stop_ray
-    from tuning.driver import concurrent_trials
+    from tuning.placement import concurrent_trials
 
     try:
         have = start_ray(args.address)
