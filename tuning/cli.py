@@ -26,7 +26,7 @@ from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.storage import place
-from ugrl.train.objective import resolve_objective
+from ugrl.train.check import check_run
 from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
-    return check_data(Search(space, base, shards, space.objectives, out))
+    return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
 def _being_written(path: Path) -> bool:
@@ -139,23 +139,22 @@ def _being_written(path: Path) -> bool:
     return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
-def check_data(search: Search) -> Search:
-    """The search with its objectives by their real names.
+def check_data(search: Search, *, fresh: bool = True) -> Search:
+    """The search with its objectives by their real names; ``fresh`` as :func:`ugrl.train.check.check_run` has it.
 
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
     space, base = search.space, search.base
     manifest = Manifest.load(search.shards)
-    splits = [base.data.train_split, space.split]
-    splits += [space.final.split] if space.final.best or space.final.every else []
-    for split in splits:
-        manifest.split(split)
-    found = tuple(
-        o if o.name in COSTS else Objective(resolve_objective(base, manifest, space.split, o.name))
-        for o in space.objectives
-    )
-    return replace(search, objectives=found)
+    found = []
+    for o in space.objectives:
+        name = None if o.name in COSTS else o.name
+        real = check_run(base, manifest, split=space.split, objective=name, fresh=fresh)
+        if space.final.best or space.final.every:  # measured there too, by the same metric
+            check_run(base, manifest, split=space.final.split, objective=real)
+        found.append(Objective(real) if name else o)
+    return replace(search, objectives=tuple(found))
 
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
