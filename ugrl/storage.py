@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from ugrl import foreign
 from ugrl.errors import UgrlError
 
 T = TypeVar("T")
@@ -239,6 +240,28 @@ class Place:
                 return bytes(file.read())
         except (OSError, pa.ArrowException) as error:
             raise self._error(error) from None
+
+    def read_small(self, what: str, *, most: int = foreign.MOST_TEXT, error: foreign.Refusal) -> bytes:
+        """The contents of a regular file of a bounded size.
+
+        Args:
+            what: It is, for the message.
+            most: Bytes.
+            error: Class of the refusal.
+
+        Raises:
+            StorageError: A remote storage has no such file, or does not answer.
+        """
+        if self.local is not None:
+            return foreign.read_bytes(self.local, what, most=most, error=error)
+        try:
+            found, path = self.filesystem()
+            with found.open_input_file(path) as file:
+                if file.size() > most:
+                    raise error(f"{self}: {file.size()} bytes; expected at most {most} of a {what}")
+                return bytes(file.read())
+        except (OSError, pa.ArrowException) as refusal:
+            raise self._error(refusal) from None
 
     def write(self, data: bytes) -> None:
         """Make this a file of these contents: a reader sees the old ones or the new ones, never half of them.
