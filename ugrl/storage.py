@@ -254,14 +254,10 @@ class Place:
         """
         if self.local is not None:
             return foreign.read_bytes(self.local, what, most=most, error=error)
-        try:
-            found, path = self.filesystem()
-            with found.open_input_file(path) as file:
-                if file.size() > most:
-                    raise error(f"{self}: {file.size()} bytes; expected at most {most} of a {what}")
-                return bytes(file.read())
-        except (OSError, pa.ArrowException) as refusal:
-            raise self._error(refusal) from None
+        size = self._info().size or 0
+        if size > most:
+            raise error(f"{self}: {size} bytes; expected at most {most} of a {what}")
+        return self.read()
 
     def write(self, data: bytes) -> None:
         """Make this a file of these contents: a reader sees the old ones or the new ones, never half of them.
