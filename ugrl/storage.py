@@ -198,16 +198,16 @@ class Place:
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
-        return self.local.exists() if self.local is not None else self._info().type != pafs.FileType.NotFound
+        return os.path.exists(self.local) if self.local is not None else self._info().type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
         """Whether there is a folder."""
-        return self.local.is_dir() if self.local is not None else self._info().type == pafs.FileType.Directory
+        return os.path.isdir(self.local) if self.local is not None else self._info().type == pafs.FileType.Directory
 
     def names(self) -> list[str]:
         """Names of what the folder holds, sorted; none where there is no folder."""
         if self.local is not None:
-            return sorted(p.name for p in self.local.iterdir()) if self.local.is_dir() else []
+            return sorted(os.listdir(self.local)) if os.path.isdir(self.local) else []
         found, path = self.filesystem()
         try:
             infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
