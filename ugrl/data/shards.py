@@ -79,6 +79,7 @@ class Manifest:
         class_names: The F foreground classes.
         splits: By name.
         schema_version: Of the shards.
+        census: What :class:`ugrl.data.census.Inventory` counted; empty in older folders.
     """
 
     root: Path | Place
@@ -87,6 +88,7 @@ class Manifest:
     class_names: tuple[str, ...]
     splits: dict[str, SplitInfo]
     schema_version: int = SCHEMA_VERSION
+    census: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -142,6 +144,7 @@ class Manifest:
                 }
                 for name, info in self.splits.items()
             },
+            **({"census": self.census} if self.census else {}),
         }
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -207,6 +210,7 @@ def _from_tree(root: Path | Place, tree: dict[str, Any]) -> Manifest:
         class_names=tuple(tree["class_names"]),
         splits=splits,
         schema_version=int(tree["schema_version"]),
+        census=dict(tree.get("census", {})),
     )
 
 
