@@ -184,7 +184,7 @@ class Inventory:
 
     def table(self) -> Table:
         """Per class and split: images that are tagged, images whose mask shows it, and where these disagree."""
-        table = Table(title="images by class: tagged / with pixels in the mask / where the two disagree")
+        table = Table(title="images by class", caption="tagged / with pixels / where these disagree")
         table.add_column("class", overflow="fold")
         for name in self.splits:
             table.add_column(plain(name), justify="right")

@@ -152,7 +152,9 @@ def _masks(folder: Path, entries: dict[str, Entry]) -> tuple[dict[str, Path], di
     # Exact names first: "a_mask.png" is the mask of "a_mask.jpg", where that is an image too.
     for ending in ("", "_mask"):
         for id, entry in entries.items():
-            keys = dict.fromkeys((without_suffix(entry.file) + ending, entry.file + ending, id + ending))
+            bare = without_suffix(entry.file)
+            suffix = entry.file.removeprefix(bare)  # "a.jpg.png" is what some tools make of "a.jpg"
+            keys = dict.fromkeys(name + more + ending for name in (bare, id) for more in ("", suffix))
             masks = [name for key in keys for name in files.get(key, ()) if name not in used]
             if id in found:
                 masks.insert(0, found[id])

@@ -87,7 +87,7 @@ class VocSource:
             id = self._id(text.strip())
             if id in self._lines:
                 raise DataError(f"{where}: id {brief(id)} was used before ({self._lines[id]}); expected unique ids")
-            self._lines[id] = where
+            self._lines[id] = f"{path.name} line {at}"
             ids.append(id)
         return ids
 
