@@ -11,7 +11,7 @@ from PIL import Image
 from ugrl.data import cli
 from ugrl.data.prepare import prepare
 from ugrl.data.shards import Manifest
-from ugrl.data.source import RowError, Source, open_source
+from ugrl.data.source import RowError, Source, Stray, open_source
 from ugrl.data.voc import CLASS_NAMES, VocSource
 from ugrl.errors import ConfigError, DataError
 
@@ -183,6 +183,100 @@ def test_bad_rows_are_one_clear_line_and_leave_nothing_or_are_counted(devkit, tm
     assert not list(tmp_path.glob("out*"))
     manifest = prepare(source, tmp_path / "out", tune_val=0, on_error="skip")
     assert manifest.ids("train") == ("a1",) and manifest.splits["train"].left_out == {reason: 1}
+
+
+# ---- lists and files as other people have them -----------------------------------------------------
+
+
+def listed(devkit, text, split="train"):
+    data = text if isinstance(text, bytes) else text.encode()
+    (devkit / "ImageSets" / "Segmentation" / f"{split}.txt").write_bytes(data)
+    return VocSource(devkit)
+
+
+def add(devkit, id, name, suffix=".jpg", mask_suffix=".png"):
+    save_image(devkit / "JPEGImages" / f"{id}{suffix}")
+    save_xml(devkit / "Annotations" / f"{id}.xml", name)
+    save_mask(devkit / "SegmentationClass" / f"{id}{mask_suffix}", square(CLASS_NAMES.index(name) + 1))
+
+
+@pytest.mark.parametrize(
+    "id", ["IMG_1_jpg.rf.0a1b2c", "north gate 01", "street.left", "a.b c.d", "käfer", "sub/deep 1"]
+)
+def test_ids_are_what_the_line_says_whatever_its_characters(devkit, id):
+    for other in ("street", "north", "IMG_1_jpg", "a", "sub"):
+        add(devkit, other, "dog")
+    add(devkit, id, "cat")
+    forms = (
+        *(f"{id}\n", f"\ufeff{id}\r\n\r\n", f"  {id}\t\n", f"{id}.jpg\n"),
+        *(f"/JPEGImages/{id}.jpg /SegmentationClassAug/{id}.png\n", f"VOC2012/JPEGImages/{id}.jpg"),
+    )
+    for text in forms if "/" not in id else forms[:3]:
+        source = listed(devkit, text)
+        assert source.splits()["train"] == [id] and source.row("train", id).tags == (8,)
+    assert listed(devkit, f"{id}\n".encode("utf-16")).splits()["train"] == [id]
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
+def test_images_and_masks_with_other_suffixes(devkit, suffix):
+    add(devkit, "b", "cow", suffix, ".PNG")
+    row = listed(devkit, "b\n").row("train", "b")
+    assert row.tags == (10,) and row.image == (devkit / "JPEGImages" / f"b{suffix}").read_bytes()
+    np.testing.assert_array_equal(pixels(row.mask), square(10))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a1\na2\n\na1\n", r"train\.txt: line 4: id 'a1' was used before \(train\.txt line 1\); expected unique ids"),
+        ("a1\nv1\n", r"val\.txt: line 1: id 'v1' was used before \(train\.txt line 2\)"),
+        ("a1\n" + "x" * 2000 + "\n", r"train\.txt: line 2: 2000 characters; expected an id"),
+        ("käfer\n".encode("latin-1"), r"train\.txt: line 1: byte 0xe4 is not UTF-8; save the file as UTF-8"),
+        (b"a1\0\n", r"train\.txt: line 1: a zero byte"),
+    ],
+)
+def test_unusable_lists_are_one_line(devkit, text, words):
+    with pytest.raises(DataError, match=words) as caught:
+        listed(devkit, text)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("id", ["../../../x", "/etc/passwd", "a1 -1"])
+def test_lines_that_name_no_image_are_refused_or_left_out(devkit, tmp_path, id):
+    source = listed(devkit, f"a1\n{id}\n")
+    with pytest.raises(RowError, match=r"train\.txt line 2: file name .* leads out|a1 -1\.jpg: missing image file"):
+        source.row("train", id)
+    manifest = prepare(source, tmp_path / "out", tune_val=0, on_error="skip")
+    assert manifest.ids("train") == ("a1",) and manifest.splits["train"].left_out == {"missing file": 1}
+
+
+def test_a_list_outside_of_its_folder_is_refused(devkit):
+    with pytest.raises(DataError, match="train_list: file name .* leads out of"):
+        VocSource(devkit, train_list="../../../secret")
+
+
+@pytest.mark.parametrize(
+    ("xml", "words"),
+    [
+        ('<!DOCTYPE a [<!ENTITY x "cat">]><a><object><name>&x;</name></object></a>', "broken XML: a document type"),
+        ("<a>" * 100, "broken XML: nested deeper"),
+        ('<?xml version="1.0" encoding="none"?><a/>', "broken XML: unknown encoding"),
+        ("", "broken XML: no element found"),
+    ],
+)
+def test_annotations_are_parsed_within_bounds(devkit, xml, words):
+    (devkit / "Annotations" / "a1.xml").write_text(xml)
+    with pytest.raises(RowError, match=rf"a1\.xml: {words}") as caught:
+        VocSource(devkit).row("train", "a1")
+    assert caught.value.reason == "broken annotation"
+
+
+def test_masks_of_no_image_and_images_in_no_list_are_counted(devkit):
+    save_mask(devkit / "SegmentationClassAug" / "z.png", square(1))
+    assert VocSource(devkit).stray == {
+        "mask of no image": Stray(1, "SegmentationClassAug/z.png"),
+        "image in no list": Stray(2, "JPEGImages/a3.jpg"),
+    }
 
 
 # ---- command line ----------------------------------------------------------------------------------
