@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def run_check(args: argparse.Namespace) -> int:
     """
     console = Console()
     root = Path(args.data)
-    if place(args.data).local is None or (root / MANIFEST).exists() or partial_of(root.absolute()).is_dir():
+    if place(args.data).local is None or os.path.lexists(root / MANIFEST) or os.path.isdir(partial_of(root.absolute())):
         manifest = Manifest.load(args.data)
         console.print(summary(manifest))
         show(inventory_of(manifest, progress=True), console)
@@ -137,11 +138,13 @@ def run_check(args: argparse.Namespace) -> int:
 
 def _layout(root: Path) -> str:
     """The source whose files lie in a folder."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{line(root)}: no such folder; expected prepared shards, or the root of a data set")
-    if (root / "tags.csv").exists():
+    if os.path.lexists(root / "tags.csv"):
         return "folder"
-    if any((root / below / "ImageSets" / "Segmentation").is_dir() for below in ("", "VOC2012", "VOCdevkit/VOC2012")):
+    if any(
+        os.path.isdir(root / below / "ImageSets" / "Segmentation") for below in ("", "VOC2012", "VOCdevkit/VOC2012")
+    ):
         return "voc"
     if next((root / "annotations").glob("instances_*.json"), None) is not None:
         return "coco"

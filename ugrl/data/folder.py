@@ -106,7 +106,7 @@ class FolderSource:
 def _below(entry: Entry, images: Path) -> Entry:
     """An entry whose file is a path below ``images``, where tables of other programs name that folder too."""
     path = PurePosixPath(entry.file.replace("\\", "/"))
-    if path.parts[:1] == ("images",) and not (images / "images").exists():
+    if path.parts[:1] == ("images",) and not os.path.lexists(images / "images"):
         path = path.relative_to("images")
     return entry._replace(file=str(path))
 

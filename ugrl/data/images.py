@@ -132,12 +132,12 @@ def orientation(data: bytes) -> int:
 def _may_be_turned(data: bytes) -> bool:
     """Whether a JPEG's header has a segment (APP1) that EXIF or XMP may be in, or is of no common form."""
     at = 2
-    while data[at : at + 1] == b"\xff" and 0xC0 <= data[at + 1] <= 0xFE and not 0xD0 <= data[at + 1] <= 0xD9:
-        if data[at + 1] == 0xDA:  # the picture begins
+    while len(head := data[at : at + 4]) == 4 and head[0] == 0xFF and 0xC0 <= head[1] <= 0xFE:
+        if head[1] == 0xDA:  # the picture begins
             return False
-        if data[at + 1] == 0xE1:
+        if head[1] == 0xE1 or 0xD0 <= head[1] <= 0xD9:
             return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 2 + int.from_bytes(head[2:], "big")
     return True
 
 

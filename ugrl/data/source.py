@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -190,7 +191,7 @@ def check_root(root: str | Path | None, source: str) -> Path:
     if root is None:
         raise DataError(f"source '{source}' needs a root folder; none was given")
     path = Path(root)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{line(path)}: no such folder; expected the root of a {source} data set")
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     Raises:
         DataError: A file that cannot be read, or a class that appears twice.
     """
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return None
     seen: dict[str, int] = {}
     for at, text in enumerate(foreign.read_text(path, "list of classes").splitlines(), 1):

@@ -74,7 +74,7 @@ class VocSource:
 
     def _read_list(self, name: str) -> list[str]:
         path = under(self._lists, f"{name}.txt", "voc: train_list")
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             have = sorted(without_suffix(p.name).removesuffix(".txt") for p in self._lists.glob("*.txt"))
             raise DataError(f"{line(path)}: missing split list{line(nearest(name[:60], have)) if have else ''}")
         ids = []
@@ -164,7 +164,7 @@ class VocSource:
         for folder in _MASKS:
             for suffix in (".png", ".PNG"):
                 path = file_under(self.root / folder, id + suffix, where)
-                if path.exists() or path.is_symlink():
+                if os.path.lexists(path):
                     return path
         return None
 
@@ -201,7 +201,7 @@ def _stem(mask: str) -> str:
 def _devkit(root: Path) -> Path:
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     for place in places:
-        if (place / "ImageSets" / "Segmentation").is_dir():
+        if os.path.isdir(place / "ImageSets" / "Segmentation"):
             return place
     raise DataError(f"{line(root)}: no ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012 below it")
 
