@@ -84,6 +84,7 @@ class Manifest:
         class_names: The F foreground classes.
         splits: By name.
         schema_version: Of the shards.
+        census: What :class:`ugrl.data.census.Inventory` counted; empty in older folders.
     """
 
     root: Path | Place
@@ -92,6 +93,7 @@ class Manifest:
     class_names: tuple[str, ...]
     splits: dict[str, SplitInfo]
     schema_version: int = SCHEMA_VERSION
+    census: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -153,6 +155,7 @@ class Manifest:
                 }
                 for name, info in self.splits.items()
             },
+            **({"census": self.census} if self.census else {}),
         }
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -190,9 +193,11 @@ class Manifest:
         manifest = _from_tree(root, tree, text)
         for name, info in manifest.splits.items():
             for shard in info.shards:
-                file = root / shard.file
+                file = line(root / shard.file)
                 if shard.file not in sizes:
-                    raise DataError(f"{file}: missing shard of split '{name}'; the manifest expects {shard.rows} rows")
+                    raise DataError(
+                        f"{file}: missing shard of split {brief(name)}; the manifest expects {shard.rows} rows"
+                    )
                 if sizes[shard.file] != shard.bytes:
                     raise DataError(f"{file}: {sizes[shard.file]} bytes; the manifest expects {shard.bytes}")
         return manifest
@@ -211,11 +216,12 @@ def _from_tree(root: Path | Place, tree: dict[str, Any], where: str) -> Manifest
         source=foreign.as_str(foreign.field(tree, "source", where), f"{where}: source"),
         options=foreign.as_dict(foreign.field(tree, "options", where), f"{where}: options"),
         class_names=tuple(names),
-        splits={name: _split(root, info, f"{where}: split {brief(name)}") for name, info in splits.items()},
+        splits={name: _split(info, f"{where}: split {brief(name)}") for name, info in splits.items()},
+        census=foreign.as_dict(tree.get("census", {}), f"{where}: census"),
     )
 
 
-def _split(root: Path | Place, tree: Any, where: str) -> SplitInfo:
+def _split(tree: Any, where: str) -> SplitInfo:
     def count(tree: Any, key: str, where: str) -> int:
         return foreign.as_int(foreign.field(tree, key, where), f"{where}: {key}", least=0, most=1 << 50)
 
