@@ -147,7 +147,7 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
         group = placement_group([{"CPU": 1.5}])
         ray.get(group.ready())
         said: list[str] = []
-        busy = cfg(cluster__cpus_per_worker=0.5)
+        busy = {"CPU": 0.5}
         with pytest.raises(ConfigError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"):
             wait_until_free(busy, 2, patience_s=1, say=said.append, every_s=0.2)
         assert len(said) == 1
