@@ -30,6 +30,8 @@ SOCKET_BYTES, SESSION_BYTES = 107, 68
 # HTTP/2's first words, with an empty frame of settings: whatever speaks gRPC answers with a frame of its own.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 SETTINGS = 4
+# Of ray://HOST.
+CLIENT_PORT = 10001
 
 
 def check(address: str | None = None, origin: str = "--address") -> None:
@@ -83,7 +85,7 @@ def connect(address: str | None = None, origin: str = "--address", *, cpus: int 
                 ray.init(address=address, **quiet)
     except Exception as error:  # Ray raises all kinds, a bare Exception among them
         ray.shutdown()
-        raise ConfigError(f"{shown}: {_reason(error)}{_hint(error)}") from None
+        raise ConfigError(f"{shown}: {reason(error)}{_hint(error)}") from None
 
 
 @contextmanager
@@ -114,17 +116,13 @@ def _check_port(address: str, shown: str) -> None:
     """Whether Ray answers at an address, which a message calls ``shown``."""
     if re.match(r"(?i)https?://", address):
         raise ConfigError(f"{shown}: that is a dashboard's address, for `ray job submit`; a driver needs HOST:6379")
-    if re.match(r"(?i)ray://", address):
-        raise ConfigError(
-            f"{shown}: a remote client of Ray cannot drive a training; run on a node of the cluster with HOST:6379, or "
-            "send the command there with `ray job submit`"
-        )
-    found = re.fullmatch(r"\[?([^\s\[\]/@]+?)\]?:(\d{1,5})", address)
-    if found is None or not 0 < int(found[2]) < 65536:
+    found = re.fullmatch(r"(ray://)?\[?([^\s\[\]/@]+?)\]?(?::(\d{1,5}))?/?", address)
+    port = int((found[3] or CLIENT_PORT if found[1] else found[3]) or 0) if found else 0
+    if found is None or not 0 < port < 65536:
         raise ConfigError(f"{shown}: expected HOST:PORT of a running Ray cluster (its head's port is 6379), or auto")
-    host, port = found[1], int(found[2])
+    host = found[2] if found[1] else _as_ray(found[2])
     try:
-        with socket.create_connection((_as_ray(host), port), timeout=ANSWER_S) as talk:
+        with socket.create_connection((host, port), timeout=ANSWER_S) as talk:
             is_ray = os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false") or _speaks_grpc(talk)
     except (OSError, UnicodeError) as error:
         why = line(getattr(error, "strerror", None) or error).lower()
@@ -194,7 +192,7 @@ def _own_token() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what Ray says, without the traceback that it may quote."""
     text = str(error).partition("Traceback (most recent call last)")[0].strip()
     return line(text.splitlines()[0]).rstrip(".") if text else type(error).__name__

@@ -14,7 +14,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.connect import connect
+from cluster.connect import connect, reason
 from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
@@ -150,6 +150,10 @@ def launch(
             except ray.train.TrainingFailedError as error:
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
+            except ray.exceptions.RayError as error:  # the controller, or the node that it and the driver are on
+                raise UgrlError(
+                    f"run '{out.name}': Ray itself failed: {reason(error)}; continue with --resume"
+                ) from None
             found = checkpoint.latest(out)
             state = checkpoint.read_state(found) if found is not None else None
             if state is not None and state.step >= cfg.train.steps:
