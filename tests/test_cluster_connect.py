@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,16 +97,17 @@ def test_who_gave_the_address_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "origin"),
+    ("main", "words", "env", "origin"),
     [
-        (["--address", "DEAD"], {}, "--address DEAD"),
-        (["--workers", "1"], {"RAY_ADDRESS": "DEAD"}, "RAY_ADDRESS=DEAD"),
-        (["--workers", "1", "cluster.address=DEAD"], {}, "cluster.address=DEAD"),
+        (cli.main, ["--config", "shapes", "--address", "DEAD"], {}, "--address DEAD"),
+        (cli.main, ["--config", "shapes", "--workers", "1"], {"RAY_ADDRESS": "DEAD"}, "RAY_ADDRESS=DEAD"),
+        (cli.main, ["--config", "shapes", "cluster.address=DEAD"], {}, "cluster.address=DEAD"),
+        (tune.main, ["--space", "shapes", "--address", "DEAD"], {}, "--address DEAD"),
+        (tune.main, ["--space", "shapes"], {"RAY_ADDRESS": "DEAD"}, "RAY_ADDRESS=DEAD"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "tune"])
 def test_a_command_says_so_before_it_makes_data(
-    command: str,
+    main: Callable[[list[str]], int],
     words: list[str],
     env: dict[str, str],
     origin: str,
@@ -119,13 +120,7 @@ def test_a_command_says_so_before_it_makes_data(
     for key, value in env.items():
         monkeypatch.setenv(key, value.replace("DEAD", dead))
     monkeypatch.setenv("UGRL_DATA", str(tmp_path / "data"))
-    if command == "tune":
-        if origin.startswith("cluster.address"):
-            pytest.skip("a search takes --address")
-        words = [w for w in words if w not in ("--workers", "1")]
-        code = tune.main(["--space", "shapes", "--out", str(tmp_path / "run"), *words])
-    else:
-        code = cli.main(["--config", "shapes", "--out", str(tmp_path / "run"), *words])
+    code = main([*words, "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1
     assert error.startswith(f"error: {origin.replace('DEAD', dead)}: no Ray cluster answers there (connection refused)")
