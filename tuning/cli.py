@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from cluster.cli import shipped
+from cluster.connect import check
 from tuning.options import COSTS, Objective
 from tuning.search import Findings, Search, read_finalists, read_sessions
 from tuning.space import SearchSpace, differences, load_space
@@ -26,6 +27,7 @@ from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.storage import place
+from ugrl.text import plain
 from ugrl.train.check import check_run
 from ugrl.train.run import ensure_shards
 
@@ -236,6 +238,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--warm-best is {args.warm_best}; expected at least 1")
     if args.warm_start and args.resume:
         raise ConfigError("--warm-start is for a new search; with --resume its points are there already")
+    if not args.resume:  # what is resumed may have ended, and then needs no cluster
+        check(args.address)
     search = plan_search(args, console)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
@@ -266,11 +270,14 @@ def _run_on_ray(
 ) -> tuple[optuna.Study, bool, str]:
     """Run what is left; the study, whether it was interrupted, and why it stopped early, if it did."""
     from cluster.launch import start_ray, stop_ray
-    from tuning.placement import concurrent_trials
+    from cluster.preflight import wait_until_free
+    from tuning.placement import concurrent_trials, held
 
     try:
         have = start_ray(args.address)
         side_by_side = concurrent_trials(search, have)
+        cpus, gpus = held(search, have)
+        wait_until_free({"CPU": cpus, "GPU": gpus}, 1, say=lambda text: console.print(plain(text)))
         study = begin(search, resume=args.resume)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
