@@ -1,4 +1,4 @@
-"""One owner at a time: starts at the same moment, owners that die, sleep or lose their storage, on a disk and in a bucket."""
+"""One owner at a time: starts at the same moment, owners that die or sleep, on a disk and in a bucket."""
 
 import json
 import multiprocessing
@@ -109,7 +109,7 @@ def test_who_wants_it_waits_as_long_as_it_was_told(tmp_path):
 
 def test_a_claim_in_the_making_is_waited_for(tmp_path):
     """Without that, one that took the same number, or a smaller one, would be overlooked."""
-    claim = foreign_claim(tmp_path, choosing=True, number=0, owner=False)
+    claim = foreign_claim(tmp_path, id="0", choosing=True, number=0, owner=False)
 
     def choose():
         time.sleep(0.3)
