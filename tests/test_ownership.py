@@ -60,7 +60,7 @@ def test_an_owner_is_named_to_the_next_one_and_leaves_nothing(tmp_path):
 
 
 def foreign_claim(tmp_path, **more) -> Claim:
-    claim = Claim("other", "elsewhere", 1, "", time.time(), choosing=False, number=1, owner=True)
+    claim = Claim("other", "elsewhere", 1, "", time.time(), number=1, owner=True)
     claim = Claim(**{**{f: getattr(claim, f) for f in Claim.__slots__}, **more})
     (place(tmp_path) / "owner" / f"{claim.id}.json").write(claim.bytes())
     return claim
@@ -109,7 +109,7 @@ def test_who_wants_it_waits_as_long_as_it_was_told(tmp_path):
 
 def test_a_claim_in_the_making_is_waited_for(tmp_path):
     """Without that, one that took the same number, or a smaller one, would be overlooked."""
-    claim = foreign_claim(tmp_path, id="0", choosing=True, number=0, owner=False)
+    claim = foreign_claim(tmp_path, id="0", number=0, owner=False)
 
     def choose():
         time.sleep(0.3)

@@ -48,8 +48,7 @@ class Claim:
         pid: Its process there.
         space: Its space of process numbers; containers of one host may share its name.
         time: When it was last renewed.
-        choosing: Whether its number is still being chosen.
-        number: Its place in the queue.
+        number: Its place in the queue; 0 while it is being chosen.
         owner: Whether it has found that nobody is before it.
     """
 
@@ -58,7 +57,6 @@ class Claim:
     pid: int
     space: str
     time: float
-    choosing: bool = True
     number: int = 0
     owner: bool = False
 
@@ -191,19 +189,16 @@ def _join(folder: Place, claim: Claim) -> Claim:
     """Take a number above all others; whoever takes one at the same time is seen as choosing."""
     _write(folder, claim)
     numbers = [c.number for c in read_claims(folder)]
-    claim = replace(claim, choosing=False, number=1 + max(numbers, default=0), time=time.time())
+    claim = replace(claim, number=1 + max(numbers, default=0), time=time.time())
     _write(folder, claim)
     return claim
 
 
 def _before(folder: Place, claim: Claim) -> Claim | None:
-    """One who is alive and before a claim, once everybody has a number."""
-    while True:
-        others = [c for c in read_claims(folder) if c.id != claim.id and c.alive()]
-        if not any(c.choosing for c in others):
-            break
-        time.sleep(POLL_S)
-    return min((c for c in others if (c.number, c.id) < (claim.number, claim.id)), key=lambda c: c.number, default=None)
+    """One who is alive and before a claim; one that is still choosing may turn out to be, and counts as before."""
+    others = [c for c in read_claims(folder) if c.id != claim.id and c.alive()]
+    before = [c for c in others if (c.number, c.id) < (claim.number, claim.id)]
+    return max(before, key=lambda c: c.owner, default=None)
 
 
 def fence(out: Place, id: str, every_s: float = RENEW_S) -> Callable[[], None]:
