@@ -182,6 +182,7 @@ class StudySearch(Searcher):
     def _next(self) -> Trial | None:
         for orphan in self.lease.orphans(self.study):
             if (trial := self.lease.claim(self.study, orphan)) is not None:
+                self._sampled(trial.number)
                 return trial
         if (why := self.exhausted()) is not None:
             self.halted = why
@@ -191,6 +192,10 @@ class StudySearch(Searcher):
     def _begun(self, trial_id: int, number: int) -> None:
         # Named before anything is sampled: with a dead driver's name on it, another one would take it for an orphan.
         self.lease.name(self.study, trial_id)
+        self._sampled(number)
+
+    def _sampled(self, number: int) -> None:
+        """Have a trial's own sampler ready; an orphan may have lost its driver before it had a point."""
         if self.fresh:
             self.study.sampler = make_sampler(self.search.space, number)
 
@@ -509,14 +514,22 @@ def _kind(why: str) -> str:
 
 def code_commit() -> str:
     """The commit of the code that runs, where it is a checkout; with ``+`` where files were changed."""
-    here = Path(__file__).resolve().parent
-    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    words = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-    try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=5, env=env)
-    except (OSError, subprocess.SubprocessError):
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        try:
+            found = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=5, env=env
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    # An environment may lie within somebody's own repository, which does not track what is installed there.
+    if git("ls-files", "--error-unmatch", here.name) is None:
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
 
 def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from cluster.sweep import owned
 from tuning.searcher import ERROR_FILE
 from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import UgrlError
+from ugrl.ownership import own
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 
@@ -33,6 +32,8 @@ from ugrl.train import checkpoint
 LOGGED = {"step_s": ("step_s", 1.0), "device_memory_mb": ("memory_gb", 2**20 / 1e9)}
 # Names the driver that a trial's folder belongs to.
 OWNER = "owner"
+# How long whoever wrote to a run's folder before is waited for, in seconds.
+OWNER_PATIENCE_S = 600.0
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -102,13 +103,20 @@ def run_seed(
 ) -> None:
     """One run of a trial: trained, unless it has been before, and measured."""
     shards = place(shared["shards"])
-    with alone(out):
-        check_owner(out.parent, task)
+    # Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over
+    # may be faster. Where it was only silent for too long, they find another owner's name with their next line.
+    with own(place(out), patience_s=OWNER_PATIENCE_S) as held:
+
+        def check() -> None:
+            held.check()
+            check_owner(out.parent, task)
+
+        check()
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, {**shared, "check": lambda: check_owner(out.parent, task)}, reports, report)
+            train(cfg, shards, out, {**shared, "check": check}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -125,31 +133,6 @@ def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
     """
     if (folder / OWNER).read_text(encoding="utf-8") != task["owner"]:
         raise UgrlError("another driver has taken this trial over")
-
-
-@contextmanager
-def alone(out: Path, patience_s: float = 600.0) -> Iterator[None]:
-    """Hold a run's folder; whoever wrote to it before is waited for.
-
-    Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over may
-    be faster. Where it was only silent for too long, they find another owner's name with their next line of the log,
-    and leave.
-
-    Raises:
-        UgrlError: Another process still holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + patience_s
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(owned(place(out)))
-                break
-            except UgrlError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
-        yield
 
 
 def _state(out: Path) -> checkpoint.State | None:

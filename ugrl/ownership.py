@@ -133,12 +133,11 @@ class Ownership:
 
 
 @contextmanager
-def own(out: Place, *, what: str = "run", patience_s: float = 0.0) -> Iterator[Ownership]:
+def own(out: Place, *, patience_s: float = 0.0) -> Iterator[Ownership]:
     """Own a folder.
 
     Args:
         out: The folder; it is made.
-        what: It holds, for the message.
         patience_s: How long to wait for its owner to leave.
 
     Raises:
@@ -157,7 +156,7 @@ def own(out: Place, *, what: str = "run", patience_s: float = 0.0) -> Iterator[O
             # Who is before us without owning it yet will own it or leave in a moment.
             if other.owner and time.monotonic() > until:
                 raise BusyError(
-                    f"{out}: another driver owns this {what} ({_who(other)}); wait for it to end, or try again "
+                    f"{out}: another driver is running it ({_who(other)}); wait for it to end, or try again "
                     f"{STALE_S:g} s after it died"
                 )
             time.sleep(POLL_S)
