@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -164,9 +166,47 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
             verbose=0,
         ),
     )
-    tuner.fit()
-    if searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
+    with _Stop(searcher, search.base.cluster.stop_s) as stop:
+        tuner.fit()
+    if stop.asked or searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
+
+
+class _Stop:
+    """The first Ctrl-C lets trials write a checkpoint and leave; the second one, or ``cluster.stop_s``, ends them.
+
+    Tune's own handler would end them at once. Tune still ends them where that is wanted, by the signal that it keeps
+    for this.
+    """
+
+    def __init__(self, searcher: StudySearch, patience_s: float) -> None:
+        self.searcher, self.asked = searcher, False
+        self._timer = threading.Timer(patience_s, self._end)
+        self._timer.daemon = True
+        self._before: Any = None
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+            self._before = signal.signal(signal.SIGINT, self._handle)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens: it would end this process
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            self._end()
+            return
+        self.asked = True
+        self.searcher.ask_to_leave()
+        self._timer.start()
+
+    def _end(self) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class _Clock(tune.Callback):

@@ -55,6 +55,8 @@ from ugrl.errors import ConfigError, UgrlError
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
+# In a trial's folder: the driver that it belongs to, or the word that its process is to leave with a checkpoint.
+OWNER, LEAVE = "owner", "leave"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
 # How often a driver with nothing to begin looks whether that has changed.
@@ -74,6 +76,7 @@ class Job:
         folder: Of its runs.
         runs: Seed → what is known of that run, as in :mod:`tuning.record`.
         verdict: How it ends, once that is known: a state and why.
+        left: Whether its process was asked to leave, and did, with a checkpoint.
         before: Seconds that it held its resources in earlier sessions.
         since: When this driver began it.
     """
@@ -84,6 +87,7 @@ class Job:
     folder: Path
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     verdict: tuple[TrialState, str] | None = None
+    left: bool = False
     before: float = 0.0
     since: float = field(default_factory=time.time)
 
@@ -177,7 +181,10 @@ class StudySearch(Searcher):
             return None
         self.jobs[trial_id] = job
         self.numbers[trial_id] = job.number
-        return self.task(job)
+        task = self.task(job)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / OWNER).write_text(task["owner"], encoding="utf-8")
+        return task
 
     def _next(self) -> Trial | None:
         for orphan in self.lease.orphans(self.study):
@@ -274,6 +281,9 @@ class StudySearch(Searcher):
             return True  # late news of a trial that has been told
         if not self.lease.holds(self.study, job.trial):
             del self.jobs[trial_id]  # this driver was silent for too long, and another one has taken it
+            return True
+        if "left" in result:
+            job.left = True
             return True
         if "error" in result:
             job.verdict = (TrialState.FAIL, str(result["error"]))
@@ -385,6 +395,9 @@ class StudySearch(Searcher):
         if not self.lease.holds(self.study, job.trial):
             return
         self.hold(job)
+        if job.left:
+            put_back(self.study, job.trial)
+            return
         if error and job.verdict is None and self._again(job):
             return
         state, why = self._end(job)
@@ -439,6 +452,15 @@ class StudySearch(Searcher):
             self.halted = f"{ALIKE} trials in a row failed alike, and none has worked: {why}"
 
     # -- the end -------------------------------------------------------------------------------
+
+    def ask_to_leave(self) -> None:
+        """Begin nothing more, and have the processes of what runs write a checkpoint and go."""
+        self.closing = True
+        for job in list(self.jobs.values()):
+            try:
+                (job.folder / OWNER).write_text(LEAVE, encoding="utf-8")
+            except OSError:
+                continue  # it is ended the hard way
 
     def leave(self) -> list[int]:
         """Put the trials that still run back into the queue; returns their numbers.

@@ -10,6 +10,7 @@ A run that was begun before, by this process or another one, goes on from its la
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 from ray import tune
 
-from tuning.searcher import ERROR_FILE
+from tuning.searcher import ERROR_FILE, LEAVE, OWNER
 from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
@@ -27,11 +28,12 @@ from ugrl.errors import UgrlError
 from ugrl.ownership import own
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 
 # What the trainer's log calls the costs, and how many of them make one of ours.
 LOGGED = {"step_s": ("step_s", 1.0), "device_memory_mb": ("memory_gb", 2**20 / 1e9)}
-# Names the driver that a trial's folder belongs to.
-OWNER = "owner"
+# How often a trial's process looks whether its driver wants it to leave, in seconds.
+LOOK_S = 0.5
 # How long whoever wrote to a run's folder before is waited for, in seconds.
 OWNER_PATIENCE_S = 600.0
 Report = Callable[[dict[str, Any]], None]
@@ -55,12 +57,13 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
     try:
         base = configs.build(shared["base"])
         costs: dict[str, float] = {}
-        (folder / OWNER).write_text(task["owner"], encoding="utf-8")
         for seed in task["seeds"]:
             cfg = trial_config(base, task["point"], shared["split"], seed)
             if shared["flops"] and not costs:
                 costs["gflop"] = count_flops(cfg, place(shared["shards"]))
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
+    except Interrupted:
+        report({"left": True})
     except Exception as error:
         known = isinstance(error, UgrlError)
         text = str(error) if known else "".join(traceback.format_exception(error))
@@ -116,7 +119,7 @@ def run_seed(
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, {**shared, "check": check}, reports, report)
+            train(cfg, shards, out, {**shared, "check": check, "leave": asked_to_leave(out.parent)}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -131,8 +134,22 @@ def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
     Raises:
         UgrlError: It was.
     """
-    if (folder / OWNER).read_text(encoding="utf-8") != task["owner"]:
+    if (folder / OWNER).read_text(encoding="utf-8") not in (task["owner"], LEAVE):
         raise UgrlError("another driver has taken this trial over")
+
+
+def asked_to_leave(folder: Path) -> Callable[[], bool]:
+    """Whether a trial's driver wants its process to write a checkpoint and go; looks every :data:`LOOK_S`."""
+    looked, found = -LOOK_S, False
+
+    def asked() -> bool:
+        nonlocal looked, found
+        if not found and time.monotonic() - looked >= LOOK_S:
+            looked = time.monotonic()
+            found = (folder / OWNER).read_text(encoding="utf-8") == LEAVE
+        return found
+
+    return asked
 
 
 def _state(out: Path) -> checkpoint.State | None:
@@ -162,7 +179,9 @@ def train_here(
         shared["check"]()
         reports.log(values)
 
-    hooks = Hooks(on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log)
+    hooks = Hooks(
+        on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log, stop=shared["leave"]
+    )
     found = checkpoint.latest(place(out))
     Trainer(cfg, shards=shards, out=out, hooks=hooks, loader=kept_loader, resume_from=found, quiet=True).fit()
 
@@ -186,10 +205,33 @@ def train_on_workers(
 ) -> None:
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
     from cluster.launch import launch
+    from cluster.line import Line
     from tuning.relay import Relay
 
-    relay = Relay(reports)
-    launch(cfg, shards=shards, out=out, workers=shared["workers"], callbacks=[relay], groups=shared["groups"])
+    relay, line, ended = Relay(reports), Line.open(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_S):
+            if shared["leave"]():
+                line.stop()
+                return
+
+    thread = threading.Thread(target=watch, name="leave", daemon=True)
+    thread.start()
+    try:
+        launch(
+            cfg,
+            shards=shards,
+            out=out,
+            workers=shared["workers"],
+            callbacks=[relay],
+            groups=shared["groups"],
+            line=line,
+        )
+    finally:
+        ended.set()
+        thread.join()
+        line.close()
 
 
 def logged_costs(values: Mapping[str, float]) -> dict[str, float]:

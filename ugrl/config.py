@@ -211,6 +211,7 @@ class ClusterConfig:
     storage: str | None = None
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     start_timeout_s: float = _num(60.0, gt=0)
+    stop_s: float = _num(25.0, ge=0)
     address: str | None = None
 
 
