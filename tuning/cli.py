@@ -354,8 +354,13 @@ def _run_parts(
             lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
         )
         enabled = not args.quiet
+
+        def say(text: str) -> None:
+            if enabled:
+                console.print(text, highlight=False, soft_wrap=True)
+
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar]), bar)
+            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], say=say), bar)
         if searcher is None or search.space.final.best == 0:
             return (0, searcher.halted) if searcher is not None else (got[-1], "")
         if (halted := searcher.halted) and not halted.startswith("budget."):
@@ -365,7 +370,9 @@ def _run_parts(
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
-            again = _until_interrupted(lambda: run_finals(search, study, finals, have, lease, callbacks=[bar]), bar)
+            again = _until_interrupted(
+                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], say=say), bar
+            )
         return (0, halted or again.halted) if again is not None else (got[-1], halted)
 
 

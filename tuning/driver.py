@@ -21,21 +21,26 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 from ray import tune
+from ray._private.state import available_resources_per_node
 
-from cluster.preflight import Capacity, check_fits
+from cluster.preflight import Capacity, check_fits, worker_resources
 from tuning.lease import Lease
 from tuning.options import Repeats, Scheduler
 from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
-from tuning.searcher import StudyScheduler, StudySearch
+from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import ConfigError
+from ugrl.errors import ConfigError, NoRoomError
 
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
 READY = "ready"
+
+
+def _silent(_: str) -> None:
+    return None
 
 
 def concurrent_trials(search: Search, have: Capacity) -> int:
@@ -111,6 +116,7 @@ def run_search(
     *,
     callbacks: Sequence[tune.Callback] = (),
     reuse: bool = True,
+    say: Callable[[str], None] = _silent,
 ) -> StudySearch:
     """Run what is left of a search's budget; returns when it is spent or the user interrupts.
 
@@ -121,17 +127,25 @@ def run_search(
         lease: This driver's.
         callbacks: Tune callbacks; one with an attribute ``searcher`` is given the searcher.
         reuse: Whether a process is used again for the next trial.
+        say: Told in one line what is waited for.
 
     Returns:
         The searcher; ``halted`` says why it stopped early, if it did.
     """
     cpus, gpus = held(search, have)
     searcher = StudySearch(study, search, lease, cpus=cpus, gpus=gpus)
-    run(searcher, have, callbacks=callbacks, reuse=reuse)
+    run(searcher, have, callbacks=callbacks, reuse=reuse, say=say)
     return searcher
 
 
-def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callback] = (), reuse: bool = True) -> None:
+def run(
+    searcher: StudySearch,
+    have: Capacity,
+    *,
+    callbacks: Sequence[tune.Callback] = (),
+    reuse: bool = True,
+    say: Callable[[str], None] = _silent,
+) -> None:
     """Let Ray Tune run what a searcher hands out.
 
     Raises:
@@ -144,10 +158,85 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
     for callback in callbacks:
         if hasattr(callback, "searcher"):
             callback.searcher = searcher
+    searcher.room = Room(search, have)
+    with _Stop(searcher, search.base.cluster.stop_s) as stop:
+        while wait_for_work(searcher, say=say):
+            _session(searcher, side_by_side, callbacks, reuse)
+    if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
+        raise KeyboardInterrupt
+
+
+def wait_for_work(searcher: StudySearch, *, say: Callable[[str], None]) -> bool:
+    """Wait until this driver can begin a trial, or nothing is left that it might have to begin.
+
+    Outside of Tune, which would hold processes, and hear no signal, while it waits.
+
+    Args:
+        searcher: Over the study.
+        say: Told in one line what is waited for.
+
+    Returns:
+        Whether there is something to begin.
+
+    Raises:
+        NoRoomError: Other work has held the cluster for ``cluster.busy_s``, and no driver gets on with the search.
+    """
+    told, since, patience_s = "", time.monotonic(), searcher.search.base.cluster.busy_s
+    while not searcher.closing:
+        waiting, running = patiently(searcher.outlook)
+        if not waiting and not running:
+            return False
+        if waiting and searcher.has_room():
+            return True
+        if not waiting:
+            text, since = f"{running} trials run for other drivers; waiting for them to end", time.monotonic()
+        else:
+            text = f"{waiting} trials wait; no room for one now"
+            if running:
+                since = time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise NoRoomError(
+                    f"{text}, for {patience_s:g} s (cluster.busy_s): other work holds the cluster; continue with "
+                    "--resume, or wait as long as it takes with --wait"
+                )
+            else:
+                text += f"; waiting up to {patience_s:g} s (cluster.busy_s)"
+        if text != told:
+            say(text)
+            told = text
+        time.sleep(IDLE_S)
+    return False
+
+
+class Room:
+    """Whether the cluster has room for one more trial of a search."""
+
+    def __init__(self, search: Search, have: Capacity) -> None:
+        cfg = search.base
+        self.count = search.space.workers
+        if self.count > 1:
+            each = worker_resources(cfg, have)
+            self.cpus, self.gpus, self.spare = each["CPU"], each.get("GPU", 0.0), cfg.cluster.data_cpus
+        else:
+            self.cpus, self.gpus = held(search, have)
+            self.spare = 0.0
+
+    def trials(self) -> int:
+        """Trials that what is free now would take."""
+        free = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in available_resources_per_node().values()]
+        if self.count > 1 and sum(cpus for cpus, _ in free) < self.count * self.cpus + self.spare - 1e-6:
+            return 0
+        return sum(_takes(cpus, self.cpus, gpus, self.gpus) for cpus, gpus in free) // self.count
+
+
+def _session(searcher: StudySearch, side_by_side: int, callbacks: list[tune.Callback], reuse: bool) -> None:
+    """Have Tune run trials until this driver has nothing to begin."""
+    search = searcher.search
+    searcher.open_session()
     sessions = search.out / "tune"
     sessions.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the trainer writes its own logs
-    tuner = tune.Tuner(
+    tune.Tuner(
         tune.with_resources(_trainable(searcher, side_by_side), _placement(searcher)),
         tune_config=tune.TuneConfig(
             num_samples=-1,
@@ -159,17 +248,14 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
         ),
         run_config=tune.RunConfig(
             # A name of its own for each session: Tune would mix a reused one with what it finds there.
-            name=f"session_{searcher.lease.id}" + ("_final" if isinstance(searcher, FinalSearch) else ""),
+            name=f"session_{searcher.lease.id}_{searcher.session}"
+            + ("_final" if isinstance(searcher, FinalSearch) else ""),
             storage_path=str(sessions),
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # the searcher's to repair
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             verbose=0,
         ),
-    )
-    with _Stop(searcher, search.base.cluster.stop_s) as stop:
-        tuner.fit()
-    if stop.asked or searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
-        raise KeyboardInterrupt
+    ).fit()
 
 
 class _Stop:
@@ -219,8 +305,7 @@ class _Clock(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if (job := self._searcher.jobs.get(trial.trial_id)) is not None:
-            job.since = time.time()
+        self._searcher.placed(trial.trial_id)
 
 
 class _Free(tune.Callback):

@@ -24,7 +24,7 @@ from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import UgrlError
+from ugrl.errors import NoRoomError, UgrlError
 from ugrl.ownership import own
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
@@ -64,6 +64,8 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
     except Interrupted:
         report({"left": True})
+    except NoRoomError as error:
+        report({"unplaced": str(error)})
     except Exception as error:
         known = isinstance(error, UgrlError)
         text = str(error) if known else "".join(traceback.format_exception(error))
