@@ -153,6 +153,7 @@ import resource, sys, time
 from pathlib import Path
 from ugrl.train.board import EventSink
 from ugrl.train.outlet import Outlet
+from ugrl.train.outlet import Outlet
 from ugrl.train.tracking import scalars_of
 
 said = []
@@ -202,6 +203,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    # Beside other loads a first database takes its time.
+    monkeypatch.setitem(Outlet.close.__kwdefaults__, "patience_s", 300.0)
 
 
 def test_a_resumed_run_is_one_run_in_mlflow(tmp_path: Path, patient: None) -> None:

@@ -185,7 +185,7 @@ def test_a_storage_that_is_away_for_a_while_loses_nothing(tmp_path: Path) -> Non
     (tmp_path / "mount").write_text("")  # nothing can be made below it
     began = time.monotonic()
     keeper.submit(state(2))  # does not wait
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     time.sleep(1.0)
     assert [s.step for s in keeper.poll()] == []
     (tmp_path / "mount").unlink()

@@ -198,11 +198,13 @@ class Trainer:
             patience_s=cfg.data.storage_patience_s,
         )
         self.objective = check_run(cfg, self.manifest)
+        self.data = self.manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
         self.folder = RunFolder(
             None if out is None else place(out),
             cfg,
             class_names=self.class_names,
             objective=self.objective,
+            data=self.data,
             say=self.say,
         )
         self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, self.dtype)
@@ -231,12 +233,13 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: trained on classes {list(state.class_names)}, not on those of {self.shards}"
             )
+        checkpoint.check_data(state, self.data, self.shards)
         if state.step > self.cfg.train.steps:
             raise CheckpointError(f"{path}: holds step {state.step}; the run has train.steps {self.cfg.train.steps}")
         checkpoint.load_module(self.net, checkpoint.read_part(path, "model"), path)
         checkpoint.load_module(self.prototypes, checkpoint.read_part(path, "prototypes"), path)
-        self.optimizer.load(checkpoint.read_part(path, "optimizer"))
-        checkpoint.set_random_state(checkpoint.read_part(path, "random"))
+        self.optimizer.load(checkpoint.read_part(path, "optimizer"), path)
+        checkpoint.set_random_state(checkpoint.read_part(path, "random"), path)
         self.done = state.step
         self.metrics = dict(state.metrics)
 

@@ -340,6 +340,11 @@ class Step:
         )
         return self.losses(batch, out, made[0], step, views=views)
 
+    def contrast(self, emb_BDhw: Tensor, labels_Bhw: Tensor, pool_Bhw: Tensor) -> Tensor:
+        """The contrastive loss as configured."""
+        c = self.cfg.method.contrast
+        return contrastive_loss(emb_BDhw, labels_Bhw, pool_Bhw, tau=c.tau, scope=c.scope, tile=c.tile)
+
     def losses(self, batch: Batch, out: ModelOutput, t: Targets, step: int, *, views: bool = False) -> StepOutput:
         """The weighted sum of the losses (Eq. 13) and its terms, given what the heads answered.
 
@@ -351,7 +356,7 @@ class Step:
             views: Whether to keep tensors for pictures.
         """
         method = self.cfg.method
-        u_cfg, k_cfg, lam = method.uncertainty, method.contrast, method.loss
+        u_cfg, lam = method.uncertainty, method.loss
         num_classes = batch.tags_BF.shape[1] + 1
         warm = step < self.warmup
         u_BC, known_BC = t.u_BC, t.known_BC
@@ -400,13 +405,10 @@ class Step:
 
             if t.embed_Bn is not None:
                 assert out.emb_BDhw is not None and t.small_Bhw is not None and t.pool_Bhw is not None
-                terms["ucl"] = contrastive_loss(
+                terms["ucl"] = self.contrast(
                     out.emb_BDhw,
                     t.small_Bhw.flatten(1).gather(1, t.embed_Bn)[:, None],
                     chosen(t.pool_Bhw, t.embed_Bn)[:, None],
-                    tau=k_cfg.tau,
-                    scope=k_cfg.scope,
-                    tile=k_cfg.tile,
                 )
                 loss = loss + lam.lambda2 * terms["ucl"]
                 stats["pool"] = t.pool_Bhw.to(u_BC).mean()
