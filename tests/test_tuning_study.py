@@ -322,7 +322,8 @@ def test_workers_are_placed_node_by_node(tmp_path: Path, monkeypatch: pytest.Mon
     def trials(workers: int, *nodes: float) -> int:
         free = {str(k): {"CPU": cpus} for k, cpus in enumerate(nodes)}
         monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: free)
-        search = search_of(SOUND, tmp_path)
+        whole = {"cluster.cpus_per_worker": 1.0, "cluster.data_cpus": 1.0}
+        search = search_of(SOUND, tmp_path, overrides={**SOUND["overrides"], **whole})
         return Room(replace(search, space=replace(search.space, workers=workers)), Capacity(8, 0, 4)).trials()
 
     assert trials(1, 1.0, 1.0) == 2
