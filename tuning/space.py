@@ -45,6 +45,7 @@ from tuning.options import (
     mapping,
     options_dict,
     text,
+    warm_steps,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
@@ -309,10 +310,9 @@ def build_space(
     if not isinstance(points, list | tuple):
         raise ConfigError(f"space key 'first' is {points!r}; expected a list of points")
     axes = mapping("search", values.pop("search"))
-    made.update(build_options(values))
     base = configs.load(made["config"], made["overrides"])
+    made.update(build_options(values, base))
     made["search"] = tuple(_ordered(list(_axes(axes, base))))
-    made["scheduler"] = replace(made["scheduler"], grace_steps=first_rung(made["scheduler"].grace_steps, base))
     space = SearchSpace(**made)
     _check_search(space, base, points)
     space = replace(space, first=tuple(complete_point(space, f"first[{i}]", p, base) for i, p in enumerate(points)))
@@ -322,26 +322,6 @@ def build_space(
         trials = min(space.trials, count) if asked else count
         space = replace(space, budget=replace(space.budget, trials=trials))
     return space
-
-
-def warm_steps(base: Config) -> int:
-    """When both warm-ups have ended."""
-    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
-
-
-def first_rung(grace: float, base: Config) -> int:
-    """The first rung in steps.
-
-    Args:
-        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0: at half of what
-            follows the warm-ups.
-        base: The run.
-    """
-    if grace >= 1:
-        return int(grace)
-    steps, every = base.train.steps, base.train.at(base.train.eval_every)
-    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
-    return min(steps, math.ceil(wanted / every - 1e-9) * every)
 
 
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
@@ -359,9 +339,9 @@ def weak_rung(space: SearchSpace, base: Config) -> str | None:
     if space.scheduler.name == "none" or grace >= least:
         return None
     return (
-        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores are hardly more than "
-        f"those of a predictor of nothing but background there; expected scheduler.grace_steps ≥ {least} of {steps}, or "
-        f"a share such as {math.ceil(100 * least / steps) / 100:g}"
+        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores there are hardly "
+        "more than those of a predictor of nothing but background; expected scheduler.grace_steps "
+        f"≥ {least} of {steps}, or a share such as {math.ceil(100 * least / steps) / 100:g}"
     )
 
 

@@ -355,7 +355,7 @@ class Step:
             step: Counted from 0.
             views: Whether to keep tensors for pictures.
         """
-        cfg, method = self.cfg, self.cfg.method
+        method = self.cfg.method
         u_cfg, lam = method.uncertainty, method.loss
         num_classes = batch.tags_BF.shape[1] + 1
         warm = step < self.warmup
