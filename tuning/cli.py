@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from cluster.cli import shipped
+from cluster.connect import check
 from tuning.options import COSTS, Objective
 from tuning.search import Findings, Search, read_finalists, read_sessions
 from tuning.space import SearchSpace, differences, load_space
@@ -26,7 +27,8 @@ from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.storage import place
-from ugrl.train.objective import resolve_objective
+from ugrl.text import plain
+from ugrl.train.check import check_run
 from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
-    return check_data(Search(space, base, shards, space.objectives, out))
+    return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
 def _being_written(path: Path) -> bool:
@@ -139,23 +141,22 @@ def _being_written(path: Path) -> bool:
     return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
-def check_data(search: Search) -> Search:
-    """The search with its objectives by their real names.
+def check_data(search: Search, *, fresh: bool = True) -> Search:
+    """The search with its objectives by their real names; ``fresh`` as :func:`ugrl.train.check.check_run` has it.
 
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
     space, base = search.space, search.base
     manifest = Manifest.load(search.shards)
-    splits = [base.data.train_split, space.split]
-    splits += [space.final.split] if space.final.best or space.final.every else []
-    for split in splits:
-        manifest.split(split)
-    found = tuple(
-        o if o.name in COSTS else Objective(resolve_objective(base, manifest, space.split, o.name))
-        for o in space.objectives
-    )
-    return replace(search, objectives=found)
+    found = []
+    for o in space.objectives:
+        name = None if o.name in COSTS else o.name
+        real = check_run(base, manifest, split=space.split, objective=name, fresh=fresh)
+        if space.final.best or space.final.every:  # measured there too, by the same metric
+            check_run(base, manifest, split=space.final.split, objective=real)
+        found.append(Objective(real) if name else o)
+    return replace(search, objectives=tuple(found))
 
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
@@ -237,6 +238,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--warm-best is {args.warm_best}; expected at least 1")
     if args.warm_start and args.resume:
         raise ConfigError("--warm-start is for a new search; with --resume its points are there already")
+    if not args.resume:  # what is resumed may have ended, and then needs no cluster
+        check(args.address)
     search = plan_search(args, console)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
@@ -267,11 +270,14 @@ def _run_on_ray(
 ) -> tuple[optuna.Study, bool, str]:
     """Run what is left; the study, whether it was interrupted, and why it stopped early, if it did."""
     from cluster.launch import start_ray, stop_ray
-    from tuning.placement import concurrent_trials
+    from cluster.preflight import wait_until_free
+    from tuning.placement import concurrent_trials, held
 
     try:
         have = start_ray(args.address)
         side_by_side = concurrent_trials(search, have)
+        cpus, gpus = held(search, have)
+        wait_until_free({"CPU": cpus, "GPU": gpus}, 1, say=lambda text: console.print(plain(text)))
         study = begin(search, resume=args.resume)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:

@@ -33,6 +33,7 @@ from tuning.lease import Lease
 from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
+    BESIDE,
     COMMIT,
     CONFIG,
     DEATHS,
@@ -60,7 +61,7 @@ ALIKE = 3
 # How often a driver with nothing to begin looks whether that has changed.
 IDLE_S = 0.5
 FINAL = "final/"
-KEPT = (*METRICS, *COSTS, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
+KEPT = (*METRICS, *COSTS, *BESIDE, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
 
 
 @dataclass

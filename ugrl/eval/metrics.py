@@ -272,7 +272,6 @@ class TagMetrics:
             "tag_f1_micro": float(2 * hit_F.sum() / both_F.sum()),
         }
 
-
     def tables(self, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Average precision and prevalence by class name; a class without a positive has no precision (NaN).
 
