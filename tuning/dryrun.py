@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.preflight import Capacity
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
-from tuning.plain import short
+from tuning.plain import hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
 from tuning.study import make_pruner, make_sampler, plan, suggest_point, take_waiting
@@ -189,13 +189,15 @@ def _suggestions(space: SearchSpace, objectives: tuple[Objective, ...], steps: i
     few = replace(space, budget=replace(space.budget, trials=min(FIRST, space.trials)))
     study.sampler, study.pruner = make_sampler(space, 0), make_pruner(space, steps)
     plan(study, few)
-    table = Table(title="first suggestions", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("trial", justify="right")
-    for axis in space.search:
-        table.add_column(axis.name, justify="right")
+    points = []
     while (trial := take_waiting(study, few.trials)) is not None:
-        point = suggest_point(trial, space.search)
-        table.add_row(str(trial.number), *(short(point[a.path]) if a.path in point else "" for a in space.search))
+        points.append(suggest_point(trial, space.search))
+    table = Table(title="first suggestions", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial")
+    for k in range(len(points)):
+        table.add_column(str(k), justify="right", no_wrap=True)
+    for axis in space.search:
+        table.add_row(axis.name, *(short(p[axis.path]) if axis.path in p else "" for p in points))
     return table
 
 
@@ -278,26 +280,3 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
             + f"make it smaller: train.steps={max(1, steps // 10)}, data.crop, model.backbone, --trials"
         )
     return lines
-
-
-def hours(seconds: float) -> str:
-    """Hours in few digits.
-
-    >>> hours(360), hours(3600 * 12345.6)
-    ('0.1', '12,000')
-    """
-    value = seconds / 3600
-    digits = 2 - len(str(int(value))) if value >= 100 else None
-    return f"{round(value, digits):,.0f}" if digits is not None else f"{value:.2g}"
-
-
-def span(seconds: float) -> str:
-    """A time as a person says it.
-
-    >>> [span(s) for s in (0.5, 42, 600, 9000, 86400 * 3.2, 86400 * 5000)]
-    ['1 s', '42 s', '10 min', '2.5 h', '3.2 days', 'months']
-    """
-    for size, limit, name in ((1, 99, "s"), (60, 99, "min"), (3600, 47, "h"), (86400, 60, "days")):
-        if (value := seconds / size) <= limit:
-            return f"{max(1, round(value))} {name}" if size < 3600 else f"{value:.1f} {name}"
-    return "months"
