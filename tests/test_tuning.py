@@ -34,6 +34,7 @@ from tuning.search import Search
 from tuning.study import open_storage, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError
+from ugrl.train import checkpoint
 
 pytest.importorskip("ray")
 
@@ -336,7 +337,7 @@ def dashboard(out: Path) -> Iterator[Callable[[str], Any]]:
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None:
-    """The dashboard serves it while it runs; SIGTERM puts its trials back and writes the report."""
+    """The dashboard serves it while it runs; after SIGTERM its trials leave with a checkpoint."""
     pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
     out, log = home / "asked", home / "asked.log"
     file = write_space(home / "asked.yaml", SOUND, trials=12, scheduler={"name": "none"})
@@ -352,15 +353,20 @@ def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None
             assert any(t["intermediate_values"] for t in shown["trials"])
             assert driver.poll() is None, "the search had ended before the dashboard answered"
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(300) == 130
+        assert driver.wait(300) == 143
     finally:
         driver.kill()
     study = study_of(out)
     assert study is not None
     assert not study.get_trials(states=(TrialState.RUNNING,)) and len(study.get_trials()) == 12
     assert study.get_trials(states=(TrialState.WAITING,))
-    assert "continue with: ugrl-tune --out" in log.read_text()
-    assert (out / "report.html").is_file()
+    said = log.read_text()
+    assert "continue with: ugrl-tune --out" in said and f"ugrl-tune report {out}" in said
+    # 9 steps, and no checkpoint before the last one: what is there was written by the stop.
+    left = [
+        checkpoint.read_state(p) for p in out.glob("trials/*/seed_*/checkpoints/step_*") if p.name < "step_00000009"
+    ]
+    assert left and not list(out.glob("trials/*/seed_*/owner/*"))
     assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 12)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cluster.preflight import Capacity, check_fits
+from cluster.preflight import Capacity, check_fits, worker_resources
 from tuning.search import Search
 from ugrl.config import Config
 from ugrl.errors import ConfigError
@@ -73,3 +73,26 @@ def held(search: Search, have: Capacity) -> tuple[float, float]:
     # A GPU's share of its node's CPUs decodes and cuts for it.
     shares = [n.cpus / (n.gpus / gpus) for n in have.each() if gpus and n.gpus]
     return max(1.0, math.floor(min(shares))) if shares else 1.0, gpus
+
+
+class Room:
+    """Whether the cluster has room for one more trial of a search."""
+
+    def __init__(self, search: Search, have: Capacity) -> None:
+        cfg = search.base
+        self.count = search.space.workers
+        if self.count > 1:
+            each = worker_resources(cfg, have)
+            self.cpus, self.gpus, self.spare = each["CPU"], each.get("GPU", 0.0), cfg.cluster.data_cpus
+        else:
+            self.cpus, self.gpus = held(search, have)
+            self.spare = 0.0
+
+    def trials(self) -> int:
+        """Trials that what is free now would take."""
+        from ray._private.state import available_resources_per_node
+
+        free = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in available_resources_per_node().values()]
+        if self.count > 1 and sum(cpus for cpus, _ in free) < self.count * self.cpus + self.spare - 1e-6:
+            return 0
+        return sum(_takes(cpus, self.cpus, gpus, self.gpus) for cpus, gpus in free) // self.count

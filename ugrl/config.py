@@ -225,6 +225,8 @@ class ClusterConfig:
     storage: str | None = None
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     start_timeout_s: float = _num(60.0, gt=0)
+    stop_s: float = _num(25.0, ge=0)
+    busy_s: float = _num(300.0, ge=0)
     address: str | None = None
 
 
