@@ -48,7 +48,13 @@ def folder(root: Path, count: int, masks: int, rare: int) -> Path:
     ],
 )
 def test_a_dry_run_says_what_steers_the_search(
-    count: int, masks: int, rare: int, said: list[str], unsaid: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    count: int,
+    masks: int,
+    rare: int,
+    said: list[str],
+    unsaid: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shards = folder(tmp_path, count, masks, rare)
     space = write_space(tmp_path / "space.yaml", SOUND, scheduler={"grace_steps": 6, "reduction_factor": 2})

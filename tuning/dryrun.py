@@ -20,7 +20,9 @@ from tuning.placement import concurrent_trials, held
 from tuning.plain import hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
+from tuning.steer import remarks
 from tuning.study import make_pruner, make_sampler, plan, suggest_point, take_waiting
+from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
 # Classes that a step is measured with where no data tell: they hardly matter.
@@ -44,7 +46,15 @@ def machine() -> Capacity:
     return Capacity(cpus, float(torch.cuda.device_count()), cpus)
 
 
-def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float | None = None, where: str = "") -> None:
+def dry_run(
+    search: Search,
+    have: Capacity,
+    console: Console,
+    *,
+    step_s: float | None = None,
+    where: str = "",
+    data: bool = False,
+) -> None:
     """Print the resolved space, the first suggestions, how many trials fit at once, and what it would cost.
 
     Args:
@@ -53,10 +63,11 @@ def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float |
         console: Where to print.
         step_s: Seconds of a training step; measured here without it.
         where: What ``have`` is, in words.
+        data: Whether the shards are there to be looked at.
     """
     space = search.space
     console.print(_space_table(search))
-    for text in _words(search):
+    for text in [*_words(search), *(f"warning: {text}" for text in _weak(search, data))]:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(_suggestions(space, search.objectives, search.steps))
     cpus, gpus = held(search, have)
@@ -68,7 +79,7 @@ def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float |
     except ConfigError as error:  # the search may be meant for another machine
         fits = 0
         console.print(f"side by side: none on {on}: {error}", highlight=False, soft_wrap=True)
-    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s):
+    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s, data):
         console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -103,9 +114,14 @@ def _words(search: Search) -> list[str]:
     rows += (
         [f"constraints: {', '.join(f'{c.name} ≤ {c.limit:g}' for c in space.constraints)}"] if space.constraints else []
     )
-    rows += [f"at the end: {again}"] if again else []
-    weak = weak_rung(space, search.base)
-    return [*rows, *([f"warning: {weak}"] if weak else [])]
+    return [*rows, *([f"at the end: {again}"] if again else [])]
+
+
+def _weak(search: Search, data: bool) -> list[str]:
+    if data:
+        return remarks(search)
+    weak = weak_rung(search.space, search.base)
+    return [weak] if weak else []
 
 
 def _fidelity(search: Search) -> str:
@@ -234,13 +250,13 @@ def wanted_gpus(search: Search) -> float:
     return space.resources.gpus_per_trial or 0.0
 
 
-def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | None) -> list[str]:
+def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | None, data: bool) -> list[str]:
     import torch
 
     from ugrl.train.flops import step_gflop, step_seconds
 
     space, steps, batch = search.space, search.steps, search.base.train.global_batch
-    classes = {"voc": 20, "coco": 80}.get(space.config, CLASSES)
+    classes = len(Manifest.load(search.shards).class_names) if data else {"coco": 80}.get(space.config, CLASSES)
     gflop = step_gflop(search.base, classes)
     where = "with --step-s"
     if step_s is None:

@@ -84,6 +84,7 @@ class TrialProgress(tune.Callback):
         self.running: dict[str, _Shown] = {}
         self.rows: list[TrialRow] = []
         self.began = self.said = self.looked = time.monotonic()
+        self.planned = 0  # trials; all of them are in the storage from the beginning
         self.before = 0  # steps of the trials that ran before this session
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
 
@@ -120,7 +121,9 @@ class TrialProgress(tune.Callback):
                 shown.name,
                 f"{shown.seed + 1}/{len(shown.seeds)}",
                 f"{shown.step}/{self.steps}",
-                ProgressBar(total=self.steps, completed=shown.step, width=max(4, min(BAR, self.console.width - OTHERS))),
+                ProgressBar(
+                    total=self.steps, completed=shown.step, width=max(4, min(BAR, self.console.width - OTHERS))
+                ),
                 "" if shown.score is None else score_text(self.objective, shown.score),
                 clock(time.monotonic() - shown.since),
             )
@@ -130,7 +133,7 @@ class TrialProgress(tune.Callback):
         """How far the search is, in one line, what matters most first."""
         states = Counter(r.state for r in self.rows)
         ended = states["COMPLETE"] + states["PRUNED"] + states["FAIL"]
-        words = [f"{self.title}: {ended} of {self.total()} ended"]
+        words = [f"{self.title}: {ended} of {self.planned} ended"]
         left = self.left_s()
         words += [f"about {span(left)} left"] if left is not None else []
         best = best_trial(self.rows, self.objectives[0])
@@ -139,10 +142,6 @@ class TrialProgress(tune.Callback):
         words += [f"{states[s]} {s.lower()}" for s in ("PRUNED", "FAIL") if states[s]]
         words.append(clock(time.monotonic() - self.began))
         return " · ".join(words)
-
-    def total(self) -> int:
-        """Trials that are planned: all of them are in the storage from the beginning."""
-        return len(self.searcher.study.get_trials(deepcopy=False)) if self.searcher else 0
 
     def left_s(self) -> float | None:
         """Seconds until the last trial has ended, by the steps so far; ``None`` before there is any.
@@ -155,8 +154,8 @@ class TrialProgress(tune.Callback):
         if made <= 0:
             return None
         each = sum(ended) / len(ended) if ended else self.steps
-        waiting = max(0, self.total() - len(ended) - len(now))
-        left = waiting * each + sum(max(0.0, max(each, self.steps * 1.0) - n) for n in now)
+        waiting = max(0, self.planned - len(ended) - len(now))
+        left = waiting * each + sum(each - n if n < each else max(0, self.steps - n) for n in now)
         return left * (time.monotonic() - self.began) / made
 
     def look(self) -> None:
@@ -173,6 +172,7 @@ class TrialProgress(tune.Callback):
         job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
         if job is None:
             return
+        self.planned = max(self.planned, len(self.searcher.study.get_trials(deepcopy=False)) if self.searcher else 0)
         if self.searcher is not None and not self.rows:  # of a search that was resumed
             self.rows = read_trials(self.searcher.study, self.objectives)
             self.before = sum(r.step for row in self.rows if row.state in ENDED for r in row.runs)

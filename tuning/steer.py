@@ -33,11 +33,11 @@ def remarks(search: Search) -> list[str]:
             f"expected {FEW} or more"
         )
     shown = {tag for tags in manifest.tags(space.split)[:rows] for tag in tags}
-    if absent := [line(name, 40) for k, name in enumerate(manifest.class_names) if k not in shown]:
+    if absent := [line(name, 40) for k, name in enumerate(manifest.class_names, 1) if k not in shown]:
         names = ", ".join(absent[:NAMED]) + (" …" if len(absent) > NAMED else "")
         found.append(
-            f"split '{space.split}' has no image of {len(absent)} of {len(manifest.class_names)} classes ({names}): how "
-            "well they are learned does not steer the search"
+            f"split '{space.split}' has no image of {len(absent)} of {len(manifest.class_names)} classes ({names}): "
+            "how well they are learned does not steer the search"
         )
     weak = weak_rung(space, search.base)
     return [*found, *([weak] if weak else [])]
