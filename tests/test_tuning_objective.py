@@ -14,31 +14,38 @@ from ugrl.data.folder import FolderSource
 from ugrl.data.prepare import prepare
 
 
-def folder(root: Path, count: int, masks: int, rare: int) -> Path:
-    """Shards of tagged photographs, of which the first have masks; ``owl`` is on the first few alone."""
+def folder(root: Path, held: int, masks: bool, owls: bool) -> Path:
+    """Shards of 60 tagged photographs of which some are held out; whether they have masks, and show an owl."""
     for name in ("images", "masks"):
         (root / "raw" / name).mkdir(parents=True)
     rng, lines = np.random.default_rng(0), ["file,tags"]
-    for k in range(count):
+    for k in range(60):
         pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "raw" / "images" / f"{k:03}.png")
-        lines.append(f"{k:03}.png," + ("owl;cat" if k < rare else ("cat", "dog")[k % 2]))
-        if k < masks:
+        lines.append(f"{k:03}.png," + ("cat", "dog")[k % 2] + ";owl" * owls)
+        if masks:
             Image.fromarray(np.full((16, 16), 1, np.uint8)).save(root / "raw" / "masks" / f"{k:03}.png")
     (root / "raw" / "tags.csv").write_text("\n".join(lines))
-    prepare(FolderSource(root / "raw"), root / "shards", tune_val=0.25, progress=False)
+    (root / "raw" / "classes.txt").write_text("cat\ndog\nowl\n")
+    prepare(FolderSource(root / "raw"), root / "shards", tune_val=held, progress=False)
     return root / "shards"
 
 
 @pytest.mark.parametrize(
-    ("count", "masks", "rare", "said", "unsaid"),
+    ("held", "masks", "owls", "said", "unsaid"),
     [
-        (120, 120, 30, [], ["warning"]),
-        (120, 0, 30, ["objective auto: split 'tune_val': none of 30 has a mask", "judged by tag_map"], ["too few"]),
+        (30, True, True, [], ["warning"]),
         (
-            60,
-            60,
-            1,
+            30,
+            False,
+            True,
+            ["objective auto: split 'tune_val': none of 30 has a mask", "judged by tag_map"],
+            ["too few"],
+        ),
+        (
+            15,
+            True,
+            False,
             [
                 "warning: split 'tune_val' steers the search with 15 images: too few to tell configurations apart",
                 "warning: split 'tune_val' has no image of 1 of 3 classes (owl)",
@@ -48,15 +55,15 @@ def folder(root: Path, count: int, masks: int, rare: int) -> Path:
     ],
 )
 def test_a_dry_run_says_what_steers_the_search(
-    count: int,
-    masks: int,
-    rare: int,
+    held: int,
+    masks: bool,
+    owls: bool,
     said: list[str],
     unsaid: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shards = folder(tmp_path, count, masks, rare)
+    shards = folder(tmp_path, held, masks, owls)
     space = write_space(tmp_path / "space.yaml", SOUND, scheduler={"grace_steps": 6, "reduction_factor": 2})
     words = ["--dry-run", "--space", str(space), "--data", str(shards), "--step-s", "1"]
     capsys.readouterr()
@@ -70,7 +77,7 @@ def test_a_dry_run_says_what_steers_the_search(
 
 
 def test_a_limit_of_the_validation_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shards = folder(tmp_path, 120, 120, 30)
+    shards = folder(tmp_path, 30, True, True)
     space = write_space(tmp_path / "space.yaml", SOUND, scheduler={"grace_steps": 6, "reduction_factor": 2})
     assert cli.main(["--dry-run", "--space", str(space), "--data", str(shards), "--step-s", "1", "eval.limit=10"]) == 0
     assert "with 10 images, by eval.limit: too few" in " ".join(capsys.readouterr().out.split())
