@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
     *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
-    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage"),
+    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
+    *("ugrl.command", "ugrl.terminal", "ugrl.device"),
 }
 # A layer may import itself and everything below it.
 MAY = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -14,25 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from rich.console import Console
-
-from cluster.cli import shipped
-from tuning.options import COSTS, Objective
-from tuning.search import Findings, Search, read_finalists, read_sessions
-from tuning.space import SearchSpace, differences, load_space
 from ugrl import config as configs
-from ugrl.cli import enter
-from ugrl.data.shards import Manifest
+from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError
-from ugrl.storage import place
-from ugrl.train.objective import resolve_objective
-from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
     import optuna
+    from rich.console import Console
 
     from cluster.preflight import Capacity
+    from tuning.search import Findings, Search
+    from tuning.space import SearchSpace
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
@@ -53,17 +44,16 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``ugrl-tune``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ugrl-tune",
         description="Search hyperparameters. Shipped spaces: " + ", ".join(shipped("tuning")) + ".",
         epilog=SUMMARY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="NAME|FILE", help="a shipped search space or a YAML file (default: shapes)")
     parser.add_argument("--config", metavar="NAME|FILE", help="another base configuration than the space names")
     parser.add_argument("--data", metavar="DIR|URI", help="prepared shards; shapes are generated without it")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
+        "--out", type=folder_for, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
     )
     parser.add_argument("--trials", type=int, metavar="N", help="trials that are to end")
     parser.add_argument("--workers", type=int, metavar="N", help="training workers of one trial")
@@ -82,8 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_report_parser() -> argparse.ArgumentParser:
     """The parser of ``ugrl-tune report``."""
-    parser = argparse.ArgumentParser(
-        prog="ugrl-tune report", description="Write the report of a search, running or not, from its storage."
+    parser = Parser(
+        prog="ugrl-tune report",
+        description="Write the report of a search, running or not, from its storage.",
+        epilog="example:\n  ugrl-tune report runs/voc      report.html, report.md, plots, best.yaml in runs/voc\n",
     )
     parser.add_argument("study", type=Path, metavar="DIR", help="the search's folder")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
@@ -95,6 +87,8 @@ def build_report_parser() -> argparse.ArgumentParser:
 
 def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
     """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
+    from tuning.space import load_space
+
     name = args.space or (known if known is not None else "shapes")
     return load_space(
         name,
@@ -113,11 +107,12 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     Raises:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
+    from tuning.search import Search
+    from ugrl.train.run import ensure_shards
+
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
-    out = out.absolute()
+    out = folder_for(out.absolute())
     known = out / SPACE
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; expected a folder to write the search to")
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
             raise ConfigError(
@@ -145,6 +140,10 @@ def check_data(search: Search) -> Search:
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
+    from tuning.options import COSTS, Objective
+    from ugrl.data.shards import Manifest
+    from ugrl.train.objective import resolve_objective
+
     space, base = search.space, search.base
     manifest = Manifest.load(search.shards)
     splits = [base.data.train_split, space.split]
@@ -160,6 +159,8 @@ def check_data(search: Search) -> Search:
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
     """Refuse to continue a search as another one, naming the first difference."""
+    from tuning.space import differences, load_space
+
     for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
         raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
     stored = configs.build(configs.read_yaml(out / BASE))
@@ -179,7 +180,11 @@ def stored_search(out: Path) -> tuple[Search, optuna.Study]:
     """
     import optuna as library
 
+    from tuning.options import Objective
+    from tuning.search import Search
+    from tuning.space import load_space
     from tuning.study import OBJECTIVES, WHERE, open_storage, study_name
+    from ugrl.storage import place
 
     out = out.absolute()
     if not (out / SPACE).is_file() or not (out / BASE).is_file():
@@ -231,8 +236,13 @@ def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
+    for name in ("space", "config", "data", "storage", "warm_start", "address"):
+        if getattr(args, name) == "":  # of a variable of the shell that is not set
+            raise ConfigError(f"--{name.replace('_', '-')} is empty; expected a value, or none of it")
     if args.dry_run:
-        return run_dry(args, Console())
+        from ugrl.terminal import Terminal
+
+        return run_dry(args, Terminal())
     if args.warm_best < 1:
         raise ConfigError(f"--warm-best is {args.warm_best}; expected at least 1")
     if args.warm_start and args.resume:
@@ -301,7 +311,7 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
                 "choose another name for --out, or continue that one with --resume"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / BASE, yaml.safe_dump(configs.to_dict(search.base), sort_keys=False))
+    write_whole(out / BASE, configs.dump(configs.public_dict(search.base)))
     write_whole(out / SPACE, space.to_yaml(), mode=0o600 if "@" in space.storage else 0o644)
     study = open_study(
         space,
@@ -394,6 +404,7 @@ def sigterm_is_an_interrupt() -> Iterator[None]:
 def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
     """All that the storage tells of a search."""
     from tuning.record import read_trials
+    from tuning.search import Findings, read_finalists, read_sessions
 
     rows = tuple(read_trials(study, search.objectives))
     return Findings(search, study, rows, read_finalists(rows, finals, search), read_sessions(study))
@@ -421,13 +432,13 @@ def _ended(
             console.print(f"{left} trials were not run; --resume runs them", highlight=False)
         return 0
     words = ["ugrl-tune", "--out", str(search.out), "--resume"]
-    words += ["--data", str(args.data)] if args.data else []
+    for name in ("data", "storage", "address"):
+        words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    command, note = pasted([*words, *(["--quiet"] if args.quiet else [])])
     more = f" and {again} final runs" if again else ""
-    console.print(
-        f"interrupted with {left} trials{more} left; continue with: {shlex.join(words)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for text in (f"interrupted with {left} trials{more} left; continue with: {command}", note):
+        if text:
+            console.print(text, soft_wrap=True)
     return 130
 
 
@@ -435,7 +446,9 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
     """Say what a search would try and cost; needs no data and writes nothing."""
     from cluster.launch import start_ray, stop_ray
     from tuning.dryrun import dry_run, machine
+    from tuning.search import Search
     from tuning.study import quiet_optuna
+    from ugrl.storage import place
 
     if args.step_s is not None and not 0 < args.step_s < float("inf"):
         raise ConfigError(f"--step-s is {args.step_s:g}; expected a number > 0")

@@ -439,10 +439,10 @@ _Quoting.add_representer(str, _quoted)
 
 
 def dump(tree: Any, **layout: Any) -> str:
-    """YAML that versions 1.1 and 1.2 read alike: :func:`ugrl.foreign.parse_yaml` gives back the same tree.
+    r"""YAML that versions 1.1 and 1.2 read alike: :func:`ugrl.foreign.parse_yaml` gives back the same tree.
 
     >>> dump({"amp": "off", "shards": "/data/010", "lr": 1e-05})
-    'amp: "off"\\nshards: "/data/010"\\nlr: 1.0e-05\\n'
+    'amp: "off"\nshards: "/data/010"\nlr: 1.0e-05\n'
     """
     return yaml.dump(tree, Dumper=_Quoting, sort_keys=False, allow_unicode=True, **{"width": 10**9, **layout})
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ugrl.data.prepare import prepare
-from ugrl.data.shards import Manifest, verify
+from ugrl.command import folder_for
 from ugrl.data.source import SOURCES, open_source
 from ugrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ugrl.data.shards import Manifest
 
 # Option → the source it belongs to.
 _OWN = {
@@ -27,13 +28,23 @@ _OWN = {
     "difficulty": "shapes",
 }
 
+EXAMPLES = """\
+examples:
+  ugrl prepare folder --root photos --out shards --on-error skip     photos/images, photos/tags.csv, photos/masks
+  ugrl prepare voc --root VOCdevkit/VOC2012 --out shards
+  ugrl prepare coco --root coco --out shards
+  ugrl prepare shapes --out shards --train 1200 --val 200            generated images
+  ugrl prepare --verify shards                                       are its files whole?
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ugrl prepare``."""
     parser.description = "Write a data set to Parquet shards: resumable, checked, in bounded memory."
+    parser.epilog = EXAMPLES + (parser.epilog or "")
     parser.add_argument("source", metavar="SOURCE", nargs="?", help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set (not for shapes)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument("--out", type=folder_for, metavar="DIR", help="folder to write; it must not exist")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder's checksums and stop")
     parser.add_argument(
         "--tune-val",
@@ -73,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: Arguments that do not go together.
         DataError: Bad input, see :func:`ugrl.data.prepare.prepare`.
     """
-    console = Console()
+    from ugrl.data.prepare import prepare
+    from ugrl.data.shards import verify
+    from ugrl.terminal import Terminal
+
+    console = Terminal()
     if args.verify is not None:
         if args.source or args.out:
             raise ConfigError("--verify stands alone; expected no SOURCE and no --out beside it")
@@ -131,6 +146,8 @@ def _share(text: str) -> float | int:
 
 def summary(manifest: Manifest) -> Table:
     """Splits, rows, masks, what was left out, shards and size."""
+    from rich.table import Table
+
     table = Table(title=f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes")
     table.add_column("split")
     for column in ("rows", "with masks", "left out", "shards", "MB"):
