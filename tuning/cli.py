@@ -78,6 +78,7 @@ def build_report_parser() -> argparse.ArgumentParser:
         epilog="example:\n  ugrl-tune report runs/voc      report.html, report.md, plots, best.yaml in runs/voc\n",
     )
     parser.add_argument("study", type=Path, metavar="DIR", help="the search's folder")
+    parser.add_argument("--storage", metavar="URL", help="the study's database, where its URL has a password")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -123,6 +124,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     resumed = args.resume and known.is_file()
     space = read_space(args, known if resumed else None)
     base = space.base()
+    configs.check_revealed(base, args.space or known)
     if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
@@ -164,6 +166,7 @@ def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
     for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
         raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
     stored = configs.build(configs.read_yaml(out / BASE))
+    base = configs.build(configs.public_dict(base))
     for path in configs.paths():
         if configs.get(stored, path) != configs.get(base, path):
             raise ConfigError(
@@ -172,8 +175,8 @@ def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
             )
 
 
-def stored_search(out: Path) -> tuple[Search, optuna.Study]:
-    """A search and its study from its folder.
+def stored_search(out: Path, storage_url: str | None = None) -> tuple[Search, optuna.Study]:
+    """A search and its study from its folder, and from a database whose URL is not wholly written down there.
 
     Raises:
         ConfigError: The folder holds none.
@@ -189,7 +192,7 @@ def stored_search(out: Path) -> tuple[Search, optuna.Study]:
     out = out.absolute()
     if not (out / SPACE).is_file() or not (out / BASE).is_file():
         raise ConfigError(f"{out}: holds no search; expected {SPACE} and {BASE} in it")
-    space = load_space(out / SPACE)
+    space = load_space(out / SPACE, storage=storage_url)
     base = configs.build(configs.read_yaml(out / BASE))
     storage, name = open_storage(space.storage, out), study_name(space.storage, out)
     if name not in library.get_all_study_names(storage):
@@ -267,7 +270,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def ended_search(search: Search) -> optuna.Study | None:
     """The study of a search that is resumed, where there is one and it may have ended."""
     try:
-        return stored_search(search.out)[1]
+        return stored_search(search.out, search.space.storage)[1]
     except ConfigError:
         return None
 
@@ -312,7 +315,7 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
             )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / BASE, configs.dump(configs.public_dict(search.base)))
-    write_whole(out / SPACE, space.to_yaml(), mode=0o600 if "@" in space.storage else 0o644)
+    write_whole(out / SPACE, space.to_yaml())
     study = open_study(
         space,
         out,
@@ -326,11 +329,10 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     return study
 
 
-def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(mode)
     os.replace(temporary, path)
 
 
@@ -472,7 +474,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from tuning.study import quiet_optuna
 
     quiet_optuna()
-    search, study = stored_search(args.study)
+    search, study = stored_search(args.study, args.storage)
     write_report(findings(search, study, open_finals(search, study._storage, create=False)), console)
     return 0
 

@@ -399,12 +399,13 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def public_dict(cfg: Config) -> dict[str, Any]:
     """:func:`to_dict` as it may be written down or shown: credentials within it are hidden."""
-    return _masked(to_dict(cfg))
+    return public_tree(to_dict(cfg))
 
 
-def _masked(value: Any) -> Any:
+def public_tree(value: Any) -> Any:
+    """A tree whose texts hold no credentials."""
     if isinstance(value, dict):
-        return {k: _masked(v) for k, v in value.items()}
+        return {k: public_tree(v) for k, v in value.items()}
     return masked(value) if isinstance(value, str) and has_credentials(value) else value
 
 

@@ -11,14 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.distributed import is_main, rank
-from ugrl.storage import Place, StorageError, retry
+from ugrl.storage import Place, StorageError, place, retry
 from ugrl.train import checkpoint
 from ugrl.train.saver import Saved, Saver, Snapshot, send_files
 
@@ -75,8 +72,8 @@ class RunFolder:
         if self.mirror is not None:
             home = self.mirror
             retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
-        config = config_mod.to_dict(self.cfg)
-        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        config = config_mod.public_dict(self.cfg)
+        place(out / "config.yaml").write(config_mod.dump(config).encode())
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
@@ -156,14 +153,14 @@ def _cut_log(path: Path, done: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            line: dict[str, Any] = json.loads(text)
-        except ValueError:  # the last words of a process that was killed
-            continue
-        if max(int(line.get("step", 0)), int(line.get("eval", 0))) <= done:
-            kept.append(text + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+            line = json.loads(text)
+            if max(int(line.get("step", 0)), int(line.get("eval", 0))) <= done:
+                kept.append(text + b"\n")
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue  # the last words of a process that was killed, or of a disk
+    place(path).write(b"".join(kept))
 
 
 def _fetch_logs(home: Place, out: Path) -> None:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from ugrl import config as config_mod
+from ugrl import foreign
 from ugrl.config import Config
 from ugrl.data.order import steps_per_epoch
 from ugrl.data.prepare import prepare
@@ -135,12 +135,10 @@ def stored_config(out: Place) -> Config:
         StorageError: It cannot be read.
     """
     file = out / "config.yaml"
+    data = file.read() if file.local is None else foreign.read_bytes(file.local, error=ConfigError)
+    tree = config_mod.as_tree(foreign.decode_text(data, str(file), error=ConfigError), str(file))
     try:
-        tree = yaml.safe_load(file.read())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from None
-    try:
-        return config_mod.build(tree or {})
+        return config_mod.build(tree)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
