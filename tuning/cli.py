@@ -301,7 +301,8 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     """
     import optuna as library
 
-    from tuning.study import WHERE, open_storage, open_study, public, study_name
+    from tuning.options import public
+    from tuning.study import WHERE, open_storage, open_study, study_name
 
     space, out = search.space, search.out
     storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None

@@ -47,11 +47,13 @@ class Scalar:
 
 
 def check_mlflow(where: str) -> None:
-    """Refuse ``train.mlflow`` where MLflow is not installed.
+    """Refuse ``train.mlflow`` where MLflow is not installed, or cannot use the folder.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: See above.
     """
+    if "://" not in where and "?" in str(Path(where).absolute()):
+        raise ConfigError(f"train.mlflow is '{where}': a '?' in a folder's name ends it for MLflow; choose another folder")
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(f"train.mlflow is '{public(where)}', but MLflow is not installed: pip install mlflow-skinny")
 
