@@ -22,7 +22,7 @@ from ugrl.errors import ConfigError
 from ugrl.train.loop import Trainer
 from ugrl.types import Row
 
-from .tiny import tiny_tree
+from tests.tiny import tiny_tree
 
 MODES = ("none", "normalize", "augment")
 
