@@ -236,13 +236,16 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
+MOST_NAMED = 24
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest option, else the list of options."""
-    options = list(options)
+    options = [line(option, 60) for option in options]
     close = difflib.get_close_matches(word[:100], options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; expected one of {', '.join(options)}"
+    return f"; expected one of {', '.join(options[:MOST_NAMED])}{', …' if len(options) > MOST_NAMED else ''}"
 
 
 def _type_name(hint: Any) -> str:
