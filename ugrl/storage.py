@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from ugrl import secrets
+from ugrl import foreign, secrets
 from ugrl.errors import UgrlError
 from ugrl.text import brief, line
 
@@ -255,6 +255,24 @@ class Place:
                 return bytes(file.read())
         except (OSError, pa.ArrowException) as error:
             raise self._error(error) from None
+
+    def read_small(self, what: str, *, most: int = foreign.MOST_TEXT, error: foreign.Refusal) -> bytes:
+        """The contents of a regular file of a bounded size.
+
+        Args:
+            what: It is, for the message.
+            most: Bytes.
+            error: Class of the refusal.
+
+        Raises:
+            StorageError: A remote storage has no such file, or does not answer.
+        """
+        if self.local is not None:
+            return foreign.read_bytes(self.local, what, most=most, error=error)
+        size = self._info().size or 0
+        if size > most:
+            raise error(f"{self}: {size} bytes; expected at most {most} of a {what}")
+        return self.read()
 
     def write(self, data: bytes) -> None:
         """Make this a file of these contents: a reader sees the old ones or the new ones, never half of them.

@@ -13,7 +13,7 @@ from PIL import Image
 from ugrl.data.augment import normalize
 from ugrl.data.images import decode_pixels
 from ugrl.errors import DataError
-from ugrl.eval.evaluate import seg_scores
+from ugrl.eval.evaluate import pad_small, seg_scores
 from ugrl.eval.palette import WRITER, write_mask
 from ugrl.foreign import read_bytes
 from ugrl.model.network import UGRLNet
@@ -121,11 +121,7 @@ def predict_image(
     if h * w * max(1.0, *scales) ** 2 > MOST_PIXELS:
         at = f" at scale {max(scales):g}" if max(scales) > 1 else ""
         raise DataError(f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: cut it into parts")
-    x = torch.from_numpy(normalize(image_HW3))[None].to(device)
-    # The encoder needs 32 pixels a side: smaller images are padded by their own edge.
-    pad = (0, max(0, 32 - w), 0, max(0, 32 - h))
-    if any(pad):
-        x = torch.nn.functional.pad(x, pad, mode="replicate")
+    x = torch.from_numpy(pad_small(normalize(image_HW3), net.encoder.spec.min_size))[None].to(device)
     probs = seg_scores(net, x, scales, mirror)[0, :, :h, :w]
     if crf:
         from ugrl.eval.crf import dense_crf
