@@ -119,7 +119,8 @@ def choose(where: str, *, best: bool) -> tuple[Path, str]:
     path = checkpoint.find(where, best=best)
     if (place(where) / "state.json").exists():
         return path, f"checkpoint: {path.name}"
-    marked = checkpoint.best_name(place(where) / "checkpoints")
+    ranked = checkpoint.ranking(place(where) / "checkpoints")
+    marked = ranked[0].checkpoint if ranked else None
     if best:
         return path, f"checkpoint: {path.name}, " + ("the best" if marked else "the newest: none is marked as the best")
     hint = ", and the best" if marked == path.name else f"; --best takes {marked}" if marked else ""

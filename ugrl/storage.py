@@ -329,6 +329,14 @@ class Place:
 
     def download(self, to: Path) -> Path:
         """Copy this file or folder (files alone) to a local path, whole or not at all; returns the path."""
+        try:
+            return self._download(to)
+        except OSError as error:  # of this machine's disk: the storage's own are told apart
+            raise StorageError(
+                f"{line(error.filename or to)}: {error.strerror or _line(error)}", lasting=lasting(error)
+            ) from None
+
+    def _download(self, to: Path) -> Path:
         draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
         draft.parent.mkdir(parents=True, exist_ok=True)
         Place(str(draft)).delete()

@@ -52,8 +52,8 @@ def check_mlflow(where: str) -> None:
     Raises:
         ConfigError: See above.
     """
-    if "://" not in where and "?" in str(Path(where).absolute()):
-        raise ConfigError(f"train.mlflow is '{where}': a '?' in a folder's name ends it for MLflow; choose another folder")
+    if "://" not in where and re.search("[?]|%[0-9a-fA-F]{2}", str(Path(where).absolute())):
+        raise ConfigError(f"train.mlflow is '{where}': MLflow takes no folder with ? or %20 in its name")
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(f"train.mlflow is '{public(where)}', but MLflow is not installed: pip install mlflow-skinny")
 
