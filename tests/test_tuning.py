@@ -533,7 +533,7 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(
     shown = " ".join(capsys.readouterr().out.split())
     assert "method.uncertainty.alpha [1, 50] log" in shown
     assert "rungs at 6000, 18000 of 20000 steps, 1 in 3 goes on" in shown
-    assert "a whole run: 0:33:20 without validations" in shown
+    assert "with --step-s: 0.1 s a step, 33 min a run without validations" in shown
     assert "side by side:" in shown and "first suggestions" in shown
     assert not list(tmp_path.iterdir())
 
