@@ -9,8 +9,8 @@ key of a space file     values (the first is the default)
 ``trials``, ``budget``  ``{trials: 20, hours: 0, gpu_hours: 0, cpu_hours: 0}``; 0 is no limit. A spent budget
                         starts nothing new; what runs is finished
 ``sampler``             ``tpe | random | grid | gp | cmaes | nsga2``, or ``{name: tpe, startup: 0}``
-``scheduler``           ``{name: asha | hyperband | median | none, grace_steps: 0, reduction_factor: 3}``; ``grace_steps`` is
-                        the first rung, in steps or (below 1) as a share of the run; 0 derives it. A grid, and a
+``scheduler``           ``{name: asha | hyperband | median | none, grace_steps: 0, reduction_factor: 3}``; the
+                        first rung in steps, or (below 1) as a share of the run; 0 derives it. A grid, and a
                         search with several objectives, stop nothing unless told to
 ``repeats``             ``{seeds: 1, skip: true}``: seeds of each configuration; later ones are skipped where
                         the first already lose
@@ -33,8 +33,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ugrl.config import nearest
+from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.secrets import HIDDEN, masked
 from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ COSTS = {
 SAMPLERS = ("tpe", "random", "grid", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
+
+
+def public(storage: str) -> str:
+    """A database URL without its password.
+
+    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
+    'postgresql+psycopg://ann:***@db/ugrl'
+    """
+    scheme, sep, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """When a weak trial is stopped: never before ``grace_steps``, a share of the run until the base is known."""
+    """When a weak trial is stopped: never before ``grace_steps``."""
 
     name: str = "asha"
-    grace_steps: float = 0
+    grace_steps: int = 0
     reduction_factor: float = 3.0
 
 
@@ -133,8 +146,12 @@ class Constraint:
     limit: float
 
 
-def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+def build_options(tree: Mapping[str, Any], base: Config) -> dict[str, Any]:
     """The typed options of a space file; keys and messages as in the module's text.
+
+    Args:
+        tree: The file's options.
+        base: The configuration that all trials share: what is a share of the run becomes steps.
 
     Raises:
         ConfigError: One line that names the key, the value and what was expected.
@@ -145,7 +162,7 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
     made["budget"] = _budget(tree)
     if "sampler" in tree:
         made["sampler"] = _sampler(tree["sampler"])
-    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", _default_scheduler(made))))
+    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", _default_scheduler(made))), base)
     made["resources"] = _resources(mapping("resources", tree.get("resources", {})))
     made["repeats"] = _repeats(mapping("repeats", tree.get("repeats", {})))
     made["final"] = _final(mapping("final", tree.get("final", {})))
@@ -167,6 +184,26 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
             f"space key 'final.split' is '{made['final'].split}', which the search sees; expected an untouched split"
         )
     return made
+
+
+def warm_steps(base: Config) -> int:
+    """When both warm-ups have ended."""
+    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
+
+
+def first_rung(grace: float, base: Config) -> int:
+    """The first rung in steps.
+
+    Args:
+        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0, which is half
+            of what follows the warm-ups.
+        base: The run.
+    """
+    if grace >= 1:
+        return int(grace)
+    steps, every = base.train.steps, base.train.at(base.train.eval_every)
+    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
+    return min(steps, math.ceil(wanted / every - 1e-9) * every)
 
 
 def options_dict(space: SearchSpace) -> dict[str, Any]:
@@ -278,7 +315,7 @@ def _default_scheduler(made: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": "asha" if alone else "none"}
 
 
-def _scheduler(tree: Mapping[str, Any]) -> Scheduler:
+def _scheduler(tree: Mapping[str, Any], base: Config) -> Scheduler:
     _known("scheduler", tree, Scheduler)
     name = _one_of("scheduler.name", tree.get("name", "asha"), SCHEDULERS)
     factor = number("scheduler.reduction_factor", tree.get("reduction_factor", 3.0), 0.0)
@@ -289,7 +326,7 @@ def _scheduler(tree: Mapping[str, Any]) -> Scheduler:
         raise ConfigError(
             f"space key 'scheduler.grace_steps' is {grace:g}; expected an integer, or a share of the run below 1"
         )
-    return Scheduler(name, int(grace) if grace.is_integer() else grace, factor)
+    return Scheduler(name, first_rung(grace, base) if name != "none" else int(grace), factor)
 
 
 def _resources(tree: Mapping[str, Any]) -> Resources:

@@ -29,8 +29,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuning.options import (
     Budget,
     Constraint,
@@ -44,7 +42,9 @@ from tuning.options import (
     build_options,
     mapping,
     options_dict,
+    public,
     text,
+    warm_steps,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
@@ -247,15 +247,16 @@ class SearchSpace:
         return points
 
     def to_dict(self) -> dict[str, Any]:
-        """The space as it stands in YAML."""
-        tree: dict[str, Any] = {"config": self.config, "overrides": dict(self.overrides), **options_dict(self)}
+        """The space as it stands in YAML, without credentials."""
+        hidden = {"overrides": configs.public_tree(dict(self.overrides)), "storage": public(self.storage)}
+        tree: dict[str, Any] = {"config": self.config, "overrides": {}, **options_dict(self), **hidden}
         tree["first"] = [dict(point) for point in self.first]
         tree["search"] = {a.path: a.spec() for a in self.search}
         return tree
 
     def to_yaml(self) -> str:
-        """The space as a file that :func:`load_space` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+        """The space as a file that :func:`load_space` reads back to an equal one, but for credentials."""
+        return configs.dump(self.to_dict(), default_flow_style=None, width=100)
 
 
 def trial_config(base: Config, point: Mapping[str, Any], split: str | None = None, seed: int | None = None) -> Config:
@@ -309,10 +310,9 @@ def build_space(
     if not isinstance(points, list | tuple):
         raise ConfigError(f"space key 'first' is {points!r}; expected a list of points")
     axes = mapping("search", values.pop("search"))
-    made.update(build_options(values))
     base = configs.load(made["config"], made["overrides"])
+    made.update(build_options(values, base))
     made["search"] = tuple(_ordered(list(_axes(axes, base))))
-    made["scheduler"] = replace(made["scheduler"], grace_steps=first_rung(made["scheduler"].grace_steps, base))
     space = SearchSpace(**made)
     _check_search(space, base, points)
     space = replace(space, first=tuple(complete_point(space, f"first[{i}]", p, base) for i, p in enumerate(points)))
@@ -322,26 +322,6 @@ def build_space(
         trials = min(space.trials, count) if asked else count
         space = replace(space, budget=replace(space.budget, trials=trials))
     return space
-
-
-def warm_steps(base: Config) -> int:
-    """When both warm-ups have ended."""
-    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
-
-
-def first_rung(grace: float, base: Config) -> int:
-    """The first rung in steps.
-
-    Args:
-        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0: at half of what
-            follows the warm-ups.
-        base: The run.
-    """
-    if grace >= 1:
-        return int(grace)
-    steps, every = base.train.steps, base.train.at(base.train.eval_every)
-    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
-    return min(steps, math.ceil(wanted / every - 1e-9) * every)
 
 
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
@@ -359,9 +339,9 @@ def weak_rung(space: SearchSpace, base: Config) -> str | None:
     if space.scheduler.name == "none" or grace >= least:
         return None
     return (
-        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores are hardly more than "
-        f"those of a predictor of nothing but background there; expected scheduler.grace_steps ≥ {least} of {steps}, or "
-        f"a share such as {math.ceil(100 * least / steps) / 100:g}"
+        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores there are hardly "
+        "more than those of a predictor of nothing but background; expected scheduler.grace_steps "
+        f"≥ {least} of {steps}, or a share such as {math.ceil(100 * least / steps) / 100:g}"
     )
 
 
