@@ -115,13 +115,13 @@ def history(findings: Findings) -> Figure | str:
     rows = _scored(findings)
     fig, ax = plt.subplots(figsize=(7, 4))
     _scatter(ax, [(r.number, r) for r in rows], findings)
-    noisy = [r for r in rows if math.isfinite(r.stderr)]
+    low, high = _limits(findings, rows)
+    noisy = [r for r in rows if math.isfinite(r.stderr) and low <= _y(findings, r) <= high]
     if noisy:
         x, y, e = zip(*[(r.number, _y(findings, r), _scale(findings) * r.stderr) for r in noisy], strict=True)
         ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=1)
     line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _focus(ax, findings)
     _baseline_line(ax, findings)
     ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -176,7 +176,6 @@ def slices(findings: Findings) -> Figure | str:
             value = marks[axis.path]
             _paper_line(ax, options.index(value) if value in options else value)
         _slice_axis(ax, axis)
-        _focus(ax, findings)
     for ax in list(grid.flat)[len(axes_) :]:
         ax.set_visible(False)
     for ax in grid[:, 0]:
@@ -485,15 +484,6 @@ def _limits(findings: Findings, rows: Sequence[TrialRow]) -> tuple[float, float]
     return min(ys), max(ys)
 
 
-def _focus(ax: Axes, findings: Findings) -> None:
-    """Limit an axis of scores to :func:`_limits`; what lies beyond is marked at its edge (:func:`_scatter`)."""
-    rows = _scored(findings)
-    low, high = _limits(findings, rows)
-    margin = EDGE * ((high - low) or 1.0)
-    if any(not low <= _y(findings, r) <= high for r in rows):
-        ax.set_ylim(low - 2 * margin, high + 2 * margin)
-
-
 def _best_label(findings: Findings) -> str:
     number = findings.best.number if findings.best else ""
     return f"best with fresh seeds: trial {number}" if findings.finalists else f"best: trial {number}"
@@ -671,7 +661,6 @@ def _bought(
     spent = list(itertools.accumulate(weigh(r, r.seconds) for r in rows))
     _scatter(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
     ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _focus(ax, findings)
     ax.set(xlabel=f"{unit} spent", ylabel=_label(findings), title="What the compute bought")
     ax.set_xlim(left=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
