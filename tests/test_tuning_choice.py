@@ -240,7 +240,7 @@ def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
         else:
             found.jobs["1"].before = 901.0  # 901 s × 2 of them are half an hour
             found.hold(found.jobs["1"])
-        assert found.suggest("2") is None
+        assert found.suggest("2") == "FINISHED"
         assert found.halted.startswith(f"budget.{limit} is spent: 0.50 of 0.5")
         assert not found.judge("1", report(9, 0.2, ended=True))  # what runs is finished
         found.on_trial_complete("1", {"done": True})
