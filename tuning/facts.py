@@ -16,6 +16,7 @@ from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
 from tuning.search import Finalist, Findings
 from tuning.space import trial_config
+from tuning.space import weak_rung as rung_rule
 from ugrl import config as configs
 from ugrl.secrets import has_credentials, public
 
@@ -302,9 +303,15 @@ def collapse(findings: Findings) -> str:
 
 
 def weak_rung(findings: Findings) -> str:
-    """A warning where the first rung compared trials that had not learned anything yet."""
-    name, scheduler = findings.search.objective, findings.search.space.scheduler
+    """A warning where the first rung compared trials that had not learned anything yet.
+
+    By what they scored there; where runs do not say what learning nothing gives, by the rule for spaces.
+    """
+    search = findings.search
+    name, scheduler = search.objective, search.space.scheduler
     base = baseline(findings, name)
+    if not math.isfinite(base) and (why := rung_rule(search.space, search.base)):
+        return f"{why[0].upper()}{why[1:]}."
     if scheduler.name == "none" or not math.isfinite(base):
         return ""
     first = [next(((s, v) for s, v in r.curve if s >= scheduler.grace_steps), None) for r in findings.rows]

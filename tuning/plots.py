@@ -433,10 +433,10 @@ def rung_steps(space: SearchSpace, steps: int) -> list[int]:
         space: The search.
         steps: Of a whole run.
     """
-    asked = space.scheduler
+    asked, first = space.scheduler, int(space.scheduler.grace_steps)
     if asked.name != "asha":
-        return [asked.grace_steps] if asked.name in ("median", "hyperband") else []
-    made = [asked.grace_steps]
+        return [first] if asked.name in ("median", "hyperband") else []
+    made = [first]
     while made[-1] * asked.reduction_factor < steps:
         made.append(int(made[-1] * asked.reduction_factor))
     return made if made[0] < steps else []
