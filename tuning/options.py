@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl.config import nearest
 from ugrl.errors import ConfigError
+from ugrl.secrets import HIDDEN, masked
 from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ COSTS = {
 SAMPLERS = ("tpe", "random", "grid", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
+
+
+def public(storage: str) -> str:
+    """A database URL without its password.
+
+    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
+    'postgresql+psycopg://ann:***@db/ugrl'
+    """
+    scheme, sep, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
 
 
 @dataclass(frozen=True)

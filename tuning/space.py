@@ -29,8 +29,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuning.options import (
     Budget,
     Constraint,
@@ -44,6 +42,7 @@ from tuning.options import (
     build_options,
     mapping,
     options_dict,
+    public,
     text,
 )
 from ugrl import config as configs
@@ -247,15 +246,16 @@ class SearchSpace:
         return points
 
     def to_dict(self) -> dict[str, Any]:
-        """The space as it stands in YAML."""
-        tree: dict[str, Any] = {"config": self.config, "overrides": dict(self.overrides), **options_dict(self)}
+        """The space as it stands in YAML, without credentials."""
+        hidden = {"overrides": configs.public_tree(dict(self.overrides)), "storage": public(self.storage)}
+        tree: dict[str, Any] = {"config": self.config, "overrides": {}, **options_dict(self), **hidden}
         tree["first"] = [dict(point) for point in self.first]
         tree["search"] = {a.path: a.spec() for a in self.search}
         return tree
 
     def to_yaml(self) -> str:
-        """The space as a file that :func:`load_space` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+        """The space as a file that :func:`load_space` reads back to an equal one, but for credentials."""
+        return configs.dump(self.to_dict(), default_flow_style=None, width=100)
 
 
 def trial_config(base: Config, point: Mapping[str, Any], split: str | None = None, seed: int | None = None) -> Config:

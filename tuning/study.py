@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -35,12 +36,14 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler,
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
-from tuning.options import Objective
+from tuning.options import Objective, public
 from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.secrets import HIDDEN
 
 STEP = "step"
 STUDY = "ugrl"
@@ -70,9 +73,9 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
     if storage == "journal":
         mend_journal(out / JOURNAL)
         return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
-    prefix = "sqlite:///"
-    if storage.startswith(prefix) and not storage.startswith(prefix + "/"):
-        storage = f"{prefix}{(out / storage.removeprefix(prefix)).absolute()}"
+    if HIDDEN in storage:
+        raise ConfigError(f"storage '{storage}': its password is not written down; give it again with --storage")
+    storage = _address(storage, out)
     # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
     waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
     tries = OPEN_TRIES
@@ -86,23 +89,24 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
             time.sleep(0.2)
 
 
+def _address(storage: str, out: Path) -> str:
+    """A database URL as Optuna takes it; a file of SQLite counts from ``out``, and may have any name."""
+    try:
+        url = make_url(storage)
+    except SQLAlchemyError as error:
+        raise ConfigError(f"storage {public(storage)!r}: no URL of a database ({_line(error)})") from None
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith((":", "file:")):
+        return storage
+    file = quote(str((out / url.database).absolute()))  # SQLite reads it as a URI: ?, # and % are escaped for it
+    return URL.create("sqlite", database=f"file:{file}", query={**url.query, "uri": "true"}).render_as_string()
+
+
 def _made_by_another(error: Exception) -> bool:
     """Whether another process makes the same tables at this moment: they will be there the next time."""
     words = f"{error} {error.__cause__}".lower()
     return isinstance(error, (DatabaseError, StorageInternalError)) and any(
         w in words for w in ("already exists", "unique", "duplicate")
     )
-
-
-def public(storage: str) -> str:
-    """A database URL without its password.
-
-    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
-    'postgresql+psycopg://ann:***@db/ugrl'
-    """
-    scheme, sep, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{sep}{user.split(':')[0]}:***@{host}" if at and ":" in user else storage
 
 
 def _line(error: Exception) -> str:

@@ -7,7 +7,6 @@ written by rank 0 alone.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,12 +29,14 @@ from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.transfer import Transfer
+from ugrl.device import resolve
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.build import build_par, build_prototypes
 from ugrl.model.build import build_net
 from ugrl.storage import Place, place
+from ugrl.terminal import Terminal
 from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
 from ugrl.train.board import Board
@@ -174,12 +175,12 @@ class Trainer:
         self.cfg, self.shards = cfg, place(shards)
         self.hooks = hooks or Hooks()
         self.loader = loader or local_loader
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.quiet = quiet or not is_main()
         self.dtype = dtype or getattr(torch, cfg.train.dtype)
         if cfg.train.cpu_threads > 0:
             torch.set_num_threads(cfg.train.cpu_threads)
-        self.device = torch.device(device or _default_device())
+        self.device = resolve(device)
         if cfg.train.deterministic:
             make_deterministic(self.device)
         if cfg.train.global_batch % world_size() != 0:
@@ -291,7 +292,7 @@ class Trainer:
             main / "tb" if main is not None else None,
             mlflow=self.cfg.train.mlflow,
             name=self.cfg.name if self.folder.home is None else self.folder.home.name,
-            params=config_mod.to_dict(self.cfg),
+            params=config_mod.public_dict(self.cfg),
             step=self.done,
             say=self.say,
         )
@@ -525,9 +526,3 @@ class Trainer:
         speed = torch.tensor(list(local.values()), dtype=torch.float64).to(self.device, non_blocking=True)
         values = mean_over_ranks(torch.cat([torch.stack(means), speed]) if means else speed).tolist()
         return dict(zip([*names, *local], values, strict=True))
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"
