@@ -232,6 +232,7 @@ def test_images_and_masks_with_other_suffixes(devkit, suffix):
         ("a1\nv1\n", r"val\.txt: line 1: id 'v1' was used before \(train\.txt line 2\)"),
         ("a1\n" + "x" * 2000 + "\n", r"train\.txt: line 2: 2000 characters; expected an id"),
         ("käfer\n".encode("latin-1"), r"train\.txt: line 1: byte 0xe4 is not UTF-8; save the file as UTF-8"),
+        ("a1\na\x1b2\n", r"train\.txt: line 2: id 'a\\x1b2'; expected no control characters"),
         (b"a1\0\n", r"train\.txt: line 1: a zero byte"),
     ],
 )
