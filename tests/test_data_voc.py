@@ -217,6 +217,13 @@ def test_ids_are_what_the_line_says_whatever_its_characters(devkit, id):
     assert listed(devkit, f"{id}\n".encode("utf-16")).splits()["train"] == [id]
 
 
+def test_an_id_may_end_like_a_file(devkit):
+    add(devkit, "b", "cow")
+    add(devkit, "b.jpg", "sheep")
+    source = listed(devkit, "b.jpg\nb\n")
+    assert [source.row("train", id).tags for id in source.splits()["train"]] == [(17,), (10,)]
+
+
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
 def test_images_and_masks_with_other_suffixes(devkit, suffix):
     add(devkit, "b", "cow", suffix, ".PNG")
