@@ -148,7 +148,7 @@ def stored_config(out: Place) -> Config:
     try:
         return config_mod.build(foreign.as_dict(tree, where, error=ConfigError))
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {line(error)}") from None
 
 
 def check_same(new: Config, old: Config, out: Path | Place) -> None:
