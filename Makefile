@@ -6,12 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint bench clean help
+.PHONY: demo test test-clusters test-full lint bench clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
 	@echo "make test   the tests"
-	@echo "make test-full  the tests and their longer forms"
+	@echo "make test-clusters  long stories on clusters: nodes and drivers that die, jobs, buckets"
+	@echo "make test-full  all of them, and longer forms"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
 
@@ -30,11 +31,14 @@ demo: $(STAMP)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test: $(STAMP)
-	$(PYTEST) -m "not ray and not full" -n 2 --dist loadfile
-	$(PYTEST) -m "ray and not full"
+	$(PYTEST) -m "not ray and not long and not full" -n 2 --dist loadfile
+	$(PYTEST) -m "ray and not long and not full"
+
+test-clusters: $(STAMP)
+	$(PYTEST) -m "long and not full"
 
 # The longer forms as well: more kills, larger streams.
-test-full: test
+test-full: test test-clusters
 	$(PYTEST) -m full
 
 lint: $(STAMP)

@@ -26,9 +26,6 @@ from ugrl.train.run import RunPlan, plan_run, stored_config
 if TYPE_CHECKING:
     from cluster.line import Line
 
-# How long a cluster's other work is waited for before a run starts.
-BUSY_PATIENCE_S = 300.0
-
 SUMMARY = """\
 examples:
   ugrl-train --config shapes                            generated images, minutes on two cores
@@ -150,13 +147,15 @@ def load_config(args: argparse.Namespace) -> configs.Config:
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
+    from cluster.connect import check
     from cluster.launch import launch, start_ray, stop_ray
     from cluster.line import Line
-    from cluster.preflight import check_fits, check_store, wait_until_free
+    from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
     from cluster.sweep import check_visible, owned, sweep_placement_groups
     from cluster.watch import watch
 
-    workers = cfg.cluster.workers or 1
+    workers, origin = cfg.cluster.workers or 1, "--address" if args.address else "cluster.address"
+    check(cfg.cluster.address, origin)
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
 
     def say(text: str) -> None:
@@ -167,14 +166,14 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
     lease = ExitStack()
     try:
         lease.enter_context(owned(plan.out))
-        have = start_ray(cfg.cluster.address)
+        have = start_ray(cfg.cluster.address, origin)
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
             say(f"placement group {group[:12]} of a job that has ended: given back")
-        wait_until_free(plan.cfg, first, patience_s=BUSY_PATIENCE_S, say=say)
+        wait_until_free(worker_resources(plan.cfg, have), first, say=say)
         check_store(plan.cfg, Manifest.load(plan.shards), first, have)
         check_visible(plan.out, plan.shards)
-        say(f"Ray: {have}; starting {first} workers takes about 20 s")
+        say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 20 s")
         line = Line.open()
         with (
             watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),

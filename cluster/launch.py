@@ -14,11 +14,12 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.connect import connect, reason
 from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError, NoRoomError, UgrlError
 from ugrl.storage import Place, StorageError, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
@@ -40,36 +41,29 @@ ENVIRONMENT = {
     # On nodes that this process starts: a reading process that rests for a second between two blocks is not ended and
     # started anew.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
-def start_ray(address: str | None = None, *, cpus: int | None = None) -> Capacity:
+def start_ray(address: str | None = None, origin: str = "--address", *, cpus: int | None = None) -> Capacity:
     """Connect to a cluster, or start a private one on this machine.
 
     Args:
         address: Of a running cluster; ``None`` takes ``RAY_ADDRESS`` where it is set (as in
             ``ray job submit``), and else starts Ray here, for this process alone.
+        origin: What gave the address, for messages.
         cpus: Logical CPUs of a private cluster; all of the machine's by default.
 
     Returns:
         What the cluster has.
 
     Raises:
-        ConfigError: Nothing answers at ``address``.
+        ConfigError: Nothing answers at ``address``, or Ray cannot start here.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if not ray.is_initialized():
-        address = address or os.environ.get("RAY_ADDRESS") or None
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            if address:
-                ray.init(address=address, **quiet)
-            else:
-                # Nobody is told the address of a private cluster's dashboard: ten processes less to start.
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
+        connect(address, origin, cpus=cpus)
     # What goes wrong comes back as an exception, and Tune would also print it with its traceback.
     for name in ("ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -156,6 +150,10 @@ def launch(
             except ray.train.TrainingFailedError as error:
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
+            except ray.exceptions.RayError as error:  # the controller, or the node that it and the driver are on
+                raise UgrlError(
+                    f"run '{out.name}': Ray itself failed: {reason(error)}; continue with --resume"
+                ) from None
             found = checkpoint.latest(out)
             state = checkpoint.read_state(found) if found is not None else None
             if state is not None and state.step >= cfg.train.steps:
@@ -281,7 +279,7 @@ def _fewer(
             continue
         say(f"{text}: going on with {smaller} workers")
         return smaller
-    raise UgrlError(
+    raise NoRoomError(
         f"run '{out.name}': {text}; continue with --resume when they fit, or with fewer: --workers N, or "
         "cluster.min_workers for a run that does so by itself"
     ) from None

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import ray
 
 from ugrl.config import Config
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
 EPS = 1e-6
+# How long a cluster's other work is waited for before a run starts.
+BUSY_PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Capacity:
 
 def capacity() -> Capacity:
     """What the connected cluster has now; nodes that an autoscaler might add do not count."""
+    import ray  # half a second that arithmetic alone does not need
+
     nodes = tuple(
         Node(n["NodeManagerHostname"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
         for n in ray.nodes()
@@ -194,14 +196,25 @@ def check_store(cfg: Config, shards: Manifest, workers: int, have: Capacity, *, 
         )
 
 
+def on_what(cfg: Config, have: Capacity) -> str:
+    """What a cluster has, with a word on GPUs that were asked for and are not there."""
+    lacks = cfg.cluster.gpus_per_worker and not have.gpus
+    return f"{have} and no GPU: training on the CPU" if lacks else str(have)
+
+
 def wait_until_free(
-    cfg: Config, workers: int, *, patience_s: float, say: Callable[[str], None], every_s: float = 1.0
+    each: Mapping[str, float],
+    count: int,
+    *,
+    say: Callable[[str], None],
+    patience_s: float = BUSY_PATIENCE_S,
+    every_s: float = 1.0,
 ) -> None:
-    """Wait while other work holds what a run needs, but not for ever.
+    """Wait while other work holds what is needed, but not for ever.
 
     Args:
-        cfg: The run.
-        workers: Its training workers.
+        each: What one worker or trial holds, as of :func:`worker_resources`.
+        count: How many of them.
         patience_s: How long to wait.
         say: Told in one line that it waits.
         every_s: Pause between two looks.
@@ -209,19 +222,20 @@ def wait_until_free(
     Raises:
         ConfigError: Still not free, with the numbers.
     """
+    import ray
+
     until, told = time.monotonic() + patience_s, False
     while True:
         have = capacity()
-        each = worker_resources(cfg, have)
         free = ray.available_resources()
-        lack = {k: (workers * v, free.get(k, 0.0)) for k, v in each.items() if workers * v > free.get(k, 0.0) + EPS}
+        lack = {k: (count * v, free.get(k, 0.0)) for k, v in each.items() if count * v > free.get(k, 0.0) + EPS}
         if not lack:
             return
         text = " and ".join(f"{need:g} {k}s are needed, {left:g} are free" for k, (need, left) in lack.items())
         if time.monotonic() > until:
             raise ConfigError(
                 f"{text} of the cluster's {have}: other work holds the rest, for more than {patience_s:g} s now; try "
-                "again when it has ended, or take fewer workers"
+                "again when it has ended, or take less"
             )
         if not told:
             say(f"waiting up to {patience_s:g} s: {text} of the cluster's {have}")

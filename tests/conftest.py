@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,22 @@ from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of the user's: neither clusters, credentials and settings in the environment nor files at home."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("RAY_", "UGRL_", "MLFLOW_", "OPTUNA_", "SLURM_", "AWS_")) and name != "RAY_TMPDIR":
+                patch.delenv(name)
+        # But for a font cache, which takes seconds to make.
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib")))
+        patch.setenv("HOME", str(home))
+        patch.setenv("UGRL_DATA", str(home / "data"))
+        patch.setenv("UGRL_CACHE", str(home / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,20 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from ugrl.train import checkpoint
+
+# float64: only the order of sums differs between numbers of workers.
+CLOSE = 1e-7
 
 
 @contextmanager
@@ -85,9 +91,35 @@ def curve(out: Path, key: str = "total") -> dict[int, float]:
     return {int(r["step"]): r[key] for r in lines(out) if key in r}
 
 
-def wait_for(condition: Any, timeout_s: float = 120.0) -> None:
+def wait_for(condition: Any, timeout_s: float = 400.0) -> None:
     """Poll until something is true."""
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "did not happen in time"
         time.sleep(0.05)
+
+
+def check_same(out: Path, alone: Path) -> None:
+    """Curves and scores of a run are those of another one."""
+    for key in ("total", "seg", "ucl", "aux"):
+        a, b = curve(out, key), curve(alone, key)
+        assert a.keys() == b.keys() and b
+        for step in b:
+            assert a[step] == pytest.approx(b[step], rel=CLOSE, abs=1e-9), (key, step)
+    for name in ("val/seg_miou", "val/cam_miou", "val/tag_map"):
+        assert [r[name] for r in lines(out) if name in r] == pytest.approx(
+            [r[name] for r in lines(alone) if name in r], abs=1e-6
+        )
+    assert checkpoint.read_state(checkpoint.find(out)).step == 20
+
+
+def when_saved(out: Path, step: int, action: Callable[[], None]) -> threading.Thread:
+    """Do something once a checkpoint of ``step`` is whole."""
+
+    def body() -> None:
+        wait_for(lambda: (found := checkpoint.latest(out)) is not None and checkpoint.step_of(found.name) >= step, 300)
+        action()
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster import cli
+from cluster.launch import launch
 from cluster.preflight import Capacity
+from tests.raycluster import check_same, training_workers, when_saved
 from ugrl import config as configs
 from ugrl.data.augment import Augment
+from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
 from ugrl.train.loop import LoaderSpec, local_loader
 from ugrl.train.run import ensure_shards
-
-pytestmark = pytest.mark.ray
 
 TINY = {
     "data.crop": 32,
@@ -79,6 +83,7 @@ def spec(cfg: configs.Config, shards: Path, rank: int, start: int) -> LoaderSpec
     )
 
 
+@pytest.mark.ray
 def test_batches_of_ray_data_are_those_of_the_local_loader(
     cfg: configs.Config, shards: Path, cluster: Capacity
 ) -> None:
@@ -97,6 +102,7 @@ def test_batches_of_ray_data_are_those_of_the_local_loader(
         assert steps == 30 - start
 
 
+@pytest.mark.ray
 def test_what_the_workers_of_a_killed_run_hold_is_given_back(cluster: Capacity, tmp_path: Path) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table
@@ -107,11 +113,35 @@ def test_what_the_workers_of_a_killed_run_hold_is_given_back(cluster: Capacity, 
     ray.get(group.ready())
     (tmp_path / PLACEMENT).write_text(group.id.hex())
     free_placement(tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while placement_group_table(group)["state"] != "REMOVED" and time.monotonic() < deadline:
         time.sleep(0.1)
     assert placement_group_table(group)["state"] == "REMOVED"
     free_placement(tmp_path)  # a run that gave everything back itself
+
+
+@pytest.mark.ray
+def test_two_workers_of_which_one_is_killed_train_like_one_process(
+    small: configs.Config, small_shards: Path, alone: Path, cluster: Capacity, tmp_path: Path
+) -> None:
+    out, killed = tmp_path / "run", []
+    halves = replace(
+        small,
+        cluster=replace(small.cluster, cpus_per_worker=0.5, start_timeout_s=300),
+        train=replace(small.train, checkpoint_every=1),  # gives the killer its time
+    )
+
+    def kill() -> None:
+        os.kill(training_workers()[-1], signal.SIGKILL)
+        killed.append(True)
+
+    killer = when_saved(out, 1, kill)
+    metrics = launch(halves, shards=small_shards, out=out, workers=2)
+    killer.join()
+    assert killed and metrics["step"] == 20
+    check_same(out, alone)
+    with pytest.raises(ConfigError, match=r"train.global_batch is 6; expected a multiple of the 4 workers"):
+        launch(small, shards=small_shards, out=tmp_path / "refused", workers=4)
 
 
 def test_one_process_never_imports_ray(shards: Path, tmp_path: Path) -> None:

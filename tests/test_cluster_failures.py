@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.raycluster import curve, kill_raylet, lines, raylets, training_workers, wait_for
+from tests.raycluster import check_same, curve, kill_raylet, raylets, training_workers, wait_for, when_saved
 from tests.small import TINY
 from ugrl import config as configs
 from ugrl.train import checkpoint
@@ -24,35 +24,8 @@ pytestmark = pytest.mark.ray
 
 pytest.importorskip("ray")
 
-# float64: only the order of sums differs between numbers of workers.
-CLOSE = 1e-7
 
-
-def check_same(out: Path, alone: Path) -> None:
-    for key in ("total", "seg", "ucl", "aux"):
-        a, b = curve(out, key), curve(alone, key)
-        assert a.keys() == b.keys() and b
-        for step in b:
-            assert a[step] == pytest.approx(b[step], rel=CLOSE, abs=1e-9), (key, step)
-    for name in ("val/seg_miou", "val/cam_miou", "val/tag_map"):
-        assert [r[name] for r in lines(out) if name in r] == pytest.approx(
-            [r[name] for r in lines(alone) if name in r], abs=1e-6
-        )
-    assert checkpoint.read_state(checkpoint.find(out)).step == 20
-
-
-def when_saved(out: Path, step: int, action) -> threading.Thread:
-    """Do something once a checkpoint of ``step`` is whole."""
-
-    def body() -> None:
-        wait_for(lambda: (found := checkpoint.latest(out)) is not None and checkpoint.step_of(found.name) >= step, 300)
-        action()
-
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    return thread
-
-
+@pytest.mark.long
 def test_a_worker_and_then_a_whole_node_are_killed(
     small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +81,7 @@ def until(driver: subprocess.Popen[str], done) -> None:
     assert driver.poll() is None, driver.stderr and driver.stderr.read()
 
 
+@pytest.mark.long
 def test_the_driver_is_killed_and_the_same_command_goes_on(small_shards: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     driver = start(command(small_shards, out))

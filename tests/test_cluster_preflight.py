@@ -15,8 +15,6 @@ from tests.raycluster import raylets
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 
-pytestmark = pytest.mark.ray
-
 BASE = {
     "train.steps": 24,
     "train.lr_warmup_iters": 2,
@@ -131,6 +129,7 @@ def test_a_typo_in_a_place_is_named(tmp_path: Path) -> None:
         load_place(str(file))
 
 
+@pytest.mark.ray
 def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
     """On a real cluster: waiting ends with the numbers; a dead job's group is given back, a live one's is not."""
     pytest.importorskip("ray")
@@ -147,13 +146,13 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
         group = placement_group([{"CPU": 1.5}])
         ray.get(group.ready())
         said: list[str] = []
-        busy = cfg(cluster__cpus_per_worker=0.5)
+        busy = {"CPU": 0.5}
         with pytest.raises(ConfigError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"):
             wait_until_free(busy, 2, patience_s=1, say=said.append, every_s=0.2)
         assert len(said) == 1
         assert sweep_placement_groups() == []  # ours is a live job
         remove_placement_group(group)
-        wait_until_free(busy, 2, patience_s=30, say=said.append, every_s=0.2)
+        wait_until_free(busy, 2, patience_s=200, say=said.append, every_s=0.2)
         # A driver that is killed while its group, which outlives it, is placed.
         code = (
             "import ray, os; ray.init(address='auto', log_to_driver=False);"
@@ -166,11 +165,11 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
             [sys.executable, "-c", code.replace("'auto'", repr(address))], capture_output=True, text=True
         )
         left = done.stdout.split()[-1]
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while sweep_placement_groups() != [left]:
             assert time.monotonic() < until
             time.sleep(0.5)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while placement_group_table()[left]["state"] != "REMOVED":
             assert time.monotonic() < until
             time.sleep(0.1)

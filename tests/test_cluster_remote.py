@@ -17,7 +17,7 @@ from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 pytest.importorskip("ray")
 

@@ -16,7 +16,7 @@ from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 # Of float64, where only the order of sums differs: measured below 1e-9 after 20 steps. In float32 a pseudo-label that
 # lies on a threshold can fall on either side of it: there the curves part by up to 3e-3.

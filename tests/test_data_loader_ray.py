@@ -18,8 +18,6 @@ from ugrl.errors import DataError
 from ugrl.storage import StorageError
 from ugrl.train.loop import LoaderSpec, local_loader
 
-pytestmark = pytest.mark.ray
-
 ray_data = pytest.importorskip("cluster.data", exc_type=ImportError)
 reading = pytest.importorskip("cluster.reading")
 

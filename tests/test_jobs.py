@@ -207,6 +207,7 @@ def stop(cluster: Cluster, name: str, run: Path) -> int:
     return step
 
 
+@pytest.mark.long
 def test_the_documented_jobs_run_here(cluster: Cluster, shared: Path) -> None:
     cluster.submit(small_search(), shared, name="search", wait=False)
     cluster.submit(small_train(), shared, name="train", wait=False)

@@ -52,7 +52,7 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
 
 
-def until(seen: Callable[[], bool], seconds: float = 90) -> bool:
+def until(seen: Callable[[], bool], seconds: float = 300) -> bool:
     """Whether it came true in time."""
     end = time.monotonic() + seconds
     while not seen():

@@ -25,8 +25,9 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     >>> lr_factor(0, cfg), lr_factor(10, cfg), lr_factor(50, cfg)
     (1e-06, 0.9, 0.5)
     """
-    if step < cfg.lr_warmup_iters:
-        return cfg.lr_warmup_ratio + (1.0 - cfg.lr_warmup_ratio) * step / cfg.lr_warmup_iters
+    warm = cfg.at(cfg.lr_warmup_iters)
+    if step < warm:
+        return cfg.lr_warmup_ratio + (1.0 - cfg.lr_warmup_ratio) * step / warm
     return float((1.0 - step / cfg.steps) ** cfg.power)
 
 

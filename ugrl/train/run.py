@@ -15,16 +15,14 @@ from rich.console import Console
 from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
-from ugrl.data.order import steps_per_epoch
 from ugrl.data.prepare import prepare
-from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest
 from ugrl.errors import BusyError, ConfigError, DataError
 from ugrl.storage import Place, place
 from ugrl.text import line
 from ugrl.train import checkpoint
-from ugrl.train.objective import resolve_objective
+from ugrl.train.check import check_run
 from ugrl.train.tracking import check_mlflow
 
 # May differ between a run and its resumption: nothing in them changes what is computed.
@@ -118,14 +116,9 @@ def plan_run(
         check_same(cfg, stored_config(out), out)
     shards = ensure_shards(cfg, data, console=console)
     manifest = Manifest.load(shards)
-    for split in (cfg.data.train_split, cfg.data.val_split):
-        manifest.split(split)
-    resolve_objective(cfg, manifest, cfg.data.val_split)
+    check_run(cfg, manifest, fresh=not resume or checkpoint.latest(out) is None)
     if cfg.train.mlflow is not None:
         check_mlflow(cfg.train.mlflow)
-    steps_per_epoch(manifest.split(cfg.data.train_split).rows, cfg.train.global_batch)
-    if len(ShardReader(shards, cfg.data.val_split)) == 0:
-        raise DataError(f"{shards}: split '{cfg.data.val_split}' is empty; expected at least one image")
     if resume and (found := checkpoint.latest(out)) is not None:
         now = manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
         checkpoint.check_data(checkpoint.read_state(found), now, shards)
