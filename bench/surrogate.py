@@ -185,7 +185,7 @@ def collect(folders: Sequence[Path]) -> Measured:
                     curves.append(Curve(row.params, run.seed, tuple(v for _, v in run.curve), run.seconds))
     if found is None or not curves:
         raise SystemExit("no run has ended")
-    every = found.base.train.eval_every
+    every = found.base.train.at(found.base.train.eval_every)
     steps = tuple(range(every, found.steps + 1, every))
     whole = tuple(c for c in curves if len(c.scores) == len(steps))  # a score that is no number is not in a curve
     return Measured(found.space, found.objective, steps, whole)

@@ -19,7 +19,7 @@ from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError, NoRoomError, UgrlError
 from ugrl.storage import Place, StorageError, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
@@ -279,7 +279,7 @@ def _fewer(
             continue
         say(f"{text}: going on with {smaller} workers")
         return smaller
-    raise UgrlError(
+    raise NoRoomError(
         f"run '{out.name}': {text}; continue with --resume when they fit, or with fewer: --workers N, or "
         "cluster.min_workers for a run that does so by itself"
     ) from None

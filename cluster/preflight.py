@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import ray
-
 from ugrl.config import Config
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
@@ -61,6 +59,8 @@ class Capacity:
 
 def capacity() -> Capacity:
     """What the connected cluster has now; nodes that an autoscaler might add do not count."""
+    import ray  # half a second that arithmetic alone does not need
+
     nodes = tuple(
         Node(n["NodeManagerHostname"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
         for n in ray.nodes()
@@ -222,6 +222,8 @@ def wait_until_free(
     Raises:
         ConfigError: Still not free, with the numbers.
     """
+    import ray
+
     until, told = time.monotonic() + patience_s, False
     while True:
         have = capacity()

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich import progress as bars
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from ugrl.train.progress import losses_text, speed_text
+from ugrl.train.progress import bar_line, left_text, losses_text, scores_text, speed_text, tell
 
 
 class Source(Protocol):
@@ -52,7 +51,7 @@ class View:
             self.values = record["values"]
             return None
         if kind == "val":
-            self.score = "  ".join(f"{k} {v:.4f}" for k, v in record["metrics"].items())
+            self.score = scores_text(record["metrics"])
             return f"step {step}  validation  {self.score}"
         if kind == "checkpoint":
             self.saved = step
@@ -78,9 +77,8 @@ class View:
 
     def line(self) -> str:
         """The last training line as plain text."""
-        left = self.left_s()
-        words = [f"step {self.step}/{self.steps}", losses_text(self.values), speed_text(self.values)]
-        words += [] if left is None else [f"left {left:.0f} s"]
+        words = [f"step {self.step}/{self.steps}", left_text(self.left_s())]
+        words += [speed_text(self.values), losses_text(self.values)]
         return "  ".join(w for w in words if w)
 
     def state(self) -> str:
@@ -97,26 +95,17 @@ class Screen:
     def __init__(self, view: View, console: Console, *, every_s: float = 10.0) -> None:
         self.view, self.console, self.every_s = view, console, every_s
         self.last_line = -every_s
-        self.bar = bars.Progress(
-            bars.TextColumn("train"),
-            bars.BarColumn(bar_width=None),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("{task.fields[left]}"),
-            console=console,
-            expand=True,
-        )
-        self.task = self.bar.add_task("train", total=view.steps, left="")
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=4, transient=False)
 
     def render(self) -> Group:
         """The live display: the bar, losses, speed, state."""
-        view = self.view
-        left = view.left_s()
-        self.bar.update(self.task, completed=view.step, left="" if left is None else f"left {_clock(left)}")
+        view, options = self.view, self.console.options
+        bar = bar_line(
+            options.max_width, view.step, view.steps, left_text(view.left_s()), ascii_only=options.ascii_only
+        )
         score = f"validation  {view.score}" if view.score else ""
         rows = [losses_text(view.values), speed_text(view.values), view.state(), score]
-        return Group(self.bar, *(Text(row, style="dim", overflow="ellipsis", no_wrap=True) for row in rows if row))
+        return Group(bar, *(Text(row, style="dim", overflow="ellipsis", no_wrap=True) for row in rows if row))
 
     def start(self) -> None:
         """Begin the live display, on a terminal."""
@@ -139,7 +128,7 @@ class Screen:
             if now - self.last_line < self.every_s and self.view.step < self.view.steps:
                 return
             self.last_line, text = now, self.view.line()
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        tell(self.console, text)
 
 
 @contextmanager
@@ -184,9 +173,3 @@ def watch(
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}"

@@ -25,7 +25,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
     """Adding or dropping an option is a decision: this list is its record."""
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"prepare", "eval", "predict"}
+    assert set(commands) == {"prepare", "check", "eval", "predict"}
     common = {"--help", "--best", "--scales", "--mirror", "--crf", "--device"}
     assert options(commands["eval"].format_help()) == common | {"--data", "--split", "--refined-cam"}
     assert options(commands["predict"].format_help()) == common | {"--out"}

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from ugrl.data.coco import CocoSource
 from ugrl.data.coco_masks import decode_counts, spans
 from ugrl.data.prepare import prepare
+from ugrl.data.reader import ShardReader
 from ugrl.data.source import RowError, open_source
 from ugrl.errors import DataError
 
@@ -39,6 +40,7 @@ STYLES = {
     "half pixels": lambda xy: np.round(2 * xy) / 2,
     "fifths": lambda xy: np.round(5 * xy) / 5 + 0.1,
     "repeated points": lambda xy: np.repeat(xy.reshape(-1, 2), 2, axis=0).ravel(),
+    "far outside": lambda xy: (xy - 30) * 500,
     "upright": lambda xy: np.stack([np.repeat(xy[0::2], 2), np.roll(np.repeat(xy[1::2], 2), 1)], 1).ravel(),
 }
 
@@ -85,7 +87,17 @@ def test_long_runs_survive_compression():
         ({"size": [5, 4], "counts": [20]}, r"RLE size \[5, 4\]; expected \[4, 5\]"),
         ({"size": [4, 5], "counts": "\x01"}, "character .* in a compressed RLE"),
         ({"size": [4, 5], "counts": "P"}, "a compressed RLE that ends within a number"),
+        ({"size": [4, 5], "counts": "1" + "o" * 99}, "endless number|characters for"),
+        ({"size": [4, 5], "counts": "o" * 99}, "a compressed RLE with an endless number"),
+        ({"size": [4, 5], "counts": "0" * 9999}, "a compressed RLE of 9999 characters for 5×4 pixels"),
         ({"size": [4, 5], "counts": 3}, "RLE counts of type int"),
+        ({"size": [4, 5], "counts": [0, None, 20]}, r"RLE counts \[0, None, 20\]; expected whole numbers"),
+        ({"size": [4, 5], "counts": [0, {}, 20]}, "expected whole numbers"),
+        ({"size": [4, 5], "counts": [-5, 25]}, "RLE runs that add up to 20; expected 5×4, none below zero"),
+        ({"size": [4, 5], "counts": [10**400]}, "a number of about 398 digits"),
+        ({"size": [[4], 5], "counts": [20]}, r"RLE size \[\[4\], 5\]; expected \[4, 5\]"),
+        ([[1, 1, 3, 1, 3, 1e19]], r"a coordinate of 1e\+19 for 5×4 pixels"),
+        ([[1, 1, 3, 1, 3, -3e8]], r"a coordinate of 3e\+08 for 5×4 pixels"),
     ],
 )
 def test_broken_segmentations_say_why(segmentation, words):
@@ -201,15 +213,10 @@ def changed(**changes):
     ("train", "words"),
     [
         ('{"images": [', r"instances_train2017\.json: broken JSON at line 1, column 13"),
-        ("[]", "not an instances JSON"),
-        (changed(annotations=None), "not an instances JSON"),
-        ({"images": [], "categories": []}, "not an instances JSON .no key 'annotations'"),
+        ("[]", r"instances_train2017\.json: \[\]; expected keys and values"),
+        (changed(annotations=None), "annotations: None; expected a list"),
+        ({"images": [], "categories": []}, "no key 'annotations' among 'images', 'categories'"),
         (changed(categories=[], annotations=[]), "0 categories; expected 1…254"),
-        (changed(images=[{"id": 1, "file_name": "x.jpg"}]), "not an instances JSON .no key 'width'"),
-        (tree([(5, 1, 0, [SQUARE])]), "annotation 0 names image_id 5, which is not among the images"),
-        (tree([([1], 1, 0, [SQUARE])]), "not an instances JSON .*unhashable"),
-        (tree([(1, 12, 0, [SQUARE])]), "annotation 0 names category_id 12, which is not a category"),
-        (changed(annotations=[{"id": 3}]), "an annotation without image_id or category_id"),
         (changed(categories=[{"id": 1, "name": "person"}]), "its categories differ from those of the train split"),
     ],
 )
@@ -240,6 +247,158 @@ def test_a_broken_annotation_and_another_size_are_named_with_their_row(tmp_path)
     Image.new("RGB", (31, 20)).save(tmp_path / "train2017" / "000000000002.jpg")
     with pytest.raises(RowError, match="image id 2.*31×20; the JSON expects 30×20"):
         source.row("train", "000000000002")
+
+
+# ---- as other people write them ---------------------------------------------------------------------
+
+
+def category(id, name):
+    return {"id": id, "name": name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": tree([], images=(1, 1))["images"]}, r"images '0+1\.jpg' and '0+1\.jpg' both have id 1"),
+        ({"categories": [category(1, "cat"), category(1, "dog")]}, "categories 'cat' and 'dog' both have id 1"),
+        ({"categories": [category(1, "cat"), category("1", "dog")]}, "categories 'cat' and 'dog' both have id 1"),
+        ({"categories": [category(1, "cat"), category(2, "cat")]}, "categories 1 and 2 are both called 'cat'"),
+        ({"categories": [category("a4-c0", "cat")]}, "category 0: id: 'a4-c0'; expected a whole number"),
+        ({"images": [{"id": "6f9-e1", "file_name": "a.jpg"}]}, "image 0: id: '6f9-e1'; expected a whole number"),
+        ({"images": [{"id": float("inf")}]}, "image 0: id: inf; expected a whole number"),
+    ],
+)
+def test_keys_that_occur_twice_or_are_no_numbers_are_named(tmp_path, changes, words):
+    content = {**tree([(1, 1, 0, [SQUARE])]), **changes}
+    with pytest.raises(DataError, match=words) as caught:
+        CocoSource(build(tmp_path, json.dumps(content)))
+    assert str(caught.value).isprintable()
+
+
+def test_equal_stems_of_one_split_are_named_with_both_files(tmp_path):
+    content = tree([(1, 1, 0, [SQUARE]), (2, 1, 0, [SQUARE])], images=(1, 2))
+    content["images"][0]["file_name"], content["images"][1]["file_name"] = "a/x.jpg", "b/x.jpg"
+    with pytest.raises(DataError, match=r"images 1 \('a/x\.jpg'\) and 2 \('b/x\.jpg'\) share the file stem 'x'"):
+        CocoSource(build(tmp_path, json.dumps(content)))
+
+
+def as_text(content):
+    for group, keys in (("images", ["id"]), ("categories", ["id"]), ("annotations", ["image_id", "category_id"])):
+        content[group] = [{**e, **{k: str(e[k]) for k in keys}} for e in content[group]]
+    return content
+
+
+def as_dictionary(content):
+    content["annotations"] = {str(a["id"]): a for a in content["annotations"]}
+    return content
+
+
+def crowds(*values):
+    def change(content):
+        content["annotations"] = [{**a, "iscrowd": v} for a, v in zip(content["annotations"], values, strict=True)]
+        return content
+
+    return change
+
+
+def one_polygon(content):
+    content["annotations"] = [{**a, "segmentation": a["segmentation"][0]} for a in content["annotations"]]
+    return content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [as_text, as_dictionary, crowds("0", "false"), crowds(False, None), crowds(" 0 ", 0.0), one_polygon],
+    ids=["string ids", "dictionary", "text", "none", "number", "flat"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_is_meant_is_read(tmp_path, change, encoding):
+    plain = [(1, 13, 0, [SQUARE]), (1, 90, 0, [OVER])]
+    expected = CocoSource(build(tmp_path / "plain", tree(plain))).row("train", "000000000001")
+    root = build(tmp_path / "other", tree(plain))
+    for split, content in (("train", tree(plain)), ("val", tree([(7, 1, 0, [SQUARE])], (7,), split="val"))):
+        if split == "train" or change is as_text:
+            text = json.dumps(change(content))
+            (root / "annotations" / f"instances_{split}2017.json").write_text(text, encoding=encoding)
+    assert CocoSource(root).row("train", "000000000001") == expected
+    assert expected.tags == (2, 3) and set(np.unique(labels_of(expected))) == {0, 2, 3}
+
+
+def test_crowd_as_text_is_a_crowd_and_crowds_alone_are_told(tmp_path, caplog):
+    content = crowds("1", "true")(tree([(1, 13, 0, [SQUARE]), (1, 1, 0, [OVER])]))
+    row = CocoSource(build(tmp_path, content)).row("train", "000000000001")
+    assert set(np.unique(labels_of(row))) == {0, 255} and row.tags == (1, 2)
+    assert "train2017.json: every one of its 2 objects is a crowd (iscrowd 1)" in caplog.text
+    assert "val2017.json" not in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_boxes_without_polygons_give_tags_and_no_mask(tmp_path, caplog, split):
+    content = tree(
+        [(1, 13, 0, None), (2, 1, 0, []), (2, 90, 0, [SQUARE]), (3, 90, 0, [SQUARE]), (4, 13, 0, [[]])],
+        images=(1, 2, 3, 4),
+    )
+    del content["annotations"][0]["segmentation"]
+    other = tree([(7, 1, 0, [SQUARE])], (7,))
+    trains = (content, other) if split == "train" else (other, content)
+    manifest = prepare(CocoSource(build(tmp_path / "coco", *trains)), tmp_path / "out", tune_val=0)
+    rows = ShardReader(manifest, split).rows(range(4))
+    assert [row.tags for row in rows] == [(2,), (1, 3), (3,), (2,)]
+    # The second has an object that no polygon shows: a mask without it would call it background.
+    assert [row.mask is None for row in rows] == [True, True, False, True]
+    assert manifest.splits[split].with_masks == 1
+    assert (
+        f"instances_{split}2017.json: 3 of 4 images have objects without a segmentation: their rows have tags and no "
+        "mask (1 of them have other objects with one)" in caplog.text
+    )
+
+
+def spoilt(key, value, group="annotations"):
+    """Three images, of which the second is spoilt."""
+    content = tree([(k, 1, 0, [SQUARE]) for k in (1, 2, 3)], images=(1, 2, 3))
+    entry = content[group][1]
+    if value is KeyError:
+        del entry[key]
+    else:
+        entry[key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "words"),
+    [
+        (spoilt("segmentation", [[1, 1, 9, 1, 9, 1e19]]), "broken annotation", "a coordinate of 1e\\+19 for 30×20"),
+        (spoilt("segmentation", [[1, 1, 9, 1, 9, float("nan")]]), "broken annotation", "a polygon of 6 numbers"),
+        (spoilt("segmentation", [[1, 1, 9, 1, 9, 10**400]]), "broken annotation", "a polygon that is no list of"),
+        (spoilt("segmentation", {"size": [20, 30], "counts": [0, {}]}), "broken annotation", "RLE counts"),
+        (spoilt("segmentation", 7), "broken annotation", "annotation 1 has no polygon and no RLE"),
+        (spoilt("iscrowd", "yes"), "broken annotation", "annotation id 1: iscrowd 'yes'; expected 0 or 1"),
+        (spoilt("iscrowd", [[]]), "broken annotation", "iscrowd"),
+        (spoilt("category_id", 12), "broken annotation", "annotation id 1: category_id 12 is not a category"),
+        (spoilt("category_id", None), "broken annotation", "category_id: None; expected a whole number"),
+        (spoilt("image_id", 12), "annotation of no image", "annotation id 1: image_id 12 is not among the images"),
+        (spoilt("image_id", [1]), "annotation of no image", r"image_id: \[1\]; expected a whole number"),
+        (spoilt("image_id", KeyError), "annotation of no image", "annotation 1: .*; expected image_id, category_id"),
+        (spoilt("width", KeyError, "images"), "broken image entry", "image 2: no key 'width'"),
+        (spoilt("height", 10**9, "images"), "broken image entry", "image 2: height: 1000000000; expected"),
+        (spoilt("width", "thirty", "images"), "broken image entry", "image 2: width: 'thirty'; expected a whole"),
+        (spoilt("file_name", None, "images"), "broken image entry", "image 2: file_name: None; expected a text"),
+        (spoilt("file_name", "../a.jpg", "images"), "file outside of its folder", "leads out of"),
+        (spoilt("file_name", "n" * 300 + ".jpg", "images"), "missing file", "missing image file"),
+    ],
+)
+def test_one_bad_entry_is_one_counted_row(tmp_path, content, reason, words):
+    root = build(tmp_path / "coco", tree([(k, 1, 0, [SQUARE]) for k in (1, 2, 3)], images=(1, 2, 3)))
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    source = CocoSource(root)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(source, tmp_path / "out", tune_val=0)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+    manifest = prepare(source, tmp_path / "out", tune_val=0, on_error="skip")
+    left = dict(manifest.splits["train"].left_out)
+    if reason == "annotation of no image":  # its image has no annotation now
+        assert left.pop("unannotated") == 1
+    assert left == {reason: 1} and manifest.ids("train") == ("000000000001", "000000000003")
 
 
 # ---- the real thing --------------------------------------------------------------------------------

@@ -110,3 +110,18 @@ def test_a_broken_row_is_refused_every_time(tmp_path):
             with pytest.raises(DataError, match=r"train-00000\.parquet: row train_000003: "):
                 next(loader)
         assert loader.cache.get("train_000003") is None
+
+
+def test_images_of_another_data_set_are_not_taken_for_those_of_this_one(tmp_path):
+    """A folder prepared anew has the same ids; what was kept of the old one goes."""
+    cache, seen = PixelCache(10), []
+    for k, seed in enumerate((1, 2, 2)):
+        source = ShapesSource(ShapesSpec(train=8, val=1, size=32, seed=seed))
+        reader = ShardReader(prepare(source, tmp_path / str(k), tune_val=0), "train")
+        batches = []
+        for kept in (cache, None):
+            with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=8, threads=0, cache=kept) as loader:
+                batches.append(next(loader).images_B3HW.clone())
+        assert torch.equal(*batches)
+        seen.append((cache.hits, cache.misses, len(cache)))
+    assert seen == [(0, 8, 8), (0, 16, 8), (8, 16, 8)]

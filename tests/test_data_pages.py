@@ -33,7 +33,7 @@ def rows(count: int, size: int, mask: Callable[[int], bytes | None]) -> list[Row
 
 def reader_of(path: Path, count: int) -> ShardReader:
     shard = ShardInfo(path.name, count, path.stat().st_size, sha256(path))
-    manifest = Manifest(path.parent, "folder", {}, ("a",), {"train": SplitInfo(count, 0, (shard,))})
+    manifest = Manifest(path.parent, "folder", {}, ("a", "b", "c", "d"), {"train": SplitInfo(count, 0, (shard,))})
     return ShardReader(manifest, "train")
 
 

@@ -382,9 +382,9 @@ def test_a_shard_of_another_version_is_refused(copy):
     [
         (lambda d: (d / "val-00001.parquet").unlink(), r"val-00001\.parquet: missing shard of split 'val'.*4 rows"),
         (lambda d: (d / "val-00001.parquet").write_bytes(b"PAR1"), r"val-00001\.parquet: 4 bytes; the manifest"),
-        (lambda d: (d / "manifest.json").write_text("{"), "not a manifest"),
+        (lambda d: (d / "manifest.json").write_text("{"), r"manifest\.json: broken JSON at line 1"),
         (lambda d: (d / "manifest.json").unlink(), "no manifest.json; expected a folder written by 'ugrl prepare'"),
-        (lambda d: edit(d, splits={"train": {}}), "not a manifest"),
+        (lambda d: edit(d, splits={"train": {}}), "manifest.json: split 'train': no key 'shards'"),
     ],
 )
 def test_broken_folders_are_named(copy, spoil, words):

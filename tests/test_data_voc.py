@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from ugrl.data import cli
-from ugrl.data.folder import FolderSource
 from ugrl.data.prepare import prepare
 from ugrl.data.shards import Manifest
-from ugrl.data.source import RowError, Source, open_source
+from ugrl.data.source import RowError, Source, Stray, open_source
 from ugrl.data.voc import CLASS_NAMES, VocSource
 from ugrl.errors import ConfigError, DataError
 
@@ -166,11 +165,11 @@ def spoil_empty(devkit):
         (spoil_rgb, r"a2\.png: mask of mode RGB; expected class indices", "unusable mask"),
         (spoil_label, r"a2\.png: the mask holds label 21; expected 0…20 or 255", "unusable mask"),
         (spoil_size, r"a2\.png: the mask is 20×30; expected 30×20 as the image", "unusable mask"),
-        (spoil_jpeg, r"a2\.jpg: truncated image \(\d+ bytes\)", "unreadable image"),
+        (spoil_jpeg, r"a2\.jpg \(train\.txt line 2\): truncated image \(\d+ bytes\)", "unreadable image"),
         (spoil_class, r"a2\.xml: unknown class 'mototbike'; did you mean 'motorbike'\?", "unknown class"),
         (spoil_xml, r"a2\.xml: broken XML", "broken annotation"),
-        (spoil_text, r"a2\.jpg: not a JPEG or PNG image", "unreadable image"),
-        (spoil_empty, r"a2\.jpg: empty file", "unreadable image"),
+        (spoil_text, r"a2\.jpg \(train\.txt line 2\): not a JPEG, PNG, WebP", "unreadable image"),
+        (spoil_empty, r"a2\.jpg \(train\.txt line 2\): empty file", "unreadable image"),
         (lambda d: (d / "JPEGImages" / "a2.jpg").unlink(), r"a2\.jpg: missing image file", "missing file"),
         (lambda d: (d / "Annotations" / "a2.xml").unlink(), r"a2\.xml: missing annotation file", "missing file"),
     ],
@@ -186,79 +185,98 @@ def test_bad_rows_are_one_clear_line_and_leave_nothing_or_are_counted(devkit, tm
     assert manifest.ids("train") == ("a1",) and manifest.splits["train"].left_out == {reason: 1}
 
 
-# ---- folder ----------------------------------------------------------------------------------------
+# ---- lists and files as other people have them -----------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
-    root = tmp_path / "photos"
-    for k, name in enumerate(("a.jpg", "deep/b.jpg", "c.jpg")):
-        save_image(root / "images" / name, k)
-    Image.new("RGB", (8, 8)).save(root / "images" / "d.png")
-    (root / "tags.csv").write_text(
-        "file,split,tags\na.jpg,train,car; person\ndeep/b.jpg,,\nc.jpg,val,person\nd.png,train,car\n"
-    )
-    return root
+def listed(devkit, text, split="train"):
+    data = text if isinstance(text, bytes) else text.encode()
+    (devkit / "ImageSets" / "Segmentation" / f"{split}.txt").write_bytes(data)
+    return VocSource(devkit)
 
 
-def test_a_folder_of_images_and_a_table(folder, tmp_path):
-    source = open_source("folder", folder)
-    assert isinstance(source, Source)
-    assert source.class_names == ("car", "person")
-    assert source.splits() == {"train": ["a", "b", "d"], "val": ["c"]}
-    save_mask(folder / "masks" / "c.png", square(2))
-    manifest = prepare(source, tmp_path / "out", tune_val=0)
-    assert manifest.tags("train") == ((1, 2), (), (1,))
-    assert (manifest.splits["train"].with_masks, manifest.splits["val"].with_masks) == (0, 1)
-
-
-def test_classes_txt_decides_order_and_membership(folder):
-    (folder / "classes.txt").write_text("person\ncar\ntree\n")
-    assert FolderSource(folder).class_names == ("person", "car", "tree")
-    assert FolderSource(folder).tags("train", "d") == (2,)
-    (folder / "classes.txt").write_text("persons\ncar\n")
-    with pytest.raises(DataError, match=r"tags\.csv: line 2: unknown class 'person'; did you mean 'persons'"):
-        FolderSource(folder)
-    (folder / "classes.txt").write_text("car\ncar\n")
-    with pytest.raises(DataError, match="class 'car' appears twice"):
-        FolderSource(folder)
-
-
-def test_images_outside_of_the_table_are_counted(folder, tmp_path):
-    save_image(folder / "images" / "e.jpg")
-    manifest = prepare(FolderSource(folder), tmp_path / "out", tune_val=0)
-    assert manifest.splits["train"].left_out == {"not in tags.csv": 1}
+def add(devkit, id, name, suffix=".jpg", mask_suffix=".png"):
+    save_image(devkit / "JPEGImages" / f"{id}{suffix}")
+    save_xml(devkit / "Annotations" / f"{id}.xml", name)
+    save_mask(devkit / "SegmentationClass" / f"{id}{mask_suffix}", square(CLASS_NAMES.index(name) + 1))
 
 
 @pytest.mark.parametrize(
-    ("table", "words"),
+    "id", ["IMG_1_jpg.rf.0a1b2c", "north gate 01", "street.left", "a.b c.d", "käfer", "sub/deep 1"]
+)
+def test_ids_are_what_the_line_says_whatever_its_characters(devkit, id):
+    for other in ("street", "north", "IMG_1_jpg", "a", "sub"):
+        add(devkit, other, "dog")
+    add(devkit, id, "cat")
+    forms = (
+        *(f"{id}\n", f"\ufeff{id}\r\n\r\n", f"  {id}\t\n", f"{id}.jpg\n"),
+        *(f"/JPEGImages/{id}.jpg /SegmentationClassAug/{id}.png\n", f"VOC2012/JPEGImages/{id}.jpg"),
+    )
+    for text in forms if "/" not in id else forms[:3]:
+        source = listed(devkit, text)
+        assert source.splits()["train"] == [id] and source.row("train", id).tags == (8,)
+    assert listed(devkit, f"{id}\n".encode("utf-16")).splits()["train"] == [id]
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
+def test_images_and_masks_with_other_suffixes(devkit, suffix):
+    add(devkit, "b", "cow", suffix, ".PNG")
+    row = listed(devkit, "b\n").row("train", "b")
+    assert row.tags == (10,) and row.image == (devkit / "JPEGImages" / f"b{suffix}").read_bytes()
+    np.testing.assert_array_equal(pixels(row.mask), square(10))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
     [
-        ("name,tags\n", "no column 'file' among name, tags"),
-        ("", "no column 'file' among none"),
-        ("file,tags,spilt\n", "unknown column 'spilt'; did you mean 'split'"),
-        ("file,split,tags\na.jpg,test,car\n", "line 2: split 'test'; expected one of train, val"),
-        ("file,tags\na.jpg,car\nx/a.png,car\n", "line 3: file stem 'a' was used on line 2"),
-        ("file,tags\na.jpg,car,person\n", "line 2: more values than columns; tags are joined by semicolons"),
-        ("file,tags\n,car\n", "line 2: no file name"),
-        ("file,tags\na.jpg,\n", "0 classes; expected 1…254"),
-        ("file,tags\n", "0 classes"),
+        ("a1\na2\n\na1\n", r"train\.txt: line 4: id 'a1' was used before \(train\.txt line 1\); expected unique ids"),
+        ("a1\nv1\n", r"val\.txt: line 1: id 'v1' was used before \(train\.txt line 2\)"),
+        ("a1\n" + "x" * 2000 + "\n", r"train\.txt: line 2: 2000 characters; expected an id"),
+        ("käfer\n".encode("latin-1"), r"train\.txt: line 1: byte 0xe4 is not UTF-8; save the file as UTF-8"),
+        (b"a1\0\n", r"train\.txt: line 1: a zero byte"),
     ],
 )
-def test_bad_tables_are_named(folder, table, words):
-    (folder / "tags.csv").write_text(table)
+def test_unusable_lists_are_one_line(devkit, text, words):
     with pytest.raises(DataError, match=words) as caught:
-        FolderSource(folder)
-    assert "\n" not in str(caught.value)
+        listed(devkit, text)
+    assert str(caught.value).isprintable()
 
 
-def test_missing_table_and_image(folder):
-    source = FolderSource(folder)
-    (folder / "images" / "a.jpg").unlink()
-    with pytest.raises(RowError, match=r"images/a\.jpg: missing image file"):
-        source.row("train", "a")
-    (folder / "tags.csv").unlink()
-    with pytest.raises(DataError, match=r"tags\.csv: missing table; expected columns file, tags"):
-        FolderSource(folder)
+@pytest.mark.parametrize("id", ["../../../x", "/etc/passwd", "a1 -1"])
+def test_lines_that_name_no_image_are_refused_or_left_out(devkit, tmp_path, id):
+    source = listed(devkit, f"a1\n{id}\n")
+    with pytest.raises(RowError, match=r"train\.txt line 2: file name .* leads out|a1 -1\.jpg: missing image file"):
+        source.row("train", id)
+    manifest = prepare(source, tmp_path / "out", tune_val=0, on_error="skip")
+    assert manifest.ids("train") == ("a1",) and manifest.splits["train"].left_out == {"missing file": 1}
+
+
+def test_a_list_outside_of_its_folder_is_refused(devkit):
+    with pytest.raises(DataError, match="train_list: file name .* leads out of"):
+        VocSource(devkit, train_list="../../../secret")
+
+
+@pytest.mark.parametrize(
+    ("xml", "words"),
+    [
+        ('<!DOCTYPE a [<!ENTITY x "cat">]><a><object><name>&x;</name></object></a>', "broken XML: a document type"),
+        ("<a>" * 100, "broken XML: nested deeper"),
+        ('<?xml version="1.0" encoding="none"?><a/>', "broken XML: unknown encoding"),
+        ("", "broken XML: no element found"),
+    ],
+)
+def test_annotations_are_parsed_within_bounds(devkit, xml, words):
+    (devkit / "Annotations" / "a1.xml").write_text(xml)
+    with pytest.raises(RowError, match=rf"a1\.xml: {words}") as caught:
+        VocSource(devkit).row("train", "a1")
+    assert caught.value.reason == "broken annotation"
+
+
+def test_masks_of_no_image_and_images_in_no_list_are_counted(devkit):
+    save_mask(devkit / "SegmentationClassAug" / "z.png", square(1))
+    assert VocSource(devkit).stray == {
+        "mask of no image": Stray(1, "SegmentationClassAug/z.png"),
+        "image in no list": Stray(2, "JPEGImages/a3.jpg"),
+    }
 
 
 # ---- command line ----------------------------------------------------------------------------------
@@ -309,7 +327,7 @@ def test_options_of_another_source_are_refused(tmp_path, words, message):
 
 def test_an_unknown_source_names_the_nearest(tmp_path):
     with pytest.raises(DataError, match="unknown source 'coc'; did you mean 'coco'"):
-        command("coc", "--root", tmp_path, "--out", tmp_path / "out")
+        command("coc", "--root", tmp_path / "a", "--out", tmp_path / "out")
     with pytest.raises(ConfigError, match="no --out; expected the folder to write"):
         command("shapes")
 

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from tests.reference_metrics import ref_auroc, ref_average_precision
 from ugrl.errors import UgrlError
+from ugrl.eval.evaluate import collapse
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, auroc, average_precision
 
 
@@ -181,3 +182,42 @@ def test_two_ranks_read_what_one_rank_reads(tmp_path):
         uneven, idle, nothing = queue.get()
         assert uneven == pytest.approx(want) and idle == pytest.approx(want)
         assert math.isnan(nothing["miou"]) and nothing["u_pairs"] == 0
+
+
+def test_what_no_skill_scores():
+    c = Confusion(4)
+    c.add(torch.zeros(10, dtype=torch.int64), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2, 255]))
+    # Six of nine counted pixels are background; of the three classes in the ground truth two score nothing.
+    assert c.background_miou == pytest.approx((6 / 9) / 3) == c.miou
+    assert c.only == 0
+    c.add(torch.tensor([3]), torch.tensor([255]))
+    assert c.only == 0  # an ignored pixel is not predicted
+    c.add(torch.tensor([1]), torch.tensor([1]))
+    assert c.only is None and c.background_miou == pytest.approx((6 / 10) / 3) and c.miou > c.background_miou
+    assert Confusion(2).only is None and math.isnan(Confusion(2).background_miou)
+
+    m = TagMetrics(3)
+    tags = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    m.add(torch.full((4, 3), 0.3), tags)
+    out = m.compute()
+    assert out["tag_prevalence"] == (1 / 4 + 3 / 4) / 2 == out["tag_map"]  # equal scores rank by chance
+    tables = m.tables(["a", "b", "c"])
+    assert tables["tag_prevalence"] == {"a": 0.25, "b": 0.75, "c": 0.0}
+    assert tables["tag_ap"]["b"] == 0.75 and math.isnan(tables["tag_ap"]["c"])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "only", "words"),
+    [
+        ({"seg_miou": 0.3, "seg_background_miou": 0.12}, "background", "predicts background everywhere"),
+        ({"seg_miou": 0.02, "seg_background_miou": 0.12}, "dog", "predicts dog everywhere"),
+        ({"seg_miou": 0.1203, "seg_background_miou": 0.12}, None, "that of an empty mask (12.0 %)"),
+        ({"tag_map": 0.3, "tag_prevalence": 0.3}, None, "ranking by chance (30.0 %)"),
+        ({"seg_miou": 0.13, "seg_background_miou": 0.12, "tag_map": 0.3, "tag_prevalence": 0.3}, None, ""),
+        ({"seg_miou": 0.08, "seg_background_miou": 0.12}, None, ""),  # bad, but not for want of an answer
+        ({"tag_map": 0.4, "tag_prevalence": 0.3}, None, ""),
+    ],
+)
+def test_a_collapsed_predictor_is_called_so(metrics: dict[str, float], only: str | None, words: str) -> None:
+    verdict = collapse(metrics, only)
+    assert words in verdict and bool(verdict) == bool(words)

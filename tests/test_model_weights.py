@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import http.server
 import re
+import socket
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -236,39 +240,70 @@ def test_missing_file_and_empty_folder(tmp_path):
         load_backbone_weights(make(), str(tmp_path))
 
 
-def test_offline_hub(monkeypatch):
-    import huggingface_hub
+@contextmanager
+def hub(monkeypatch, tmp_path, files):
+    """A hub of one's own on this machine; yields what it was asked. ``None`` for files hangs up on everyone."""
+    from huggingface_hub import constants
 
-    def offline(repo, name):
-        raise ConnectionError("name resolution\nfailed")
+    asked = []
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(CheckpointError) as caught:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            name = self.path.rsplit("/", 1)[-1]
+            asked.append((self.command, name))
+            if files is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            body = files.get(name)
+            self.send_response(404 if body is None else 200)
+            if body is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body or b"")
+
+        do_HEAD = do_GET = answer  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield asked
+        finally:
+            server.shutdown()
+
+
+def test_an_unreachable_hub_is_asked_once_and_the_way_out_is_named(monkeypatch, tmp_path):
+    with hub(monkeypatch, tmp_path, None) as asked, pytest.raises(CheckpointError) as caught:
         load_backbone_weights(make(), "nvidia/mit-b1")
     message = str(caught.value)
     assert "https://huggingface.co/nvidia/mit-b1/resolve/main/pytorch_model.bin" in message
-    assert "give the path of that file" in message and "\n" not in message
+    assert "model.weights=null" in message and "set model.weights to the path of that file" in message
+    assert "\n" not in message
+    assert len(asked) <= 2  # no series of retries with ever longer pauses
 
 
-def test_hub_falls_back_to_the_older_file(monkeypatch, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
+def test_hub_falls_back_to_the_older_file_and_keeps_it(monkeypatch, tmp_path):
     donor = make()
     torch.save(to_huggingface(donor.state_dict()), tmp_path / "pytorch_model.bin")
-    asked = []
-
-    def download(repo, name):
-        asked.append((repo, name))
-        if name == "model.safetensors":
-            raise EntryNotFoundError("404")
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    net = make(seed=1)
-    load_backbone_weights(net, "nvidia/mit-b1")
-    assert equal(net, donor)
-    assert asked == [("nvidia/mit-b1", "model.safetensors"), ("nvidia/mit-b1", "pytorch_model.bin")]
+    with hub(monkeypatch, tmp_path, {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}) as asked:
+        net = make(seed=1)
+        load_backbone_weights(net, "nvidia/mit-b1")
+        assert equal(net, donor)
+        assert ("GET", "pytorch_model.bin") in asked and ("GET", "model.safetensors") not in asked
+        asked.clear()
+        load_backbone_weights(make(seed=2), "nvidia/mit-b1")
+        assert asked == []  # kept on this machine: no network is needed again
 
 
 def test_strides_do_not_matter(tmp_path):

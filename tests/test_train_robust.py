@@ -69,7 +69,7 @@ def test_a_bad_step_changes_nothing_but_the_count(shards: Path, tmp_path: Path) 
     assert all(torch.isfinite(v).all() for v in trainer.net.state_dict().values() if v.is_floating_point())
     line = json.loads((tmp_path / "run" / "nonfinite.jsonl").read_text())
     assert line["step"] == 4 and line["ids"] == trainer._ids_of(3) and len(set(line["ids"])) == 4
-    assert events == ["step 4: loss or gradients are not finite; skipped"]
+    assert [e for e in events if "finite" in e] == ["step 4: loss or gradients are not finite; skipped"]
     logged = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged if "lr" in r] == [1, 2, 3, 4, 5, 6]
     assert [r.get("skipped", 0) for r in logged if "lr" in r] == [0, 0, 0, 1, 1, 1]
@@ -271,7 +271,7 @@ def test_leftovers_of_a_dead_writer_are_removed_and_said(shards: Path, tmp_path:
     said: list[str] = []
     trainer = make(shards, tmp_path, tree, resume_from=tmp_path, hooks=Hooks(on_event=said.append))
     trainer.fit()
-    assert not draft.exists() and len(said) == 1 and ".step_00000009.tmp" in said[0]
+    assert not draft.exists() and [".step_00000009.tmp" in text for text in said].count(True) == 1
     assert [json.loads(s)["step"] for s in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1] == 3
 
 

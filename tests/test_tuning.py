@@ -28,12 +28,13 @@ from cluster.preflight import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import SOUND, SPACE, search_of, write_space
 from tuning import cli
-from tuning.driver import concurrent_trials, held
+from tuning.placement import concurrent_trials, held
 from tuning.record import read_trials
 from tuning.search import Search
 from tuning.study import open_storage, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError
+from ugrl.train import checkpoint
 
 pytest.importorskip("ray")
 
@@ -240,6 +241,36 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
 
 
 @pytest.mark.ray
+@pytest.mark.long
+def test_two_drivers_on_one_cluster_share_it(home: Path) -> None:
+    """Neither claims what it has no room for, or holds what the other one waits for; a third leaves while it waits."""
+    out = home / "one-cluster"
+    file = write_space(home / "one.yaml", SOUND, trials=4, scheduler={"name": "none"}, final={"best": 1, "seeds": 2})
+    words = ["--space", str(file), "--out", str(out), "--resume"]
+    logs = [home / f"one-{k}.log" for k in range(3)]
+    with raylets(1, cpus=2) as made:
+        words += ["--address", made.address]
+        drivers = [start(*words, log=log) for log in logs[:2]]
+        try:
+            # Whoever finds all trials taken waits, and says so; a third one has come to wait alone.
+            wait_for(
+                lambda: count(out, "journal", TrialState.RUNNING) == 2 or any(d.poll() is not None for d in drivers)
+            )
+            drivers.append(start(*words, log=logs[2]))
+            wait_for(lambda: "no room for one now" in logs[2].read_text() or drivers[2].poll() is not None)
+            drivers[2].send_signal(signal.SIGTERM)
+            assert drivers[2].wait(300) in (143, 0), logs[2].read_text()
+            assert [d.wait(500) for d in drivers[:2]] == [0, 0], [log.read_text() for log in logs]
+        finally:
+            for driver in drivers:
+                driver.kill()
+    study = check_whole(out, 4)
+    assert all(t.state == TrialState.COMPLETE for t in study.get_trials())
+    finals = optuna.load_study(study_name=study.study_name + ":final", storage=open_storage("journal", out))
+    assert [t.state for t in finals.get_trials()] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.ray
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_drivers_with_a_ray_of_their_own_share_a_search_and_its_final_runs(home: Path) -> None:
@@ -336,7 +367,7 @@ def dashboard(out: Path) -> Iterator[Callable[[str], Any]]:
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None:
-    """The dashboard serves it while it runs; SIGTERM puts its trials back and writes the report."""
+    """The dashboard serves it while it runs; after SIGTERM its trials leave with a checkpoint."""
     pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
     out, log = home / "asked", home / "asked.log"
     file = write_space(home / "asked.yaml", SOUND, trials=12, scheduler={"name": "none"})
@@ -352,15 +383,20 @@ def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None
             assert any(t["intermediate_values"] for t in shown["trials"])
             assert driver.poll() is None, "the search had ended before the dashboard answered"
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(300) == 130
+        assert driver.wait(300) == 143
     finally:
         driver.kill()
     study = study_of(out)
     assert study is not None
     assert not study.get_trials(states=(TrialState.RUNNING,)) and len(study.get_trials()) == 12
     assert study.get_trials(states=(TrialState.WAITING,))
-    assert "continue with: ugrl-tune --out" in log.read_text()
-    assert (out / "report.html").is_file()
+    said = log.read_text()
+    assert "continue with: ugrl-tune --out" in said and f"ugrl-tune report {out}" in said
+    # 9 steps, and no checkpoint before the last one: what is there was written by the stop.
+    left = [
+        checkpoint.read_state(p) for p in out.glob("trials/*/seed_*/checkpoints/step_*") if p.name < "step_00000009"
+    ]
+    assert left and not list(out.glob("trials/*/seed_*/owner/*"))
     assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 12)
 

@@ -21,8 +21,8 @@ pytest.importorskip("ray")
 # -- samplers and pruners ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random", "tpe", "gp", "cmaes", "nsga2"])
-def test_every_sampler_finds_a_simple_optimum(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "trials"), [("random", 24), ("tpe", 24), ("gp", 12), ("cmaes", 24), ("nsga2", 24)])
+def test_every_sampler_finds_a_simple_optimum(name: str, trials: int, tmp_path: Path) -> None:
     search = search_of(
         {
             **SOUND,
@@ -33,7 +33,7 @@ def test_every_sampler_finds_a_simple_optimum(name: str, tmp_path: Path) -> None
             },
         },
         tmp_path,
-        trials=24,
+        trials=trials,
         sampler=name,
         **NO_STOP,
     )
@@ -45,11 +45,11 @@ def test_every_sampler_finds_a_simple_optimum(name: str, tmp_path: Path) -> None
     with searcher(search) as found:
         while play(found, "t", score) != "FINISHED":
             pass
-        assert Counter(states(found.study)) == {"COMPLETE": 24}
+        assert Counter(states(found.study)) == {"COMPLETE": trials}
         assert found.study.best_value > 0.55
         # A point that comes again has another seed.
         runs = [(*t.params.values(), *t.user_attrs["runs"]) for t in found.study.get_trials()]
-        assert len(set(runs)) == 24 and len({run[:-1] for run in runs}) >= 8
+        assert len(set(runs)) == trials and len({run[:-1] for run in runs}) >= 8
 
 
 def test_a_grid_is_run_once_each_and_in_order(tmp_path: Path) -> None:
@@ -208,10 +208,10 @@ def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> N
         assert found.study.best_value == 0.4
 
 
-@pytest.mark.parametrize("name", ["gp", "nsga2"])
-def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "trials"), [("gp", 14), ("nsga2", 24)])
+def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str, trials: int, tmp_path: Path) -> None:
     tree = {**SOUND, "search": {"train.lr": {"uniform": [0.001, 0.1]}, "method.contrast.keep": {"uniform": [0.1, 0.8]}}}
-    search = search_of(tree, tmp_path, trials=24, sampler=name, constraints={"step_s": 0.5}, **NO_STOP)
+    search = search_of(tree, tmp_path, trials=trials, sampler=name, constraints={"step_s": 0.5}, **NO_STOP)
 
     def score(point: Any, seed: int, step: int) -> dict[str, float]:
         return {"seg_miou": point["method.contrast.keep"], "step_s": 10 * point["train.lr"]}
@@ -220,8 +220,8 @@ def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str,
         while play(found, "t", score) != "FINISHED":
             pass
         rows = read_trials(found.study, search.objectives)
-    late = [bool(r.violation) for r in rows[12:]]
-    assert sum(late) <= 4  # at random, half of them
+    late = [bool(r.violation) for r in rows[trials // 2 :]]
+    assert sum(late) <= trials // 6  # at random, half of them
     assert all(r.step == 3 and r.state == "COMPLETE" for r in rows if r.violation)
 
 
@@ -240,7 +240,7 @@ def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
         else:
             found.jobs["1"].before = 901.0  # 901 s × 2 of them are half an hour
             found.hold(found.jobs["1"])
-        assert found.suggest("2") is None
+        assert found.suggest("2") == "FINISHED"
         assert found.halted.startswith(f"budget.{limit} is spent: 0.50 of 0.5")
         assert not found.judge("1", report(9, 0.2, ended=True))  # what runs is finished
         found.on_trial_complete("1", {"done": True})

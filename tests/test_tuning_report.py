@@ -2,181 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import html
 import math
-import random
 import re
-import shutil
 import statistics
-import subprocess
-from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from rich.console import Console
 
+from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
 from tuning import facts
+from tuning import plots as plots_module
 from tuning.facts import cost, paper_trial, verdict
-from tuning.noise import Measure, Noise, by_luck, difference, seed_noise
-from tuning.options import Objective
 from tuning.page import write_html, write_markdown
 from tuning.paper import paper_section, spearman
 from tuning.plots import draw, importance
-from tuning.record import Run, read_trials
-from tuning.report import write_report
-from tuning.search import Finalist, Findings, Search, Session
-from tuning.space import SearchSpace, build_space
-from tuning.study import distribution
+from tuning.search import Findings
 from ugrl import config as configs
 from ugrl.storage import Place
+from ugrl.text import markdown
 
-STEPS, EVERY = 320, 40
-BEGIN = datetime(2026, 3, 1, 12, 0, 0)
-SPACE: dict[str, Any] = {
-    "config": "shapes",
-    "overrides": {"train.steps": STEPS, "train.lr_warmup_iters": 8, "train.cls_warmup_iters": 30},
-    "trials": 24,
-    "scheduler": {"name": "asha", "grace_steps": 80, "reduction_factor": 2},
-    "first": [
-        {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35},
-    ],
-    "search": {
-        "method.uncertainty.alpha": {"loguniform": [1, 50]},
-        "method.contrast.tau": {"loguniform": [0.03, 1]},
-        "method.contrast.keep": {"uniform": [0.05, 0.8]},
-        "method.uncertainty.d_cls": {"choice": [256, 512, 1024, 2048]},
-        "method.contrast.d_seg": {"choice": [128, 256, 512, 1024]},
-    },
-}
 EVIL = "<script>alert('no')</script> & | [x](y)"
-
-
-def quality(point: Mapping[str, Any]) -> float:
-    """A smooth objective, mostly of alpha and keep."""
-    alpha = math.log10(point.get("method.uncertainty.alpha", 5.0))
-    keep, tau = point.get("method.contrast.keep", 0.35), math.log10(point.get("method.contrast.tau", 0.1))
-    order = ["Base", "I", "II", "III", "IV"].index(point.get("method.setting", "IV"))
-    return 0.40 - 0.14 * (alpha - 0.9) ** 2 - 0.25 * (keep - 0.45) ** 2 - 0.02 * (tau + 0.8) ** 2 - 0.02 * (4 - order)
-
-
-class Story:
-    """A study that is filled trial by trial, as a driver would."""
-
-    def __init__(self, out: Path, tree: Mapping[str, Any] = SPACE, **changes: Any) -> None:
-        tree = {**tree, **changes}
-        self.space: SearchSpace = build_space(tree)
-        names = [o.name for o in self.space.objectives]
-        self.objectives = tuple(Objective("seg_miou" if n == "auto" else n) for n in names)
-        self.search = Search(self.space, self.space.base(), Place(str(out / "shards")), self.objectives, out)
-        self.study = optuna.create_study(directions=[o.direction for o in self.objectives])
-        self.draw = random.Random(0)
-        self.time = BEGIN
-        self.finalists: list[Finalist] = []
-
-    def point(self, **given: Any) -> dict[str, Any]:
-        """A random point; values by the last word of the path."""
-        made: dict[str, Any] = {}
-        for axis in self.space.search:
-            if not axis.active(made):
-                continue
-            if axis.kind == "choice":
-                value = self.draw.choice(axis.options)
-            elif axis.log:
-                value = math.exp(self.draw.uniform(math.log(axis.low), math.log(axis.high)))
-            else:
-                value = self.draw.uniform(axis.low, axis.high)
-            made[axis.path] = given.get(axis.name, int(value) if axis.integer else value)
-        return made
-
-    def run(self, point: Mapping[str, Any], seed: int, last: int, *, final: bool = False) -> dict[str, Any]:
-        """A run as the record keeps it."""
-        top = quality(point) + self.draw.gauss(0, 0.006)
-        curve = [[s, top * (1 - math.exp(-s / 70))] for s in range(EVERY, last + 1, EVERY)]
-        value = curve[-1][1] if curve else None
-        d_cls, d_seg = point.get("method.uncertainty.d_cls", 1024), point.get("method.contrast.d_seg", 512)
-        metrics = {} if value is None else {
-            "seg_miou": value, "cam_miou": value * 0.9, "tag_map": 0.8, "tag_f1": 0.7, "step_s": 0.2 + d_cls / 1e4,
-            "gflop": 10 + d_cls / 500 + d_seg / 100,
-        }  # fmt: skip
-        ended = last == STEPS
-        return {
-            "value": value, "step": last if curve else 0, "metrics": metrics, "curve": curve, "seconds": 0.25 * last,
-            "steps": last, "final": {"seg_miou": value - 0.02, "cam_miou": value * 0.85} if final and ended else {},
-            "ended": ended,
-        }  # fmt: skip
-
-    def add(
-        self, state: str = "COMPLETE", *, last: int = STEPS, seeds: int = 1, final: bool = False, origin: str = "",
-        values: list[float] | None = None, attrs: Mapping[str, Any] | None = None, **given: Any,
-    ) -> int:  # fmt: skip
-        """One trial; its number."""
-        point = self.point(**given)
-        runs = {str(s): self.run(point, s, last, final=final) for s in range(seeds)} if last else {}
-        held = sum(r["seconds"] for r in runs.values()) + 9.0
-        told = values
-        if told is None and state in ("COMPLETE", "PRUNED"):
-            told = [statistics.fmean(r["metrics"][o.name] for r in runs.values()) for o in self.objectives]
-        trial = optuna.trial.create_trial(
-            state=TrialState[state],
-            values=told,
-            params=point,
-            distributions={a.path: distribution(a) for a in self.space.search if a.path in point},
-            user_attrs={
-                "runs": runs,
-                "held": {"seconds": held, "cpus": 1.0, "gpus": 0.5},
-                "host": "node-a",
-                "commit": "0123abc",
-                **({"from": origin} if origin else {}),
-                **(attrs or {}),
-            },
-        )
-        trial.datetime_start, self.time = self.time, self.time + timedelta(seconds=held)
-        trial.datetime_complete = self.time if state in ("COMPLETE", "PRUNED", "FAIL") else None
-        self.study.add_trial(trial)
-        return len(self.study.get_trials(deepcopy=False)) - 1
-
-    def rerun(self, number: int, seeds: int = 3) -> None:
-        """Fresh seeds of a trial."""
-        row = next(r for r in read_trials(self.study, self.objectives) if r.number == number)
-        trees = [self.run(row.params, 100 + s, STEPS, final=True) for s in range(seeds)]
-        self.finalists.append(Finalist(row, tuple(Run.read(str(100 + s), t) for s, t in enumerate(trees))))
-
-    def fill(self, count: int, **more: Any) -> None:
-        """Complete and pruned trials, as a search has them."""
-        for i in range(count):
-            self.add("PRUNED", last=(80, 160)[i % 2]) if i % 3 == 2 else self.add(**more)
-
-    def findings(self) -> Findings:
-        rows = tuple(read_trials(self.study, self.objectives))
-        started = BEGIN.timestamp()
-        session = Session("abc", "node-a", 1, 2, started, started + 0.6 * (self.time - BEGIN).total_seconds(), True)
-        found = tuple(sorted(self.finalists, key=lambda f: -(f.value or 0)))
-        return Findings(self.search, self.study, rows, found, (session,))
-
-
-def report(story: Story, width: int = 120) -> tuple[Findings, str]:
-    """Write everything; the findings and what was printed."""
-    findings = story.findings()
-    story.search.out.mkdir(parents=True, exist_ok=True)
-    log = story.search.out / "printed.txt"
-    with log.open("w") as file:
-        write_report(findings, Console(file=file, width=width))
-    return findings, log.read_text()
-
-
-def plots(out: Path) -> set[str]:
-    return {p.stem for p in (out / "plots").glob("*.png")}
-
-
-def csv_rows(out: Path) -> list[dict[str, str]]:
-    with (out / "trials.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def full(out: Path) -> Story:
@@ -191,6 +41,11 @@ def full(out: Path) -> Story:
     for row in best[:3]:
         story.rerun(row.number)
     return story
+
+
+def draw_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """No other plots: drawing takes most of the time, and ``whole`` has all of them."""
+    monkeypatch.setattr(plots_module, "PLOTS", {name: plots_module.PLOTS[name] for name in names})
 
 
 # -- a search with everything -----------------------------------------------------------------
@@ -258,7 +113,7 @@ def test_both_reports_tell_the_finding(whole: tuple[Path, Findings, str]) -> Non
     assert finding[0].startswith(f"Trial {findings.best.number} is the best of 12 complete trials: seg mIoU ")
     assert "(3 fresh seeds)" in finding[0] and "on the untouched split 'val'" in finding[0]
     for sentence in finding:
-        assert html.escape(sentence) in page and sentence in text and sentence in shown
+        assert html.escape(sentence) in page and markdown(sentence) in text and sentence in shown
     for words in (
         "Run again with fresh seeds",
         "What it cost",
@@ -294,113 +149,6 @@ def test_the_cost_adds_up(whole: tuple[Path, Findings, str]) -> None:
     assert spent.saved == pytest.approx(0.25 * sum(STEPS - r.step for r in findings.rows if r.state == "PRUNED"))
     training = sum(run.seconds for r in findings.rows for run in r.runs) + fresh
     assert spent.utilisation == pytest.approx(training / (findings.sessions[0].seconds * 2))
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
-def test_a_browser_shows_the_page_without_a_complaint(whole: tuple[Path, Findings, str], tmp_path: Path) -> None:
-    out, _, _ = whole
-    picture = tmp_path / "page.png"
-    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    words += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,2000", f"--screenshot={picture}"]
-    done = subprocess.run([*words, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in done.stderr
-    assert picture.stat().st_size > 50_000
-
-
-# -- how sure ---------------------------------------------------------------------------------
-
-
-def test_without_fresh_seeds_the_number_is_called_optimistic(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    story.fill(6)
-    text = " ".join(verdict(story.findings()))
-    assert "best of 4, picked for being the best, and therefore optimistic" in text
-    assert "with one seed each the noise is not known" in text
-
-
-def _runs(values: Mapping[int, float]) -> tuple[Run, ...]:
-    return tuple(Run(s, STEPS, v, {"seg_miou": v}, final={"seg_miou": v - 0.1}) for s, v in values.items())
-
-
-@pytest.mark.parametrize(
-    ("gap", "words"), [(0.01, "within noise, the two cannot be told apart"), (0.1, "beyond noise")]
-)
-def test_the_second_is_judged_by_the_noise(gap: float, words: str, tmp_path: Path) -> None:
-    story = Story(tmp_path, final={"best": 2})
-    for _ in range(2):
-        story.add(seeds=1)
-    rows = story.findings().rows
-    runs = [_runs({s + k: m + d for s, d in enumerate((-0.01, 0.0, 0.01))}) for k, m in ((0, 0.5), (10, 0.5 - gap))]
-    story.finalists = [Finalist(rows[1], runs[0]), Finalist(rows[0], runs[1])]
-    found = story.findings()
-    assert found.best is not None and found.best.number == 1
-    noise = seed_noise(found)
-    assert noise.deviation == pytest.approx(0.01) and noise.freedom == 4 and noise.paired is None
-    text = verdict(found)
-    assert "50.00 ± 0.58 % on split 'tune_val' (3 fresh seeds), 40.00 ± 0.58 % on the untouched split 'val'" in text[0]
-    second = next(t for t in text if t.startswith("Second"))
-    assert words in second and f"{100 * gap:.2f} ± 0.82 points below: " in second
-
-
-def test_on_the_same_seeds_a_difference_is_judged_seed_by_seed(tmp_path: Path) -> None:
-    """Seeds are apart by ten points, and the two configurations by one on each of them."""
-    story = Story(tmp_path, final={"best": 2})
-    for _ in range(2):
-        story.add(seeds=1)
-    rows = story.findings().rows
-    first = {1000: 0.40, 1001: 0.50, 1002: 0.60}
-    second = {1000: 0.389, 1001: 0.490, 1002: 0.591}
-    story.finalists = [Finalist(rows[0], _runs(first)), Finalist(rows[1], _runs(second))]
-    noise = seed_noise(story.findings())
-    assert noise.paired is not None and noise.freedom == 4 and noise.paired.freedom == 2
-    assert noise.deviation == pytest.approx(0.1005, abs=1e-4)
-    # The differences 0.011, 0.010, 0.009 have deviation 0.001, and a difference has the noise of both.
-    assert noise.paired.deviation == pytest.approx(0.001 / math.sqrt(2))
-    text = verdict(story.findings())
-    assert any("1.00 ± 0.06 points below (seed by seed): beyond noise" in t for t in text)
-    assert any("is 10.05 points (4 degrees of freedom), 0.07 (2) without what a seed does to all" in t for t in text)
-    # With one seed of its own, the second is judged by what seeds do as a whole.
-    story.finalists[1] = Finalist(rows[1], _runs({**second, 1003: 0.49}))
-    assert any("points below: within noise" in t for t in verdict(story.findings()))
-
-
-def test_rounding_is_no_difference_where_seeds_leave_no_noise() -> None:
-    noise = Noise(0.1, 4, Noise(0.0, 2))
-    a, b = (Measure("seg_miou", m, count=3, seeds=(0, 1, 2)) for m in (0.3 + 1e-12, 0.3))
-    assert difference(a, b, noise).real is False
-    assert difference(replace(a, mean=0.31), b, noise).real is True
-
-
-def test_noise_with_gaps_in_the_table_is_that_of_least_squares(tmp_path: Path) -> None:
-    """Three configurations, of which one has all seeds: what is added by configuration and by seed is no noise."""
-    story = Story(tmp_path, final={"best": 3})
-    for _ in range(3):
-        story.add(seeds=1)
-    rows, seed = story.findings().rows, {1: 0.3, 2: 0.1, 3: 0.25}
-    tables = [(0.0, (1, 2)), (0.05, (2, 3)), (0.1, (1, 2, 3))]
-    story.finalists = [
-        Finalist(r, _runs({s: c + seed[s] for s in have})) for r, (c, have) in zip(rows, tables, strict=True)
-    ]
-    noise = seed_noise(story.findings())
-    assert noise.paired is not None and noise.paired.freedom == 2
-    assert noise.paired.deviation == pytest.approx(0, abs=1e-9) and noise.deviation > 0.05
-    # Two configurations on two seeds tell too little of what is left.
-    story.finalists = [Finalist(r, _runs({1: c, 2: c + 0.1})) for r, c in zip(rows[:2], (0.3, 0.4), strict=True)]
-    assert seed_noise(story.findings()).paired is None
-
-
-def test_the_best_of_many_equals_is_seen_as_luck() -> None:
-    noise, normal = Noise(0.01, 16), statistics.NormalDist(0.5, 0.01 / math.sqrt(2))
-    measures = [Measure("seg_miou", normal.inv_cdf((k + 0.5) / 16), count=2) for k in range(16)]
-    top, low = max(measures, key=lambda m: m.mean), min(measures, key=lambda m: m.mean)
-    # Taken by themselves the two ends look different; as ends of sixteen they are not.
-    assert difference(top, low, noise).real
-    assert by_luck(measures, noise) > 0.1
-    assert by_luck([*measures, Measure("seg_miou", 0.6, count=2)], noise) < 0.01
-    assert math.isnan(by_luck(measures, Noise()))
-    # The same sixteen on the same two seeds, which do much the same to all of them.
-    shared = [replace(m, seeds=(0, 1)) for m in measures]
-    assert by_luck(shared, Noise(0.01, 16, Noise(0.001, 15))) < 0.01 < by_luck(measures, noise)
 
 
 # -- states that are not whole ----------------------------------------------------------------
@@ -439,7 +187,8 @@ def test_a_search_that_runs_has_no_complete_trial_yet(tmp_path: Path) -> None:
     assert "not known without a complete trial" in (tmp_path / "report.html").read_text()
 
 
-def test_one_axis(tmp_path: Path) -> None:
+def test_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "slices", "contour", "parallel")
     story = Story(tmp_path, search={"method.contrast.keep": {"uniform": [0.05, 0.8]}}, first=[])
     story.fill(3)
     _, shown = report(story, width=80)
@@ -449,7 +198,8 @@ def test_one_axis(tmp_path: Path) -> None:
     ]
 
 
-def test_axes_that_do_not_always_count(tmp_path: Path) -> None:
+def test_axes_that_do_not_always_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "slices", "parallel", "importance", "contour")
     axes = {
         "method.uncertainty.weighting": {"choice": ["inverse_exp", "none"]},
         "method.uncertainty.u_min": {
@@ -468,7 +218,8 @@ def test_axes_that_do_not_always_count(tmp_path: Path) -> None:
     assert "where weighting is inverse_exp" in (tmp_path / "report.html").read_text() and "train:" in shown
 
 
-def test_several_objectives(tmp_path: Path) -> None:
+def test_several_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "pareto", "importance")
     tree = {"objective": ["seg_miou", "step_s"], "scheduler": {"name": "none"}, "constraints": {"gflop": 18}}
     story = Story(tmp_path, **tree)
     for k in range(10):
@@ -514,7 +265,8 @@ def table3(out: Path, **changes: Any) -> Story:
     return Story(out, search=axes, first=[], paper="table3", scheduler={"name": "none"}, **changes)
 
 
-def test_table_3_stands_beside_the_printed_one(tmp_path: Path) -> None:
+def test_table_3_stands_beside_the_printed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch)
     story = table3(tmp_path)
     for setting in ("IV", "II", "I", "Base"):
         story.add(seeds=3, final=True, setting=setting)

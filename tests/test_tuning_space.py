@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tuning.space import build_space, differences, load_space, trial_config
+from tuning.space import build_space, differences, load_space, trial_config, weak_rung
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 
@@ -74,10 +74,12 @@ def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: st
     assert published["method.contrast.keep"] == 0.35
     base = space.base()
     assert space.scheduler.name == ("none" if name == "coco100" else "asha")
+    every = base.train.at(base.train.eval_every)
     if space.scheduler.name == "asha":
-        assert space.scheduler.grace_steps > max(base.train.lr_warmup_iters, base.train.cls_warmup_iters)
-        assert space.scheduler.grace_steps % base.train.eval_every == 0
-    assert base.train.steps % base.train.eval_every == 0
+        assert space.scheduler.grace_steps > base.train.at(base.train.cls_warmup_iters)
+        assert space.scheduler.grace_steps % every == 0
+        assert weak_rung(space, base) is None
+    assert base.train.steps % every == 0
     assert space.split == "tune_val"
 
 
@@ -255,4 +257,54 @@ def test_a_file_that_is_not_there_is_looked_up_among_the_shipped_ones(tmp_path: 
 def test_the_command_line_changes_budget_and_base() -> None:
     space = load_space("shapes", overrides={"train.steps": 300}, trials=3, workers=None)
     assert (space.trials, space.workers, space.base().train.steps) == (3, 1, 300)
-    assert configs.get(space.base(), "train.eval_every") == 80
+    assert configs.get(space.base(), "train.eval_every") == 0.125
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rung"),
+    [
+        ("shapes", None, 240),
+        ("shapes", 160, 120),
+        ("shapes", 300, 228),  # 225, moved on to the validation after it
+        ("voc", None, 6000),
+        ("voc", 2000, 600),
+        ("coco", 8000, 1200),
+    ],
+)
+def test_one_key_shortens_a_run_and_its_rungs_follow(name: str, steps: int | None, rung: int) -> None:
+    space = load_space(name, overrides={} if steps is None else {"train.steps": steps})
+    assert space.scheduler.grace_steps == rung
+    assert build_space(yaml.safe_load(space.to_yaml())) == space  # what a search's folder keeps is in steps
+
+
+MINIMAL: dict[str, Any] = {"config": "shapes", "trials": 4, "search": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}
+
+
+def test_the_smallest_space_file_is_enough(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("config: shapes\ntrials: 4\nsearch:\n  train.lr: {loguniform: [1e-4, 1e-2]}\n")
+    space = load_space(file)
+    base = space.base()
+    assert (space.trials, space.sampler.name, space.scheduler.name) == (4, "tpe", "asha")
+    # 1200 steps, warm-ups until 300: half of what is left, at the validation after it.
+    assert space.scheduler.grace_steps == 800 and weak_rung(space, base) is None
+    assert build_space({**MINIMAL, "objective": ["seg_miou", "step_s"]}).scheduler.name == "none"
+    finite = {"train.global_batch": {"choice": [8, 16]}}
+    assert build_space({**MINIMAL, "sampler": "grid", "search": finite}).scheduler.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("steps", "grace", "words"),
+    [
+        (320, 160, "the first rung, at step 160, is 80 steps after the warm-ups"),
+        (320, 0.5, "expected scheduler.grace_steps ≥ 200 of 320, or a share such as 0.63"),
+        (320, 200, None),
+        (20000, 5900, "≥ 6000 of 20000, or a share such as 0.3"),  # a long run needs no half of the rest
+        (20000, 6000, None),
+    ],
+)
+def test_a_rung_where_nothing_is_learned_yet_is_named(steps: int, grace: float, words: str | None) -> None:
+    overrides = {"train.steps": steps, "train.cls_warmup_iters": 0.25, "train.eval_every": 20}
+    space = build_space({**MINIMAL, "overrides": overrides, "scheduler": {"grace_steps": grace}})
+    found = weak_rung(space, space.base())
+    assert found is None if words is None else words in str(found)

@@ -213,6 +213,22 @@ def test_a_driver_that_is_alive_keeps_its_trials(tmp_path: Path) -> None:
         assert [t.number for t in other.orphans(first.study)] == [task["number"]]
 
 
+def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itself(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    with searcher(search_of(SOUND, tmp_path / "whole")) as found:
+        points = [found.suggest(name)["point"] for name in "abc"]
+    assert len({str(point) for point in points}) == 3
+    search = search_of(SOUND, tmp_path / "cut")
+    with searcher(search) as found:
+        assert found.suggest("a")["point"] == points[0]
+        take_waiting(
+            found.study, 5, lambda trial_id, _: found.study._storage.set_trial_user_attr(trial_id, "driver", "gone")
+        )
+        orphan = found.suggest("b")
+        assert (orphan["number"], orphan["point"]) == (1, points[1])
+
+
 def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
     with searcher(search) as found:
@@ -283,7 +299,7 @@ def test_drivers_that_start_together_plan_once(tmp_path: Path) -> None:
 
 
 def test_a_process_whose_trial_was_given_to_another_leaves_it(tmp_path: Path) -> None:
-    from tuning.trial import OWNER, alone, check_owner
+    from tuning.trial import OWNER, check_owner
 
     task = {"owner": "first"}
     (tmp_path / OWNER).write_text("first")
@@ -291,15 +307,6 @@ def test_a_process_whose_trial_was_given_to_another_leaves_it(tmp_path: Path) ->
     (tmp_path / OWNER).write_text("second")
     with pytest.raises(UgrlError, match="another driver has taken this trial over"):
         check_owner(tmp_path, task)
-    out = tmp_path / "seed_0"
-    out.mkdir()
-    lease = {"id": "x", "host": "elsewhere", "pid": 1, "time": time.time()}
-    (out / "owner.json").write_text(json.dumps(lease))
-    with pytest.raises(UgrlError, match="another driver is running it"), alone(out, patience_s=0.1):
-        pass
-    (out / "owner.json").write_text(json.dumps({**lease, "time": time.time() - 60}))
-    with alone(out, patience_s=0.1):
-        pass
 
 
 def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:

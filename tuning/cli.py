@@ -27,8 +27,7 @@ from ugrl.cli import enter
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 from ugrl.storage import place
-from ugrl.text import plain
-from ugrl.train.objective import resolve_objective
+from ugrl.train.check import check_run
 from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
-    return check_data(Search(space, base, shards, space.objectives, out))
+    return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
 def _being_written(path: Path) -> bool:
@@ -141,23 +140,22 @@ def _being_written(path: Path) -> bool:
     return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
-def check_data(search: Search) -> Search:
-    """The search with its objectives by their real names.
+def check_data(search: Search, *, fresh: bool = True) -> Search:
+    """The search with its objectives by their real names; ``fresh`` as :func:`ugrl.train.check.check_run` has it.
 
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
     space, base = search.space, search.base
     manifest = Manifest.load(search.shards)
-    splits = [base.data.train_split, space.split]
-    splits += [space.final.split] if space.final.best or space.final.every else []
-    for split in splits:
-        manifest.split(split)
-    found = tuple(
-        o if o.name in COSTS else Objective(resolve_objective(base, manifest, space.split, o.name))
-        for o in space.objectives
-    )
-    return replace(search, objectives=found)
+    found = []
+    for o in space.objectives:
+        name = None if o.name in COSTS else o.name
+        real = check_run(base, manifest, split=space.split, objective=name, fresh=fresh)
+        if space.final.best or space.final.every:  # measured there too, by the same metric
+            check_run(base, manifest, split=space.final.split, objective=real)
+        found.append(Objective(real) if name else o)
+    return replace(search, objectives=tuple(found))
 
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
@@ -250,11 +248,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from tuning.study import quiet_optuna
 
     quiet_optuna()
-    study, interrupted, halted = ended_search(search) if args.resume else None, False, ""
+    study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
     if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
         study, interrupted, halted = _run_on_ray(args, search, warm, console)
     finals = open_finals(search, study._storage, create=False)
-    write_report(findings(search, study, finals), console)
+    if interrupted != signal.SIGTERM:  # whoever sends that is about to send SIGKILL
+        write_report(findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
 
 
@@ -268,17 +267,14 @@ def ended_search(search: Search) -> optuna.Study | None:
 
 def _run_on_ray(
     args: argparse.Namespace, search: Search, warm: list[tuple[str, dict[str, Any]]], console: Console
-) -> tuple[optuna.Study, bool, str]:
-    """Run what is left; the study, whether it was interrupted, and why it stopped early, if it did."""
+) -> tuple[optuna.Study, int, str]:
+    """Run what is left; the study, the signal that interrupted it (0 for none), and why it stopped early, if it did."""
     from cluster.launch import start_ray, stop_ray
-    from cluster.preflight import wait_until_free
-    from tuning.driver import concurrent_trials, held
+    from tuning.placement import concurrent_trials
 
     try:
         have = start_ray(args.address)
         side_by_side = concurrent_trials(search, have)
-        cpus, gpus = held(search, have)
-        wait_until_free({"CPU": cpus, "GPU": gpus}, 1, say=lambda text: console.print(plain(text)))
         study = begin(search, resume=args.resume)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
@@ -339,8 +335,8 @@ def _run_parts(
     slots: int,
     warm: list[tuple[str, dict[str, Any]]],
     console: Console,
-) -> tuple[bool, str]:
-    """The search and its final runs; returns whether it was interrupted, and why it stopped early, if it did."""
+) -> tuple[int, str]:
+    """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease
     from tuning.progress import TrialProgress
@@ -354,25 +350,32 @@ def _run_parts(
             f"{shown}time on {have}, objective {names} on '{search.space.split}'", highlight=False, soft_wrap=True
         )
     with ExitStack() as stack:
-        stack.enter_context(sigterm_is_an_interrupt())
+        got = stack.enter_context(sigterm_is_an_interrupt())
         lease = stack.enter_context(Lease(study, slots=slots))
         lease.one_by_one(
             lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
         )
         enabled = not args.quiet
+
+        def say(text: str) -> None:
+            if enabled:
+                console.print(text, highlight=False, soft_wrap=True)
+
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar]), bar)
+            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], say=say), bar)
         if searcher is None or search.space.final.best == 0:
-            return searcher is None, "" if searcher is None else searcher.halted
+            return (0, searcher.halted) if searcher is not None else (got[-1], "")
         if (halted := searcher.halted) and not halted.startswith("budget."):
-            return False, halted
+            return 0, halted
         finals = open_finals(search, study._storage)
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
-            again = _until_interrupted(lambda: run_finals(search, study, finals, have, lease, callbacks=[bar]), bar)
-        return again is None, halted or (again.halted if again is not None else "")
+            again = _until_interrupted(
+                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], say=say), bar
+            )
+        return (0, halted or again.halted) if again is not None else (got[-1], halted)
 
 
 def _until_interrupted(work: Any, bar: Any) -> Any:
@@ -386,14 +389,20 @@ def _until_interrupted(work: Any, bar: Any) -> Any:
 
 
 @contextmanager
-def sigterm_is_an_interrupt() -> Iterator[None]:
-    """A scheduler that wants the machine back is answered like Ctrl-C: trials are put back, the report is written."""
+def sigterm_is_an_interrupt() -> Iterator[list[int]]:
+    """A scheduler that wants the machine back is answered like Ctrl-C; the last signal of what is yielded came last."""
+    got: list[int] = [signal.SIGINT]
+
+    def handle(number: int, frame: object) -> None:
+        got.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield got
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield
+        yield got
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -411,7 +420,7 @@ def _ended(
     search: Search,
     study: optuna.Study,
     finals: optuna.Study | None,
-    interrupted: bool,
+    interrupted: int,
     halted: str,
     console: Console,
 ) -> int:
@@ -435,7 +444,9 @@ def _ended(
         highlight=False,
         soft_wrap=True,
     )
-    return 130
+    if interrupted == signal.SIGTERM:
+        console.print(f"the report so far: ugrl-tune report {shlex.quote(str(search.out))}", soft_wrap=True)
+    return 128 + interrupted
 
 
 def run_dry(args: argparse.Namespace, console: Console) -> int:

@@ -7,8 +7,9 @@ measured on the untouched split too.
 
 from __future__ import annotations
 
-import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,85 +21,24 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 from ray import tune
 
-from cluster.preflight import Capacity, check_fits
+from cluster.preflight import Capacity
 from tuning.lease import Lease
 from tuning.options import Repeats, Scheduler
+from tuning.placement import Room, concurrent_trials, held
 from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
-from tuning.searcher import StudyScheduler, StudySearch
+from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
-from ugrl.config import Config
-from ugrl.errors import ConfigError
+from ugrl.errors import ConfigError, NoRoomError
 
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
 READY = "ready"
 
 
-def concurrent_trials(search: Search, have: Capacity) -> int:
-    """How many trials run side by side.
-
-    Raises:
-        ConfigError: Not even one trial fits the cluster, or fewer than ``concurrent`` asks for.
-    """
-    space, cfg = search.space, search.base
-    wanted = space.concurrent
-    if space.workers > 1:
-        check_fits(cfg, space.workers, have, groups=max(1, wanted))
-        fits = 1
-        while not wanted and _fits(cfg, space.workers, have, fits + 1):
-            fits += 1
-        return wanted or fits
-    cpus, gpus = held(search, have)
-    each = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-    # A trial is placed on one node, and a fraction of a GPU on one GPU.
-    fits = sum(_takes(n.cpus, cpus, n.gpus, gpus) for n in have.each())
-    if fits < 1:
-        nodes = ", ".join(f"{n.name}: {n.cpus:g} CPUs" + (f", {n.gpus:g} GPUs" if gpus else "") for n in have.each())
-        raise ConfigError(
-            f"a trial takes {each}; the cluster has {have} ({nodes}); lower resources.cpus_per_trial or gpus_per_trial"
-        )
-    if wanted > fits:
-        raise ConfigError(f"{wanted} concurrent trials × {each}; the cluster has {have}: at most {fits} fit")
-    return wanted or fits
-
-
-def _takes(cpus: float, each_cpus: float, gpus: float, each_gpus: float) -> int:
-    """Trials that one node takes.
-
-    >>> _takes(8, 1, 1, 0.4), _takes(8, 1, 4, 2), _takes(1, 1, 4, 0.5)
-    (2, 2, 1)
-    """
-    most = math.floor(cpus / each_cpus + 1e-6)
-    if not each_gpus:
-        return most
-    if each_gpus < 1:
-        return min(most, math.floor(gpus + 1e-6) * math.floor(1 / each_gpus + 1e-6))
-    return min(most, math.floor(gpus / each_gpus + 1e-6))
-
-
-def _fits(cfg: Config, workers: int, have: Capacity, groups: int) -> bool:
-    try:
-        check_fits(cfg, workers, have, groups=groups)
-    except ConfigError:
-        return False
-    return True
-
-
-def held(search: Search, have: Capacity) -> tuple[float, float]:
-    """CPUs and GPUs that a trial holds."""
-    space, cfg = search.space, search.base
-    if space.workers > 1:
-        gpus = cfg.cluster.gpus_per_worker if have.gpus else 0.0
-        return space.workers * cfg.cluster.cpus_per_worker, space.workers * gpus
-    asked = space.resources
-    gpus = min(1.0, have.gpus) if asked.gpus_per_trial is None else asked.gpus_per_trial
-    if asked.cpus_per_trial is not None:
-        return asked.cpus_per_trial, gpus
-    # A GPU's share of its node's CPUs decodes and cuts for it.
-    shares = [n.cpus / (n.gpus / gpus) for n in have.each() if gpus and n.gpus]
-    return max(1.0, math.floor(min(shares))) if shares else 1.0, gpus
+def _silent(_: str) -> None:
+    return None
 
 
 def run_search(
@@ -109,6 +49,7 @@ def run_search(
     *,
     callbacks: Sequence[tune.Callback] = (),
     reuse: bool = True,
+    say: Callable[[str], None] = _silent,
 ) -> StudySearch:
     """Run what is left of a search's budget; returns when it is spent or the user interrupts.
 
@@ -119,17 +60,25 @@ def run_search(
         lease: This driver's.
         callbacks: Tune callbacks; one with an attribute ``searcher`` is given the searcher.
         reuse: Whether a process is used again for the next trial.
+        say: Told in one line what is waited for.
 
     Returns:
         The searcher; ``halted`` says why it stopped early, if it did.
     """
     cpus, gpus = held(search, have)
     searcher = StudySearch(study, search, lease, cpus=cpus, gpus=gpus)
-    run(searcher, have, callbacks=callbacks, reuse=reuse)
+    run(searcher, have, callbacks=callbacks, reuse=reuse, say=say)
     return searcher
 
 
-def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callback] = (), reuse: bool = True) -> None:
+def run(
+    searcher: StudySearch,
+    have: Capacity,
+    *,
+    callbacks: Sequence[tune.Callback] = (),
+    reuse: bool = True,
+    say: Callable[[str], None] = _silent,
+) -> None:
     """Let Ray Tune run what a searcher hands out.
 
     Raises:
@@ -142,10 +91,64 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
     for callback in callbacks:
         if hasattr(callback, "searcher"):
             callback.searcher = searcher
+    searcher.room = Room(search, have)
+    with _Stop(searcher, search.base.cluster.stop_s) as stop:
+        while wait_for_work(searcher, say=say):
+            _session(searcher, side_by_side, callbacks, reuse)
+    if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
+        raise KeyboardInterrupt
+
+
+def wait_for_work(searcher: StudySearch, *, say: Callable[[str], None]) -> bool:
+    """Wait until this driver can begin a trial, or nothing is left that it might have to begin.
+
+    Outside of Tune, which would hold processes, and hear no signal, while it waits.
+
+    Args:
+        searcher: Over the study.
+        say: Told in one line what is waited for.
+
+    Returns:
+        Whether there is something to begin.
+
+    Raises:
+        NoRoomError: Other work has held the cluster for ``cluster.busy_s``, and no driver gets on with the search.
+    """
+    told, since, patience_s = "", time.monotonic(), searcher.search.base.cluster.busy_s
+    while not searcher.closing:
+        waiting, running = patiently(searcher.outlook)
+        if not waiting and not running:
+            return False
+        if waiting and searcher.has_room():
+            return True
+        if not waiting:
+            text, since = f"{running} trials run for other drivers; waiting for them to end", time.monotonic()
+        else:
+            text = f"{waiting} trials wait; no room for one now"
+            if running:
+                since = time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise NoRoomError(
+                    f"{text}, for {patience_s:g} s (cluster.busy_s): other work holds the cluster; continue with "
+                    "--resume, or wait as long as it takes with --wait"
+                )
+            else:
+                text += f"; waiting up to {patience_s:g} s (cluster.busy_s)"
+        if text != told:
+            say(text)
+            told = text
+        time.sleep(IDLE_S)
+    return False
+
+
+def _session(searcher: StudySearch, side_by_side: int, callbacks: list[tune.Callback], reuse: bool) -> None:
+    """Have Tune run trials until this driver has nothing to begin."""
+    search = searcher.search
+    searcher.open_session()
     sessions = search.out / "tune"
     sessions.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the trainer writes its own logs
-    tuner = tune.Tuner(
+    tune.Tuner(
         tune.with_resources(_trainable(searcher, side_by_side), _placement(searcher)),
         tune_config=tune.TuneConfig(
             num_samples=-1,
@@ -157,16 +160,51 @@ def run(searcher: StudySearch, have: Capacity, *, callbacks: Sequence[tune.Callb
         ),
         run_config=tune.RunConfig(
             # A name of its own for each session: Tune would mix a reused one with what it finds there.
-            name=f"session_{searcher.lease.id}" + ("_final" if isinstance(searcher, FinalSearch) else ""),
+            name=f"session_{searcher.lease.id}_{searcher.session}"
+            + ("_final" if isinstance(searcher, FinalSearch) else ""),
             storage_path=str(sessions),
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # the searcher's to repair
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             verbose=0,
         ),
-    )
-    tuner.fit()
-    if searcher.jobs or not searcher.finished:  # Tune returns from an interrupt as if nothing had been
-        raise KeyboardInterrupt
+    ).fit()
+
+
+class _Stop:
+    """The first Ctrl-C lets trials write a checkpoint and leave; the second one, or ``cluster.stop_s``, ends them.
+
+    Tune's own handler would end them at once. Tune still ends them where that is wanted, by the signal that it keeps
+    for this.
+    """
+
+    def __init__(self, searcher: StudySearch, patience_s: float) -> None:
+        self.searcher, self.asked = searcher, False
+        self._timer = threading.Timer(patience_s, self._end)
+        self._timer.daemon = True
+        self._before: Any = None
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+            self._before = signal.signal(signal.SIGINT, self._handle)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens: it would end this process
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            self._end()
+            return
+        self.asked = True
+        self.searcher.ask_to_leave()
+        self._timer.start()
+
+    def _end(self) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class _Clock(tune.Callback):
@@ -179,8 +217,7 @@ class _Clock(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if (job := self._searcher.jobs.get(trial.trial_id)) is not None:
-            job.since = time.time()
+        self._searcher.placed(trial.trial_id)
 
 
 class _Free(tune.Callback):

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.preflight import Capacity
-from tuning.driver import concurrent_trials, held
 from tuning.options import Objective
+from tuning.placement import concurrent_trials, held
 from tuning.plain import clock, short
 from tuning.search import Search
 from tuning.space import SearchSpace
@@ -162,7 +162,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
     if step_s is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(max(1, int(cpus)))
-        step_s = step_seconds(search.base, classes, device)
+        step_s = step_seconds(search.base, classes, device, gflop)
         measured = f", measured on one image on this machine's {device.type.upper()}: --step-s says otherwise"
     share = expected_share(space, search.steps)
     runs = space.trials * (share if space.repeats.seeds == 1 else share + space.repeats.seeds - 1)

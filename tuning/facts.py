@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.budget import covered
-from tuning.noise import Measure, difference, measure, seed_noise, show
+from tuning.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
 from tuning.options import COSTS, METRICS
-from tuning.record import TrialRow, ranked
+from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
 from tuning.search import Finalist, Findings
 from tuning.space import trial_config
 from ugrl import config as configs
+from ugrl.secrets import has_credentials, public
 
 # The values that the paper publishes; α, β, τ, η and λ1-λ3 it does not give.
 PAPER = {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35}
 # The best trial's configuration, in the search's folder.
 BEST = "best.yaml"
 ORDER = {"COMPLETE": 0, "PRUNED": 2, "RUNNING": 3, "WAITING": 4}
+# A score so near to that of a predictor that has learned nothing says nothing (half a point).
+NEAR = 0.005
+# How tables mark the trial that is recommended, and a score that a predictor has which has learned nothing.
+STAR, DAGGER = "★", "†"
 
 
 def objective_of(row: TrialRow, findings: Findings, index: int = 0) -> Measure:
@@ -122,19 +127,15 @@ def verdict(findings: Findings) -> list[str]:
     """The finding: the first sentence says what is best, the others how sure that is."""
     first = contender(findings)
     if first is None:
-        return [
-            f"No trial has completed{_within(findings)}: there is no best configuration. States: {states(findings)}."
-        ]
+        text = f"No trial has completed{_within(findings)}: there is no best configuration. States: {states(findings)}."
+        return [line for line in (text, baselines(findings), weak_rung(findings)) if line]
     row, tune, final = first
-    lines = [_headline(findings, row, tune, final)]
-    if findings.finalists:
-        lines += _fresh(findings, row, tune)
-    else:
-        lines.append(_optimism(findings))
-    lines.append(_second(findings, tune))
+    lines = [_headline(findings, row, tune, final), baselines(findings), collapse(findings), weak_rung(findings)]
+    lines += _fresh(findings, row, tune) if findings.finalists else [_optimism(findings)]
+    lines += [star(findings), _second(findings, tune)]
     noise = seed_noise(findings)
     if noise.known:
-        text = f"Between seeds of one configuration the standard deviation is {100 * noise.deviation:.2f} points "
+        text = f"Between seeds of one configuration the standard deviation is {points(noise.deviation)} "
         text += f"({noise.freedom} degrees of freedom)"
         if (left := noise.paired) is not None:
             text += (
@@ -142,6 +143,15 @@ def verdict(findings: Findings) -> list[str]:
             )
         lines.append(text + ".")
     return [line for line in lines if line]
+
+
+def points(value: float) -> str:
+    """The size of a difference of two scores.
+
+    >>> points(-0.012)
+    '1.20 points'
+    """
+    return f"{100 * abs(value):.2f} points"
 
 
 def _within(findings: Findings) -> str:
@@ -167,22 +177,52 @@ def _fresh(findings: Findings, row: TrialRow, tune: Measure) -> list[str]:
     if have < asked:
         lines.append(f"{have} of {asked} finalists have been run again with fresh seeds so far.")
     if row.value is not None:
-        drop = 100 * (row.value - tune.mean)
-        lines.append(
-            f"In the search it had {show(tune.name, row.value)} %; with fresh seeds it has {abs(drop):.2f} points "
-            + ("less, which is what picking the best of many adds." if drop > 0 else "more.")
-        )
+        seeds, change = ", ".join(str(r.seed) for r in row.runs), tune.mean - row.value
+        where = f" on {'seeds' if len(row.runs) > 1 else 'seed'} {seeds}" if seeds else ""
+        text = f"In the search it had {show(tune.name, row.value)} %{where}; with fresh seeds it has "
+        same = abs(change) <= ROUNDING
+        more = "more" if change > 0 else "less"
+        lines.append(f"{text}the same." if same else f"{text}{points(change)} {more}. {_chance(findings)}")
     return lines
 
 
+def _chance(findings: Findings) -> str:
+    """What picking and other seeds explain of the change, and whether that is all of it."""
+    found = loss(findings)
+    if found is None or not (math.isfinite(found.picked) or math.isfinite(found.seeds)):
+        return "With one seed each it is not known how much of that is chance."
+    parts = []
+    if found.lost > 0 and found.trials > 1 and math.isfinite(found.picked):
+        parts.append(f"picking the best of {found.trials} adds {points(found.picked)} on average at most")
+    if math.isfinite(found.seeds):
+        parts.append(f"other seeds alone move such a number by up to {points(found.seeds)} (19 cases of 20)")
+    else:
+        parts.append("with one fresh seed it is not known what other seeds alone do")
+    text = ", and ".join(parts)
+    if found.explained is not None:
+        words = "both together explain" if len(parts) > 1 else "that explains"
+        text += f": {words} it" if found.explained else f": it is more than {words}"
+    if found.shared is not None:
+        text += f". The {len(findings.finalists)} finalists {'lost' if found.shared > 0 else 'gained'} "
+        text += f"{points(found.shared)} on average, which picking does not explain: it is the search's own seed, "
+        text += "which all its trials shared"
+    return text[0].upper() + text[1:] + "."
+
+
 def _optimism(findings: Findings) -> str:
-    complete = len(ranked(findings.rows, findings.search.objectives[0]))
-    if complete < 2:
-        return "Nothing was run again with fresh seeds (final.best)."
-    return (
-        f"Nothing was run again with fresh seeds (final.best): the number is the best of {complete}, picked for being "
-        "the best, and therefore optimistic."
-    )
+    text = "Nothing was run again with fresh seeds (final.best)"
+    able = ranked(findings.rows, findings.search.objectives[0])
+    if len(able) < 2:
+        return text + "."
+    if abs((able[0].value or 0.0) - (able[-1].value or 0.0)) <= ROUNDING:
+        return f"{text}, and all {len(able)} complete trials have the same score: it picks none of them."
+    text += f": the number is the best of {len(able)}, picked for being the best, and therefore optimistic"
+    noise = seed_noise(findings)
+    noise = noise.paired or noise
+    if noise.known:
+        most = expected_best(len(able)) * noise.deviation / math.sqrt(max(1, len(able[0].runs)))
+        text += f", by {points(most)} on average at most"
+    return text + "."
 
 
 def _second(findings: Findings, tune: Measure) -> str:
@@ -196,9 +236,87 @@ def _second(findings: Findings, tune: Measure) -> str:
     if gap.real is None:
         return text + "with one seed each the noise is not known, so which of the two is better is not known either."
     if not gap.real:
-        least = 100 * gap.least
-        return f"{text}within noise, the two cannot be told apart (a difference counts from {least:.2f} points on)."
+        least = points(gap.least)
+        return f"{text}within noise, the two cannot be told apart (a difference counts from {least} on)."
     return f"{text}beyond noise."
+
+
+def star(findings: Findings) -> str:
+    """Why the trial with the star is not the first of the search, where it is not."""
+    best, able = findings.best, ranked(findings.rows, findings.search.objectives[0])
+    place = next((k for k, r in enumerate(able, 1) if best is not None and r.number == best.number), 1)
+    if best is None or place == 1:
+        return ""
+    return (
+        f"{STAR} marks trial {best.number}, which has rank {place} in the search and is the first of "
+        f"{plural(len(findings.finalists), 'finalist')} with fresh seeds: these decide, since the search's scores are "
+        f"what finalists were picked by. Rank 1 in the search is trial {able[0].number}."
+    )
+
+
+# -- what learning nothing gives --------------------------------------------------------------
+
+
+def baseline(findings: Findings, name: str, *, final: bool = False) -> float:
+    """The score of a predictor that has learned nothing; NaN where no run has noted it.
+
+    Args:
+        findings: Of the search.
+        name: Of a metric.
+        final: On the untouched split.
+    """
+    key, _ = BASELINES.get(name, ("", ""))
+    runs = [run for found in [r.runs for r in findings.rows] + [f.runs for f in findings.finalists] for run in found]
+    values = [(run.final if final else run.metrics).get(key, math.nan) for run in runs]
+    return next(filter(math.isfinite, values), math.nan)
+
+
+def baselines(findings: Findings) -> str:
+    """The scores to hold the objective against, on both splits."""
+    name, space = findings.search.objective, findings.search.space
+    here, there = baseline(findings, name), baseline(findings, name, final=True)
+    if not math.isfinite(here):
+        return ""
+    text = f"Without learning anything ({BASELINES[name][1]}) {label(name).rsplit(',', 1)[0]} is {show(name, here)} % "
+    text += f"on split '{space.split}'"
+    return text + (f" and {show(name, there)} % on split '{space.final.split}'." if math.isfinite(there) else ".")
+
+
+def dagger(runs: Iterable[Run]) -> str:
+    """The mark of a score that says nothing, or nothing."""
+    return f" {DAGGER}" if collapsed(runs) else ""
+
+
+def collapse(findings: Findings) -> str:
+    """Which complete trials have learned nothing, and whether the best one is among them."""
+    done = [r for r in findings.rows if collapsed(r.runs)]
+    if not done:
+        return ""
+    numbers = ", ".join(str(r.number) for r in done[:12]) + (", …" if len(done) > 12 else "")
+    best = findings.best
+    text = f"{DAGGER} marks collapsed runs, whose score is no better than without learning anything: "
+    text += f"{'trial' if len(done) == 1 else 'trials'} {numbers}."
+    if best is not None and collapsed(findings.finalists[0].runs if findings.finalists else best.runs):
+        text += f" The best trial, {best.number}, is one: this search has found nothing yet."
+    return text
+
+
+def weak_rung(findings: Findings) -> str:
+    """A warning where the first rung compared trials that had not learned anything yet."""
+    name, scheduler = findings.search.objective, findings.search.space.scheduler
+    base = baseline(findings, name)
+    if scheduler.name == "none" or not math.isfinite(base):
+        return ""
+    first = [next(((s, v) for s, v in r.curve if s >= scheduler.grace_steps), None) for r in findings.rows]
+    there = [pair for pair in first if pair is not None]
+    weak = [pair for pair in there if abs(pair[1] - base) <= NEAR]
+    if len(there) < 2 or 2 * len(weak) < len(there):
+        return ""
+    return (
+        f"At the first rung, step {min(s for s, _ in weak)}, {len(weak)} of {len(there)} trials were within "
+        f"{points(NEAR)} of what is had without learning anything ({show(name, base)} %): what was stopped there "
+        "was not compared. Set scheduler.grace_steps to a step where scores have left it."
+    )
 
 
 # -- the paper's point ------------------------------------------------------------------------
@@ -319,13 +437,13 @@ def _missing_steps(row: TrialRow, findings: Findings) -> int:
     return max(0, whole - sum(run.step for run in row.runs))
 
 
-def finalist_measures(found: Finalist, findings: Findings) -> tuple[Measure, Measure, Measure]:
-    """A finalist's first objective: in the search, with fresh seeds, and on the untouched split."""
+def finalist_scores(found: Finalist, findings: Findings) -> tuple[str, str, str]:
+    """A finalist's first objective as tables show it: in the search, with fresh seeds, and on the untouched split."""
     name = findings.search.objective
     return (
-        objective_of(found.trial, findings),
-        measure(found.runs, name),
-        measure(found.runs, name, final=True),
+        objective_of(found.trial, findings).short() + dagger(found.trial.runs),
+        measure(found.runs, name).short() + dagger(found.runs),
+        measure(found.runs, name, final=True).short(),
     )
 
 
@@ -343,21 +461,18 @@ def best_tree(findings: Findings) -> dict[str, Any] | None:
         return None
     tree = configs.to_dict(trial_config(search.base, best.params))
     if search.base.data.source != "shapes" or search.base.data.shards:
-        tree["data"]["shards"] = search.shards.public
+        tree["data"]["shards"] = search.shards.where
     tree["name"] = f"{search.base.name}-best"
-    return configs.to_dict(configs.build(tree))
+    return configs.to_dict(configs.build(_without_credentials(tree)))
 
 
 def train_command(findings: Findings) -> str:
     """The command that trains the best configuration."""
     search = findings.search
-    return shlex.join(["ugrl-train", "--config", str(search.out / BEST), "--data", search.shards.public])
+    return shlex.join(["ugrl-train", "--config", str(search.out / BEST), "--data", public(search.shards.where)])
 
 
-def masked(text: str) -> str:
-    """A text without the credentials of the addresses in it.
-
-    >>> masked("storage: postgresql://ann:secret@db/ugrl")
-    'storage: postgresql://***@db/ugrl'
-    """
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
+def _without_credentials(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_credentials(value) for key, value in tree.items()}
+    return public(tree) if isinstance(tree, str) and has_credentials(tree) else tree

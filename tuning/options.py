@@ -9,7 +9,9 @@ key of a space file     values (the first is the default)
 ``trials``, ``budget``  ``{trials: 20, hours: 0, gpu_hours: 0, cpu_hours: 0}``; 0 is no limit. A spent budget
                         starts nothing new; what runs is finished
 ``sampler``             ``tpe | random | grid | gp | cmaes | nsga2``, or ``{name: tpe, startup: 0}``
-``scheduler``           ``{name: asha | hyperband | median | none, grace_steps, reduction_factor}``
+``scheduler``           ``{name: asha | hyperband | median | none, grace_steps: 0, reduction_factor: 3}``; ``grace_steps`` is
+                        the first rung, in steps or (below 1) as a share of the run; 0 derives it. A grid, and a
+                        search with several objectives, stop nothing unless told to
 ``repeats``             ``{seeds: 1, skip: true}``: seeds of each configuration; later ones are skipped where
                         the first already lose
 ``final``               ``{best: 0, seeds: 3, split: val, every: false}``: the best k again with fresh seeds,
@@ -88,10 +90,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """When a weak trial is stopped: never before ``grace_steps``."""
+    """When a weak trial is stopped: never before ``grace_steps``, a share of the run until the base is known."""
 
     name: str = "asha"
-    grace_steps: int = 0
+    grace_steps: float = 0
     reduction_factor: float = 3.0
 
 
@@ -143,7 +145,7 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
     made["budget"] = _budget(tree)
     if "sampler" in tree:
         made["sampler"] = _sampler(tree["sampler"])
-    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", {})))
+    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", _default_scheduler(made))))
     made["resources"] = _resources(mapping("resources", tree.get("resources", {})))
     made["repeats"] = _repeats(mapping("repeats", tree.get("repeats", {})))
     made["final"] = _final(mapping("final", tree.get("final", {})))
@@ -270,13 +272,24 @@ def _sampler(value: Any) -> Sampler:
     return Sampler(name, integer("sampler.startup", tree.get("startup", 0), 0))
 
 
+def _default_scheduler(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Stopping is for one objective, and for points that somebody sampled."""
+    alone = len(made.get("objectives", "1")) == 1 and made.get("sampler", Sampler()).name != "grid"
+    return {"name": "asha" if alone else "none"}
+
+
 def _scheduler(tree: Mapping[str, Any]) -> Scheduler:
     _known("scheduler", tree, Scheduler)
     name = _one_of("scheduler.name", tree.get("name", "asha"), SCHEDULERS)
     factor = number("scheduler.reduction_factor", tree.get("reduction_factor", 3.0), 0.0)
     if factor <= 1 or not factor.is_integer():
         raise ConfigError(f"space key 'scheduler.reduction_factor' is {factor:g}; expected an integer > 1")
-    return Scheduler(name, integer("scheduler.grace_steps", tree.get("grace_steps", 0), 0), factor)
+    grace = number("scheduler.grace_steps", tree.get("grace_steps", 0), 0.0)
+    if grace >= 1 and not grace.is_integer():
+        raise ConfigError(
+            f"space key 'scheduler.grace_steps' is {grace:g}; expected an integer, or a share of the run below 1"
+        )
+    return Scheduler(name, int(grace) if grace.is_integer() else grace, factor)
 
 
 def _resources(tree: Mapping[str, Any]) -> Resources:

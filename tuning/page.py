@@ -6,7 +6,6 @@ The same sections are written as Markdown with pictures beside it, and as one HT
 from __future__ import annotations
 
 import base64
-import html
 import math
 import re
 import time
@@ -20,13 +19,16 @@ import yaml
 from tuning.facts import (
     BEST,
     PAPER,
+    STAR,
     Cost,
+    baseline,
     best_tree,
+    collapse,
     contender,
     cost,
+    dagger,
     duration,
-    finalist_measures,
-    masked,
+    finalist_scores,
     metric_names,
     objective_of,
     ordered,
@@ -34,6 +36,7 @@ from tuning.facts import (
     paper_trial,
     plural,
     remark,
+    star,
     states,
     train_command,
     training_seconds,
@@ -47,7 +50,11 @@ from tuning.record import TrialRow, label, pareto, ranked
 from tuning.search import Findings
 from tuning.space import Axis
 from ugrl import config as configs
+from ugrl.secrets import masked, public
+from ugrl.storage import place
+from ugrl.text import html, line, markdown
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # From so many complete trials on, the range of the best quarter says something.
 QUARTER = 8
 
@@ -113,12 +120,12 @@ def write_markdown(findings: Findings, path: Path, notes: Sequence[str], paper: 
         notes: What could not be drawn, and why.
         paper: The paper's table beside the measured one.
     """
-    lines = [f"# {_title(findings)}", ""]
+    lines = [f"# {_plain(_title(findings))}", ""]
     for section in contents(findings, notes, paper):
         lines += [f"## {section.title}", ""] if section.title else []
         for block in _present(section.blocks, path.parent):
             lines += [_markdown(block), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    place(path).write("\n".join(lines).encode(errors="backslashreplace"))
 
 
 def write_html(findings: Findings, path: Path, notes: Sequence[str], paper: PaperSection | None = None) -> None:
@@ -131,8 +138,9 @@ def write_html(findings: Findings, path: Path, notes: Sequence[str], paper: Pape
         body.append(f"<section>\n{heading}{blocks}\n</section>")
     links = " ".join(f'<a href="#s{k}">{_escape(s.title)}</a>' for k, s in enumerate(sections) if s.title)
     title = _escape(_title(findings))
-    text = PAGE.replace("@TITLE@", title).replace("@STYLE@", STYLE).replace("@SCRIPT@", SCRIPT)
-    path.write_text(text.replace("@LINKS@", links).replace("@BODY@", "\n".join(body)), encoding="utf-8")
+    # In one pass: a name in the search may hold what another pass would replace.
+    parts = {"TITLE": title, "STYLE": STYLE, "SCRIPT": SCRIPT, "LINKS": links, "BODY": "\n".join(body)}
+    place(path).write(re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE).encode(errors="backslashreplace"))
 
 
 def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | None) -> list[Section]:
@@ -143,7 +151,7 @@ def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | Non
         Section("Run again with fresh seeds", _finalists(findings)),
         Section("Beside the paper", _beside(paper)),
         Section("Several objectives", _front(findings)),
-        Section("All trials", (_leaderboard(findings),) if findings.rows else ()),
+        Section("All trials", _all_trials(findings)),
         Section("What mattered", (*_mattered(findings), *MATTERED)),
         Section("How the search went", WENT),
         Section("What it cost", _cost(findings)),
@@ -156,20 +164,21 @@ def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | Non
 
 # -- the sections -----------------------------------------------------------------------------
 
+EARLY = "Trials that were stopped have early scores; scores beyond the axis are hollow triangles at its edge."
 MATTERED = (
-    Picture("slices", "The objective over each searched value. Points of pruned trials are early scores.", True),
+    Picture("slices", f"The objective over each searched value. {EARLY}", True),
     Picture("contour", "The objective over pairs of values; complete trials interpolated, all trials shown.", True),
-    Picture("parallel", "Every trial as a line; the brighter, the better.", True),
+    Picture("parallel", "Every trial as a line; the darker, the better. Dashed: not complete.", True),
 )
 WENT = (
-    Picture("history", "Scores in the order of trials, with standard errors where there are several seeds."),
+    Picture("history", f"Scores in the order of trials, with standard errors where there are several seeds. {EARLY}"),
     Picture("curves", "Learning curves, a line for each seed of each trial."),
     Picture("rungs", "How many trials reached each validation, by what became of them."),
 )
 
 
 def _title(findings: Findings) -> str:
-    return f"Search {findings.search.out.name}"
+    return f"Search {line(findings.search.out.name)}"
 
 
 def _tiles(findings: Findings) -> tuple[tuple[str, str], ...]:
@@ -183,6 +192,8 @@ def _tiles(findings: Findings) -> tuple[tuple[str, str], ...]:
         items.append((f"{name} of trial {row.number} on {space.split}, {seeds}", f"{tune.short()} {unit}"))
         if final.known:
             items.append((f"{name} of the same on {space.final.split}, untouched", f"{final.short()} {unit}"))
+        if math.isfinite(nothing := baseline(findings, tune.name)):
+            items.append((f"{name} on {space.split} without learning anything", f"{show(tune.name, nothing)} {unit}"))
     items.append((f"of {plural(space.trials, 'planned trial')}", states(findings)))
     hours = f"{spent.gpu_hours:.3g} GPU-hours" if spent.gpu_hours else f"{spent.cpu_hours:.3g} CPU-hours"
     items.append(("held by trials", hours if spent.gpu_hours or spent.cpu_hours else duration(spent.held)))
@@ -199,15 +210,15 @@ def _values(findings: Findings) -> tuple[Block, ...]:
     header += ["importance"] if shares else []
     rows = []
     for axis in space.search:
-        line = [axis.path, short(best.params.get(axis.path)) if best else "", short(PAPER.get(axis.path))]
-        line += [short(configs.get(base, axis.path)), axis.describe()]
-        line += [_range(axis, quarter)] if quarter else []
-        line += [f"{100 * shares[axis.path]:.0f} %" if axis.path in shares else ""] if shares else []
-        rows.append(tuple(line))
+        cells = [axis.path, short(best.params.get(axis.path)) if best else "", short(PAPER.get(axis.path))]
+        cells += [short(configs.get(base, axis.path)), axis.describe()]
+        cells += [_range(axis, quarter)] if quarter else []
+        cells += [f"{100 * shares[axis.path]:.0f} %" if axis.path in shares else ""] if shares else []
+        rows.append(tuple(cells))
     blocks: list[Block] = [Rows(tuple(header), tuple(rows)), paper_sentence(findings)]
     tree = best_tree(findings)
     if tree is not None:
-        text = masked(yaml.safe_dump(tree, sort_keys=False, width=100))
+        text = yaml.safe_dump(tree, sort_keys=False, width=100)
         blocks += ["The command that trains the best configuration:", Code(train_command(findings)), Code(text, BEST)]
     return tuple(blocks)
 
@@ -222,7 +233,7 @@ def _range(axis: Axis, rows: Sequence[TrialRow]) -> str:
     if not values:
         return "does not count"
     if axis.kind == "choice":
-        return ", ".join(str(o) for o in axis.options if o in values)
+        return ", ".join(short(o) for o in axis.options if o in values)
     return short(values[0]) if min(values) == max(values) else f"{short(min(values))} … {short(max(values))}"
 
 
@@ -233,10 +244,10 @@ def _finalists(findings: Findings) -> tuple[Block, ...]:
     what = label(findings.search.objective)
     header = ["rank", "trial", "seeds", f"{what}, in the search", f"on {space.split}", f"on {space.final.split}"]
     rows = []
-    for place, found in enumerate(findings.finalists, 1):
-        cells = [m.short() for m in finalist_measures(found, findings)]
+    for rank, found in enumerate(findings.finalists, 1):
+        cells = finalist_scores(found, findings)
         points = [short(found.trial.params.get(a.path)) for a in axes_]
-        rows.append((str(place), str(found.trial.number), str(len(found.runs)), *cells, *points))
+        rows.append((str(rank), str(found.trial.number), str(len(found.runs)), *cells, *points))
     text = (
         f"Means and standard errors over fresh seeds, ranked on split '{space.split}'; split '{space.final.split}' was "
         "never used to choose."
@@ -266,6 +277,12 @@ def _front(findings: Findings) -> tuple[Block, ...]:
     return text, table, Picture("pareto", "Objectives against each other.", True)
 
 
+def _all_trials(findings: Findings) -> tuple[Block, ...]:
+    if not findings.rows:
+        return ()
+    return *filter(None, (star(findings), collapse(findings))), _leaderboard(findings)
+
+
 def _leaderboard(findings: Findings) -> Rows:
     objectives, others = findings.search.objectives, metric_names(findings)
     name, axes_, split = findings.search.objective, findings.search.space.search, findings.search.space.final.split
@@ -276,19 +293,21 @@ def _leaderboard(findings: Findings) -> Rows:
     able = {r.number for r in ranked(findings.rows, objectives[0])}
     best, paper = findings.best, paper_trial(findings)
     rows, marked = [], {}
-    for place, r in enumerate(ordered(findings), 1):
-        line = [str(place) if r.number in able else "", str(r.number), r.state, str(r.step), str(len(r.runs))]
-        line += [objective_of(r, findings, i).short() for i in range(len(objectives))]
-        line += [show(name, r.final.get(name))] if finals else []
-        line += [show(n, r.metrics.get(n)) for n in others]
-        line += [f"{r.seconds:.0f}" if math.isfinite(r.seconds) else ""]
-        line += [short(r.params.get(a.path)) for a in axes_]
-        is_paper = paper is not None and r.number == paper.number
-        rows.append((*line, "; ".join(filter(None, [r.origin, "the paper's point" if is_paper else "", remark(r)]))))
+    for position, r in enumerate(ordered(findings), 1):
+        rank = str(position) if r.number in able else ""
+        rank += f" {STAR}" if best is not None and r.number == best.number else ""
+        cells = [rank, str(r.number), r.state, str(r.step), str(len(r.runs))]
+        cells += [objective_of(r, findings, i).short() + dagger(r.runs) for i in range(len(objectives))]
+        cells += [show(name, r.final.get(name))] if finals else []
+        cells += [show(n, r.metrics.get(n)) for n in others]
+        cells += [f"{r.seconds:.0f}" if math.isfinite(r.seconds) else ""]
+        cells += [short(r.params.get(a.path)) for a in axes_]
+        notes = [r.origin, "the paper's point" if paper is not None and r.number == paper.number else "", remark(r)]
+        rows.append((*cells, "; ".join(filter(None, [*notes, "collapsed" if dagger(r.runs) else ""]))))
         if best is not None and r.number == best.number:
-            marked[place - 1] = "best"
+            marked[position - 1] = "best"
         elif r.number not in able:
-            marked[place - 1] = "weak"
+            marked[position - 1] = "weak"
     return Rows(tuple(header), tuple(rows), marked, True)
 
 
@@ -364,12 +383,12 @@ def _conduct(findings: Findings) -> tuple[Block, ...]:
         *_method(findings),
         ("constraints", ", ".join(f"{c.name} ≤ {c.limit:g}" for c in space.constraints) or "none"),
         ("workers of a trial", str(space.workers)),
-        ("shards", str(search.shards)),
+        ("shards", public(search.shards.where)),
         ("hosts", ", ".join(sorted(filter(None, hosts))) or "–"),
         ("commit", ", ".join(sorted({r.commit for r in findings.rows if r.commit})) or "–"),
     ]
     table = Rows(("what", "how"), tuple(items))
-    return table, *_sessions(findings), Code(masked(space.to_yaml()), "the space that was searched")
+    return table, *_sessions(findings), Code(space.to_yaml(), "the space that was searched")
 
 
 def _method(findings: Findings) -> list[tuple[str, str]]:
@@ -427,25 +446,26 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Picture):
         return f"![{_plain(block.caption)}](plots/{block.name}.png)"
     if isinstance(block, Code):
-        fence = f"```{'yaml' if block.title else 'sh'}\n{block.text.rstrip()}\n```"
+        text = CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", masked(block.text.rstrip()))
+        ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        fence = f"{ticks}{'yaml' if block.title else 'sh'}\n{text}\n{ticks}"
         if not block.title:
             return fence
         return f"<details><summary>{_plain(block.title)}</summary>\n\n{fence}\n\n</details>"
-    rows = [block.header, ["---"] * len(block.header), *block.rows]
-    return "\n".join("| " + " | ".join(_plain(c) for c in row) + " |" for row in rows)
+    head, *rows = ("| " + " | ".join(map(_plain, row)) + " |" for row in (block.header, *block.rows))
+    return "\n".join((head, "| --- " * len(block.header) + "|", *rows))
 
 
 def _plain(text: str) -> str:
-    """Text that is neither markup nor the end of a table's cell."""
-    escaped = html.escape(text, quote=False)
-    return re.sub(r"([|*`\[\]\\])", r"\\\1", " ".join(escaped.split()))
+    """Text that is neither markup nor the end of a table's cell, without credentials."""
+    return markdown(masked(text))
 
 
 # -- HTML -------------------------------------------------------------------------------------
 
 
 def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
+    return html(masked(text))
 
 
 def _pictures_side_by_side(blocks: Sequence[Block], folder: Path) -> list[str]:
@@ -479,9 +499,19 @@ def _html(block: Block, folder: Path) -> str:
 
 
 def _figure(picture: Picture, folder: Path) -> str:
-    data = base64.b64encode(_file(picture, folder).read_bytes()).decode()
-    text = _escape(picture.caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    data = _file(picture, folder).read_bytes()
+    text, width = _escape(picture.caption), int.from_bytes(data[16:20])  # PNG keeps its width there
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    image = f'<img alt="{text}" style="--pixels: {width}" src="{source}">'
+    return f"<figure>{_wide(image, picture.name)}<figcaption>{text}</figcaption></figure>"
+
+
+def _wide(content: str, name: str) -> str:
+    """What may be wider than the page: it is moved sideways by itself, which keys can do too, and says so."""
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{name}">{content}</div>'
+        '<p class="hint" hidden>more to the right: scroll sideways →</p>'
+    )
 
 
 def _table(table: Rows) -> str:
@@ -497,9 +527,9 @@ def _table(table: Rows) -> str:
     for k, row in enumerate(table.rows):
         mark = f' class="{table.marked[k]}"' if k in table.marked else ""
         lines.append(f"<tr{mark}>{cells('td', row)}</tr>")
-    kind = ' class="sort"' if table.sortable else ""
+    kind = f' class="{"sort " * table.sortable}{"many" if len(table.header) > 3 else ""}"'
     head, body = lines[0], "\n".join(lines[1:])
-    return f'<div class="wide"><table{kind}><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+    return _wide(f"<table{kind}><thead>{head}</thead><tbody>\n{body}\n</tbody></table>", "table")
 
 
 def _is_numeric(cells: Sequence[Any]) -> bool:
@@ -534,7 +564,7 @@ STYLE = """
   --card: #1c2229; --accent: #7fb2e8; --best: #3a1c2a; --bestink: #ff9cc2; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
-header, main { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
+header, main { max-width: 1500px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 28px; }
 h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 10px; }
@@ -550,13 +580,16 @@ p { margin: 0 0 8px; max-width: 92ch; overflow-wrap: anywhere; }
   padding: 10px 14px; }
 dd { margin: 0; font-size: 17px; font-weight: 600; }
 dt { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; margin: 10px 0 14px; }
+.wide { overflow-x: auto; margin: 10px 0 4px; }
+.wide.more { box-shadow: inset -18px 0 14px -14px rgb(0 0 0 / .4); }
+.hint { color: var(--soft); font-size: 13px; text-align: right; max-width: none; margin: 0 0 10px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td:last-child { overflow-wrap: anywhere; max-width: 72ch; white-space: pre-wrap; }
 td:last-child:not(.n) { min-width: 17ch; }
-th:first-child, td:first-child { padding-left: 8px; }
+th:first-child, td:first-child { padding-left: 8px; position: sticky; left: 0; background: var(--card); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+.many td:not(:last-child) { white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 th.n { white-space: normal; }
 th button { all: unset; cursor: pointer; }
@@ -566,17 +599,35 @@ th[aria-sort="descending"] button::after { content: " ▼"; font-size: 9px; }
 tr.best td { background: var(--best); color: var(--bestink); font-weight: 600; }
 tr.weak td { color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 14px; }
+.figures > figure { min-width: 0; }
 figure { margin: 10px 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: 6px; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
 pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 8px 0;
   overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 520px) { header, main { padding: 0 10px; } section { padding: 14px; }
-  .figures { grid-template-columns: 1fr; } }
+@media (max-width: 640px) {
+  body { font-size: 16px; }
+  header, main { padding: 0 10px; }
+  section { padding: 14px; }
+  .tiles, .figures { grid-template-columns: minmax(0, 1fr); }
+  table { font-size: 14.5px; }
+  nav { gap: 8px 18px; font-size: 15.5px; }
+  img { max-width: none; width: max(100%, var(--pixels) * .65px); }
+}
 """
 
 SCRIPT = """
+for (const box of document.querySelectorAll(".wide")) {
+  const look = () => {
+    const left = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    box.classList.toggle("more", left > 2);
+    box.nextElementSibling.hidden = box.scrollWidth - box.clientWidth <= 2;
+  };
+  box.addEventListener("scroll", look);
+  new ResizeObserver(look).observe(box);
+  look();
+}
 for (const table of document.querySelectorAll("table.sort")) {
   table.tHead.addEventListener("click", (event) => {
     const head = event.target.closest("th");

@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from tuning.facts import PAPER, plural
 from tuning.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
 from tuning.plain import short
-from tuning.plots import BEST, COLORS, STYLE, save
-from tuning.plots import PAPER as INK
+from tuning.plots import BEST, COLORS, SHADES, STYLE, save
 from tuning.record import Run, TrialRow, label, ranked
 from tuning.search import Findings
+from ugrl.secrets import masked
+from ugrl.text import markdown
 
 SETTING, KEEP = "method.setting", "method.contrast.keep"
 D_CLS, D_SEG = "method.uncertainty.d_cls", "method.contrast.d_seg"
@@ -59,13 +60,13 @@ class PaperSection:
 
     def markdown(self) -> str:
         """The section as a file of its own, the picture in ``plots/``."""
-        lines = [f"# {self.title}", ""]
+        lines = [f"# {markdown(self.title)}", ""]
         if self.rows:
-            lines += [_line(self.header), _line(["---"] * len(self.header)), *map(_line, self.rows), ""]
+            lines += [_line(self.header), "| --- " * len(self.header) + "|", *map(_line, self.rows), ""]
         for sentence in self.sentences:
-            lines += [sentence, ""]
+            lines += [markdown(masked(sentence)), ""]
         if self.image:
-            lines += [f"![{self.title}](plots/{self.image})", ""]
+            lines += [f"![{markdown(self.title)}](plots/{self.image})", ""]
         return "\n".join(lines)
 
 
@@ -122,7 +123,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(markdown(masked(c)) for c in cells) + " |"
 
 
 # -- what was measured ------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def _errors(ax: Axes, points: Sequence[tuple[float, Measure]], color: Any, name:
 
 
 def _choice(ax: Axes, x: float) -> None:
-    ax.axvline(x, color=INK, ls="--", lw=0.9, alpha=0.6, label="the paper's choice")
+    ax.axvline(x, color="#666666", ls="--", lw=0.9, label="the paper's choice")
 
 
 # -- Figure 7 ---------------------------------------------------------------------------------
@@ -411,12 +412,11 @@ def _widths(ax: Axes, cells: Sequence[Cell], k: int, name: str, final: bool) -> 
     """A metric over one width, a line for each value of the other."""
     words = ("d_cls", "d_seg")
     others = sorted({c.key[1 - k] for c in cells})
-    cmap = plt.get_cmap("viridis")
     for place, other in enumerate(others):
         these = sorted((c for c in cells if c.key[1 - k] == other), key=lambda c: c.key[k])
-        color = cmap(0.85 * place / max(1, len(others) - 1))
+        color = SHADES(place / max(1, len(others) - 1))
         _errors(ax, [(c.key[k], _measured(c, name, final)) for c in these], color, f"{words[1 - k]} {other}")
-    ax.axvline((PAPER[D_CLS], PAPER[D_SEG])[k], color=BEST, ls="--", lw=0.9, alpha=0.8, label="the paper's choice")
+    ax.axvline((PAPER[D_CLS], PAPER[D_SEG])[k], color=BEST, ls="--", lw=0.9, label="the paper's choice")
     ax.set_xscale("log", base=2)
     ticks = sorted({c.key[k] for c in cells})
     ax.set_xticks(ticks, [str(t) for t in ticks])

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tuning.record import percent
+from ugrl.text import line
+
+# Characters of a value in a table.
+LONGEST = 48
 
 
 def score_text(name: str, value: float) -> str:
@@ -17,12 +21,12 @@ def score_text(name: str, value: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in a few characters; empty where it is missing.
+    """A value in a few characters, the middle of a long text left out; empty where it is missing.
 
     >>> short(0.123456), short(256), short(None)
     ('0.123', '256', '')
     """
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else line(value, LONGEST)
 
 
 def clock(seconds: float) -> str:

@@ -15,23 +15,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import optuna
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.tri import Triangulation
 from optuna.trial import TrialState
 
-from tuning.facts import paper_trial, paper_values, training_seconds
-from tuning.record import TrialRow, label, pareto, percent, ranked
+from tuning.facts import baseline, paper_trial, paper_values, training_seconds
+from tuning.record import TrialRow, collapsed, label, pareto, percent, ranked
 from tuning.search import Findings
 from tuning.space import Axis, SearchSpace
+from ugrl.text import line as one_line
 
+# Lines and marks on white: each has a contrast of 3:1 or more (WCAG 2.1, 1.4.11), and none is drawn translucent.
 COLORS = {
     "COMPLETE": "#2563a8",
-    "PRUNED": "#e08a1e",
-    "FAIL": "#9a9a9a",
-    "RUNNING": "#6aa84f",
-    "WAITING": "#b4a7d6",
+    "PRUNED": "#c26a00",
+    "FAIL": "#7d7d7d",
+    "RUNNING": "#3f8a2f",
+    "WAITING": "#7e6bb5",
 }
+SHADES = LinearSegmentedColormap.from_list("shades", ["#c07a2b", "#a8506e", "#4b3a8c", "#101c4a"])
 BEST = "#c2185b"
 PAPER = "#111111"
 # Measured on synthetic objectives of nine values, one of which matters most: with the best third as
@@ -42,6 +46,8 @@ TARGET_QUANTILE = 1 / 3
 # Below so many complete trials a contour shows the triangles between the trials and nothing else.
 CONTOUR = 8
 CONTOUR_AXES = 3
+# How far beyond the complete trials' scores others are marked, as a share of their range.
+EDGE = 0.05
 
 STYLE = {
     "font.size": 10,
@@ -51,6 +57,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a value with two dollar signs is no formula
     "figure.dpi": 110,
     "savefig.dpi": 130,
 }
@@ -111,9 +118,11 @@ def history(findings: Findings) -> Figure | str:
     noisy = [r for r in rows if math.isfinite(r.stderr)]
     if noisy:
         x, y, e = zip(*[(r.number, _y(findings, r), _scale(findings) * r.stderr) for r in noisy], strict=True)
-        ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#555555", elinewidth=0.9, capsize=2, alpha=0.6, zorder=1)
+        ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=1)
     line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
-    ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], alpha=0.5, label="best so far")
+    ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
+    _focus(ax, findings)
+    _baseline_line(ax, findings)
     ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(ax)
@@ -131,13 +140,12 @@ def curves(findings: Findings) -> Figure | str:
     for r, curve in drawn:
         x, y = zip(*curve, strict=True)
         chosen = best is not None and r.number == best.number
-        name = f"best: trial {r.number}" if chosen else r.state.lower()
+        name = _best_label(findings) if chosen else r.state.lower()
         ax.plot(
             x,
             [_scale(findings) * v for v in y],
             color=BEST if chosen else COLORS[r.state],
-            lw=2.2 if chosen else 1.1,
-            alpha=1 if chosen else 0.65,
+            lw=2.2 if chosen else 0.9,
             zorder=3 if chosen else 2,
             marker="o" if len(x) < 30 else None,
             ms=4.5 if chosen else 3,
@@ -145,6 +153,7 @@ def curves(findings: Findings) -> Figure | str:
         )
         seen.add(name)
     _rung_lines(ax, findings)
+    _baseline_line(ax, findings)
     ax.set(xlabel="step", ylabel=_label(findings), title="Learning curves")
     ax.set_xlim(0, findings.search.steps * 1.02)
     _legend(ax)
@@ -167,6 +176,7 @@ def slices(findings: Findings) -> Figure | str:
             value = marks[axis.path]
             _paper_line(ax, options.index(value) if value in options else value)
         _slice_axis(ax, axis)
+        _focus(ax, findings)
     for ax in list(grid.flat)[len(axes_) :]:
         ax.set_visible(False)
     for ax in grid[:, 0]:
@@ -176,7 +186,7 @@ def slices(findings: Findings) -> Figure | str:
     for ax in grid.flat:
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 * cols + 1, frameon=False)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=cols + 1, frameon=False)
     return fig
 
 
@@ -196,6 +206,10 @@ def importances(findings: Findings) -> Figure | str:
     ax.set_xlim(0, max([*values, 1e-9]) * 1.15)
     ax.grid(axis="y", visible=False)
     return fig
+
+
+# Characters of a value at an axis.
+TICK = 24
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,7 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels of a handful of values."""
         if self.axis.kind == "choice":
-            return [(self.place(o), str(o)) for o in self.options]
+            return [(self.place(o), one_line(o, TICK)) for o in self.options]
         low, high = self.axis.low, self.axis.high
         locator = LogLocator(subs=(1.0, 3.0)) if self.axis.log else MaxNLocator(5, integer=self.axis.integer)
         values = [v for v in locator.tick_values(low, high) if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
@@ -265,37 +279,37 @@ def parallel(findings: Findings) -> Figure | str:
     """Every trial as a line over all axes and the objective."""
     scales = [Scale(a) for a in findings.search.space.search]
     rows = _scored(findings)
-    ys = [_y(findings, r) for r in rows]
-    low, high = min(ys), max(ys)
+    low, high = _limits(findings, rows)
     span = (high - low) or 1.0
     fig, ax = plt.subplots(figsize=(max(6.5, 1.25 * (len(scales) + 1) + 1.5), 4.6))
-    cmap, best = plt.get_cmap("viridis"), findings.best
-    for r, y in sorted(zip(rows, ys, strict=True), key=lambda pair: pair[1]):
-        place = (y - low) / span
+    best, seen = findings.best, set()
+    for r in sorted(rows, key=lambda r: _y(findings, r)):
+        place = min(1.0, max(0.0, (_y(findings, r) - low) / span))
         whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
+        name = _best_label(findings) if chosen else "" if whole else "not complete"
         ax.plot(
             range(len(scales) + 1),
             [*_places(scales, r.params), place],
-            color=BEST if chosen else cmap(place) if whole else COLORS["FAIL"],
-            lw=2.6 if chosen else 1.4,
-            alpha=1 if chosen else 0.85 if whole else 0.3,
+            color=BEST if chosen else SHADES(place) if whole else COLORS["FAIL"],
+            lw=2.6 if chosen else 1.4 if whole else 0.8,
+            ls="-" if whole else "--",
             zorder=4 if chosen else 3 if whole else 2,
-            label=f"best: trial {r.number}" if chosen else None,
+            label=None if name in seen else name or None,
         )
-    if not all(r.state == "COMPLETE" for r in rows):
-        ax.plot([], [], color=COLORS["FAIL"], alpha=0.5, label="not complete")
+        seen.add(name)
     marks = paper_values(findings)
     points = [(x, s.place(marks[s.axis.path])) for x, s in enumerate(scales) if s.axis.path in marks]
     if points:
         ax.scatter(*zip(*points, strict=True), marker="D", s=42, fc="white", ec=PAPER, zorder=6, label="the paper's")
-    shown = MaxNLocator(5).tick_values(low, high)
+    shown = [float(v) for v in MaxNLocator(5).tick_values(low, high)]
     own = [((v - low) / span, f"{v:g}") for v in shown if low <= v <= high]
     off = [(OFF, "off")] if any(s.axis.when for s in scales) else []
     _parallel_axes(ax, [s.ticks() + (off if s.axis.when else []) for s in scales] + [own], bool(off))
     names = [s.axis.name for s in scales]
     ax.set_xticks(range(len(scales) + 1), [*names, _label(findings)])
-    ax.set_title("Values of each trial, coloured by the objective", pad=12)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    ax.set_title("Values of each trial, the darker the better", pad=12)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     return fig
 
 
@@ -349,9 +363,9 @@ def cost(findings: Findings) -> Figure | str:
         these = [r for r in rows if r.state == state]
         if these:
             numbers, held = [r.number for r in these], [weigh(r, r.seconds) for r in these]
-            ax.bar(numbers, held, color=color, alpha=0.35)
+            ax.bar(numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
             ax.bar(numbers, [weigh(r, training_seconds(r)) for r in these], color=color, label=state.lower())
-    ax.bar([rows[0].number], [0], color="#777777", alpha=0.35, label="held, not training")
+    ax.bar([rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
     ax.set(xlabel="trial", ylabel=unit, title="What each trial held")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="x", visible=False)
@@ -379,9 +393,9 @@ def front(findings: Findings) -> Figure | str:
             ("D", "beaten by none", best, BEST),
         ):
             if these:
-                ax.scatter(*_pair(findings, these, k), c=color, marker=marker, s=38, alpha=0.85, label=words, zorder=3)
+                ax.scatter(*_pair(findings, these, k), c=color, marker=marker, s=38, label=words, zorder=3)
         if len(objectives) == 2:
-            ax.plot(*_pair(findings, best, k), color=BEST, lw=1, alpha=0.5)
+            ax.plot(*_pair(findings, best, k), color=BEST, lw=0.8)
         for r in best:
             x, y = _pair(findings, [r], k)
             ax.annotate(str(r.number), (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=9)
@@ -464,31 +478,68 @@ def _legend(ax: Axes) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
+def _limits(findings: Findings, rows: Sequence[TrialRow]) -> tuple[float, float]:
+    """The lowest and the highest score as drawn, without early and collapsed ones where two others are left."""
+    done = [_y(findings, r) for r in rows if r.state == "COMPLETE" and not collapsed(r.runs)]
+    ys = done if len(done) > 1 and max(done) > min(done) else [_y(findings, r) for r in rows]
+    return min(ys), max(ys)
+
+
+def _focus(ax: Axes, findings: Findings) -> None:
+    """Limit an axis of scores to :func:`_limits`; what lies beyond is marked at its edge (:func:`_scatter`)."""
+    rows = _scored(findings)
+    low, high = _limits(findings, rows)
+    margin = EDGE * ((high - low) or 1.0)
+    if any(not low <= _y(findings, r) <= high for r in rows):
+        ax.set_ylim(low - 2 * margin, high + 2 * margin)
+
+
+def _best_label(findings: Findings) -> str:
+    number = findings.best.number if findings.best else ""
+    return f"best with fresh seeds: trial {number}" if findings.finalists else f"best: trial {number}"
+
+
 def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], findings: Findings) -> None:
     best, paper = findings.best, paper_trial(findings)
+    low, high = _limits(findings, _scored(findings))
+    margin = EDGE * ((high - low) or 1.0)
+    # What lies beyond the others would squeeze them: it is drawn hollow at the edge.
+    at = {r.number: min(high + margin, max(low - margin, _y(findings, r))) for _, r in placed}
     for state, color in COLORS.items():
         these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
-        if these:
-            marker = "x" if state == "FAIL" else "o"
-            xs, ys = [x for x, _ in these], [_y(findings, r) for _, r in these]
-            ax.scatter(xs, ys, color=color, marker=marker, s=32, alpha=0.85, label=state.lower())
+        inside = [(x, at[r.number]) for x, r in these if low <= at[r.number] <= high]
+        _dots(ax, inside, color=color, marker="x" if state == "FAIL" else "o", s=32, label=state.lower())
+        for marker, outside in (
+            ("v", [(x, at[r.number]) for x, r in these if at[r.number] < low]),
+            ("^", [(x, at[r.number]) for x, r in these if at[r.number] > high]),
+        ):
+            _dots(ax, outside, fc="none", ec=color, marker=marker, s=38, label=f"{state.lower()}, beyond the axis")
     for x, r in placed:
         if best is not None and r.number == best.number:
-            ax.scatter([x], [_y(findings, r)], color=BEST, marker="*", s=150, zorder=4, label=f"best: trial {r.number}")
+            ax.scatter([x], [at[r.number]], color=BEST, marker="*", s=150, zorder=4, label=_best_label(findings))
         if paper is not None and r.number == paper.number:
             name = f"the paper's: trial {r.number}"
-            ax.scatter([x], [_y(findings, r)], fc="none", ec=PAPER, marker="D", s=70, lw=1.3, zorder=5, label=name)
+            ax.scatter([x], [at[r.number]], fc="none", ec=PAPER, marker="D", s=70, lw=1.3, zorder=5, label=name)
+
+
+def _baseline_line(ax: Axes, findings: Findings) -> None:
+    """What is had without learning anything, where the axis shows it."""
+    value = _scale(findings) * baseline(findings, findings.search.objective)
+    low, high = ax.get_ylim()
+    if low <= value <= high:
+        ax.axhline(value, color="#444444", ls="-.", lw=1.0, zorder=1, label="without learning anything")
 
 
 def _paper_line(ax: Axes, x: float, *, across: bool = False) -> None:
-    (ax.axhline if across else ax.axvline)(x, color=PAPER, ls="--", lw=0.9, alpha=0.6, label="the paper's value")
+    (ax.axhline if across else ax.axvline)(x, color="#666666", ls="--", lw=0.9, label="the paper's value")
 
 
 def _slice_axis(ax: Axes, axis: Axis) -> None:
     options = list(axis.options)
     if options:
-        wordy = max(len(str(o)) for o in options) * len(options) > 28
-        ax.set_xticks(range(len(options)), [str(o) for o in options], rotation=25 if wordy else 0)
+        names = [one_line(o, TICK) for o in options]
+        wordy = max(map(len, names)) * len(options) > 28
+        ax.set_xticks(range(len(options)), names, rotation=25 if wordy else 0)
         ax.set_xlim(-0.5, len(options) - 0.5)
     elif axis.log:
         ax.set_xscale("log")
@@ -540,12 +591,10 @@ def _over_contour(ax: Axes, findings: Findings, scales: Sequence[Scale]) -> None
     whole = [_places(scales, r.params) for r in rows if r.state == "COMPLETE"]
     early = [_places(scales, r.params) for r in rows if r.state != "COMPLETE"]
     _dots(ax, whole, fc="white", ec="#333333", s=26, lw=0.9, zorder=3, label="complete")
-    _dots(ax, early, fc="none", ec="#dddddd", s=26, lw=0.9, zorder=3, label="not complete")
+    _dots(ax, early, fc="#bbbbbb", ec="#333333", marker="s", s=18, lw=0.7, zorder=3, label="not complete")
     best, marks = findings.best, paper_values(findings)
     top = [_places(scales, r.params) for r in rows if best is not None and r.number == best.number]
-    _dots(
-        ax, top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=f"best: trial {best.number if best else ''}"
-    )
+    _dots(ax, top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=_best_label(findings))
     paper = paper_trial(findings)
     at = marks if paper is None else paper.params
     known = [s.place(at[s.axis.path]) if s.axis.path in at else math.nan for s in scales]
@@ -621,7 +670,8 @@ def _bought(
     """Scores over the compute that was spent when each trial ended."""
     spent = list(itertools.accumulate(weigh(r, r.seconds) for r in rows))
     _scatter(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
-    ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], alpha=0.5, label="best so far")
+    ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
+    _focus(ax, findings)
     ax.set(xlabel=f"{unit} spent", ylabel=_label(findings), title="What the compute bought")
     ax.set_xlim(left=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)

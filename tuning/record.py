@@ -36,6 +36,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuning.options import COSTS, METRICS, Objective
 
+# What a validation has beside its metrics: the scores of predictors that have learned nothing (background everywhere;
+# tags by how often each class occurs), and 1 where the run's own score is no better.
+BACKGROUND, PREVALENCE, COLLAPSED = "seg_background_miou", "tag_prevalence", "collapsed"
+BESIDE = (BACKGROUND, PREVALENCE, COLLAPSED)
+BASELINES = {
+    "seg_miou": (BACKGROUND, "background everywhere"),
+    "cam_miou": (BACKGROUND, "background everywhere"),
+    "tag_map": (PREVALENCE, "tags by their prevalence"),
+}
 RUNS, SEEDS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "seeds", "held", "out", "host", "driver", "commit"
 CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
 
@@ -161,6 +170,11 @@ class TrialRow:
         found = [(r.final if final else r.metrics).get(name) for r in self.runs]
         values = [v for v in found if v is not None and math.isfinite(v)]
         return (statistics.fmean(values) if values else math.nan), standard_error(values), len(values)
+
+
+def collapsed(runs: Iterable[Run]) -> bool:
+    """Whether any of some runs ended no better than a predictor that has learned nothing."""
+    return any(r.ended and r.metrics.get(COLLAPSED, 0.0) >= 0.5 for r in runs)
 
 
 def mean_metrics(found: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ running, was interrupted, or ran elsewhere.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import shlex
 from collections.abc import Sequence
@@ -16,14 +17,16 @@ from typing import Any
 import yaml
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tuning.facts import (
     BEST,
+    STAR,
     best_tree,
     contender,
-    finalist_measures,
+    dagger,
+    finalist_scores,
     first_line,
     metric_names,
     objective_of,
@@ -37,8 +40,11 @@ from tuning.noise import show
 from tuning.options import COSTS, METRICS
 from tuning.paper import PaperSection
 from tuning.plain import short
-from tuning.record import label, pareto
+from tuning.record import BESIDE, label, pareto
 from tuning.search import Findings
+from ugrl.secrets import masked
+from ugrl.storage import place
+from ugrl.text import csv_cell, line, plain
 
 TABLE, PAGE, TEXT, PAPER_TEXT = "trials.csv", "report.html", "report.md", "paper.md"
 PLOT_FOLDER = "plots"
@@ -59,41 +65,43 @@ def write_report(findings: Findings, console: Console) -> None:
     from tuning.plots import draw
 
     out = findings.search.out
-    out.mkdir(parents=True, exist_ok=True)
     write_csv(findings)
     write_best(findings)
     notes = draw(findings, out / PLOT_FOLDER)
     paper = paper_section(findings, out / PLOT_FOLDER)
     if paper is not None:
-        (out / PAPER_TEXT).write_text(paper.markdown(), encoding="utf-8")
+        place(out / PAPER_TEXT).write(paper.markdown().encode())
     write_markdown(findings, out / TEXT, notes, paper)
     write_html(findings, out / PAGE, notes, paper)
     print_tables(findings, paper, console)
     print_failures(findings, console)
-    for line in [*notes, *verdict(findings)]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for sentence in [*notes, *verdict(findings)]:
+        _say(sentence, console)
     print_files(findings, console)
 
 
 def write_csv(findings: Findings) -> Path:
     """``trials.csv``: one line a trial in full precision, one column a searched path."""
     names = [o.name for o in findings.search.objectives]
+    have = {n for r in findings.rows for n in r.metrics}
     others = [n for n in METRICS if n not in names] + [n for n in metric_names(findings) if n in COSTS]
+    others += [n for n in BESIDE if n in have]
     finals = sorted({n for r in findings.rows for n in r.final if n in (*METRICS, *COSTS)})
     paths = [a.path for a in findings.search.space.search]
     header = ["number", "state", "step", *names, *(f"{n}.stderr" for n in names), "seeds", *others]
     header += [*(f"final.{n}" for n in finals), *paths, "seconds", "cpus", "gpus", "host", "from", "note", "error"]
     path = findings.search.out / TABLE
-    with path.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow(header)
-        for r in findings.rows:
-            values = r.values or [math.nan] * len(names)
-            cells = [r.number, r.state, r.step, *values, *(r.metric(n)[1] for n in names), len(r.runs)]
-            cells += [r.metrics.get(n) for n in others] + [r.final.get(n) for n in finals]
-            cells += [r.params.get(p) for p in paths]
-            cells += [r.seconds, r.cpus, r.gpus, r.host, r.origin, remark(r), r.error]
-            out.writerow(["" if _unknown(c) else c for c in cells])
+    file = io.StringIO(newline="")
+    out = csv.writer(file)
+    out.writerow(map(_cell, header))
+    for r in findings.rows:
+        values = r.values or [math.nan] * len(names)
+        cells = [r.number, r.state, r.step, *values, *(r.metric(n)[1] for n in names), len(r.runs)]
+        cells += [r.metrics.get(n) for n in others] + [r.final.get(n) for n in finals]
+        cells += [r.params.get(p) for p in paths]
+        cells += [r.seconds, r.cpus, r.gpus, r.host, r.origin, remark(r), r.error]
+        out.writerow(map(_cell, cells))
+    place(path).write(file.getvalue().encode(errors="backslashreplace"))
     return path
 
 
@@ -114,12 +122,12 @@ def write_best(findings: Findings) -> Path | None:
         "" if findings.finalists else " of the search"
     )
     text = (
-        f"# Trial {row.number} of the search in {findings.search.out.name}: {tune.name} {tune.short()} % on split "
-        f"'{space.split}' ({how}),\n"
+        f"# Trial {row.number} of the search in {line(findings.search.out.name)}: {tune.name} {tune.short()} % on "
+        f"split '{space.split}' ({how}),\n"
     )
     text += f"# {final.short()} % on split '{space.final.split}'" if final.known else "# not measured on another split"
-    text += f"; {findings.search.steps} steps.\n# Train with it: {train_command(findings)}\n"
-    path.write_text(text + yaml.safe_dump(tree, sort_keys=False, width=100), encoding="utf-8")
+    text += f"; {findings.search.steps} steps.\n# Train with it: {line(train_command(findings), 4000)}\n"
+    place(path).write((text + yaml.safe_dump(tree, sort_keys=False, width=100)).encode(errors="backslashreplace"))
     return path
 
 
@@ -134,7 +142,7 @@ def print_tables(findings: Findings, paper: PaperSection | None, console: Consol
         if paper.rows:
             _print(paper_table(paper), console)
         for sentence in paper.sentences:
-            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+            _say(sentence, console)
 
 
 def print_trials(findings: Findings, console: Console) -> None:
@@ -149,16 +157,17 @@ def print_trials(findings: Findings, console: Console) -> None:
         results.add_column(name.replace("_", " "), justify="left" if name == "state" else "right")
     points.add_column("trial", justify="right")
     for axis in axes_:
-        (results if wide else points).add_column(axis.name, justify="right")
+        (results if wide else points).add_column(_plain(axis.name), justify="right")
     for r in ordered(findings):
-        style = "bold green" if best is not None and r.number == best.number else "dim" if r.state == "FAIL" else ""
-        cells = [str(r.number), r.state, str(r.step)]
-        cells += [objective_of(r, findings, i).short(1) for i in range(len(names))]
+        chosen = best is not None and r.number == best.number
+        style = "bold green" if chosen else "dim" if r.state == "FAIL" else ""
+        cells = [f"{STAR} {r.number}" if chosen else str(r.number), r.state, str(r.step)]
+        cells += [objective_of(r, findings, i).short(1) + dagger(r.runs) for i in range(len(names))]
         cells += [show(name, r.metrics.get(name), 1) for name in others]
         cells.append("" if math.isnan(r.seconds) else f"{r.seconds:.0f}")
-        shown = [escape(short(r.params.get(a.path))) for a in axes_]
-        results.add_row(*cells, *(shown if wide else []), style=style)
-        points.add_row(str(r.number), *([] if wide else shown), style=style)
+        shown = [short(r.params.get(a.path)) for a in axes_]
+        results.add_row(*map(_plain, [*cells, *(shown if wide else [])]), style=style)
+        points.add_row(*map(_plain, [cells[0], *([] if wide else shown)]), style=style)
     _print(results, console)
     if not wide:
         _print(points, console)
@@ -169,9 +178,9 @@ def finalists_table(findings: Findings) -> Table:
     space = findings.search.space
     columns = ("trial", "seeds", "in the search", f"on {space.split}", f"on {space.final.split}, untouched")
     table = _table(f"run again with fresh seeds: {label(findings.search.objective)}", columns)
-    for place, found in enumerate(findings.finalists):
-        cells = [m.short() for m in finalist_measures(found, findings)]
-        table.add_row(str(found.trial.number), str(len(found.runs)), *cells, style="" if place else "bold green")
+    for rank, found in enumerate(findings.finalists):
+        cells = finalist_scores(found, findings)
+        table.add_row(str(found.trial.number), str(len(found.runs)), *cells, style="" if rank else "bold green")
     return table
 
 
@@ -190,9 +199,9 @@ def paper_table(paper: PaperSection) -> Table:
     for k, name in enumerate(paper.header):
         # A number stays on one line where the terminal is narrow; the words of the header wrap.
         longest = max((len(row[k]) for row in paper.rows), default=0)
-        table.add_column(name, justify="right" if k else "left", min_width=longest)
+        table.add_column(_plain(name), justify="right" if k else "left", min_width=longest)
     for row in paper.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_plain, row))
     return table
 
 
@@ -204,7 +213,7 @@ def print_failures(findings: Findings, console: Console) -> None:
         if r.violation and not text:
             text = f"trial {r.number} is out: {remark(r)}"
         if text:
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
+            _say(text, console)
 
 
 def print_files(findings: Findings, console: Console) -> None:
@@ -221,15 +230,27 @@ def print_files(findings: Findings, console: Console) -> None:
     if findings.best is not None:
         lines += [("best", f"{out / BEST}"), ("train", train_command(findings))]
     for name, text in lines:
-        console.print(f"{name:>7}: {text}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{name:>7}: {line(text, 4000)}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def _say(sentence: str, console: Console) -> None:
+    """A line of its own, in which no markup and no escape code is read."""
+    console.print(line(masked(sentence), 2000), highlight=False, soft_wrap=True, markup=False)
+
+
+def _plain(cell: str) -> Text:
+    return plain(masked(cell))
+
+
+def _cell(value: Any) -> Any:
+    """Of the CSV file: an empty one for what is unknown, nothing that a spreadsheet would run, no credentials."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return csv_cell(masked(value)) if isinstance(value, str) else value
 
 
 def _table(title: str, columns: Sequence[str] = ()) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         table.add_column(name, justify="right")
     return table
@@ -238,5 +259,5 @@ def _table(title: str, columns: Sequence[str] = ()) -> Table:
 def _print(table: Table, console: Console) -> None:
     """A table under its title, which is not wrapped to the table's width."""
     title, table.title = table.title, None
-    console.print(title, style="italic", highlight=False, soft_wrap=True)
+    console.print(title or "", style="italic", highlight=False, soft_wrap=True)
     console.print(table)

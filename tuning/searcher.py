@@ -33,6 +33,7 @@ from tuning.lease import Lease
 from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
+    BESIDE,
     COMMIT,
     CONFIG,
     DEATHS,
@@ -55,12 +56,16 @@ from ugrl.errors import ConfigError, UgrlError
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
+# In a trial's folder: the driver that it belongs to, or the word that its process is to leave with a checkpoint.
+OWNER, LEAVE = "owner", "leave"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
-# How often a driver with nothing to begin looks whether that has changed.
-IDLE_S = 0.5
+# A trial that has not got its resources after so many seconds is put back into the queue.
+PLACE_S = 30.0
+# How often a driver with nothing to begin looks whether that has changed, and how long its processes wait for that.
+IDLE_S, REST_S = 0.5, 5.0
 FINAL = "final/"
-KEPT = (*METRICS, *COSTS, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
+KEPT = (*METRICS, *COSTS, *BESIDE, "u_auroc", "p_auroc", "images_per_s", "data_wait", STEP)
 
 
 @dataclass
@@ -74,8 +79,11 @@ class Job:
         folder: Of its runs.
         runs: Seed → what is known of that run, as in :mod:`tuning.record`.
         verdict: How it ends, once that is known: a state and why.
+        left: Whether its process was asked to leave, and did, with a checkpoint.
+        unplaced: Why its workers found no place, if so.
         before: Seconds that it held its resources in earlier sessions.
-        since: When this driver began it.
+        since: When this driver began it; when it was placed, once it is.
+        placed: Whether it has got the resources that it asked for.
     """
 
     trial: Trial
@@ -84,6 +92,9 @@ class Job:
     folder: Path
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     verdict: tuple[TrialState, str] | None = None
+    left: bool = False
+    unplaced: str = ""
+    placed: bool = False
     before: float = 0.0
     since: float = field(default_factory=time.time)
 
@@ -128,10 +139,12 @@ class StudySearch(Searcher):
         self.jobs: dict[str, Job] = {}
         self.numbers: dict[str, int] = {}
         self.halted = ""
-        self.closing = self.finished = False
+        self.closing = False
+        self.room: Any = None  # of the cluster, for more trials; None where it is not asked for
+        self.session = self._processes = 0
+        self._idle_since = self._idle_until = 0.0
         self.fresh = True  # whether points are sampled, and not given
         self._failures: list[str] = []
-        self._idle_until = 0.0
         self._commit = code_commit()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,26 +161,74 @@ class StudySearch(Searcher):
         """The next trial: an orphan to go on with, else one that waits.
 
         Returns:
-            What :func:`tuning.trial.run_trial` takes; ``None`` while trials that run may still come back; ``FINISHED``
-            when nothing is left.
+            What :func:`tuning.trial.run_trial` takes; ``None`` while nothing can be begun but trials run here, which
+            may come back; ``FINISHED`` when this driver has nothing to do: what others run is waited for outside of
+            Tune, which hears no signal meanwhile.
         """
-        found = patiently(lambda: self._suggest(trial_id))
-        self.finished = self.finished or found == Searcher.FINISHED
-        return found
+        return patiently(lambda: self._suggest(trial_id))
+
+    def open_session(self) -> None:
+        """Ray Tune is started anew, and has no processes yet."""
+        self.session += 1
+        self._processes = 0
+
+    def outlook(self) -> tuple[int, int]:
+        """Trials that this driver might begin now, and those that run for others and may come back."""
+        if self.closing or self.halted:
+            return 0, 0
+        if (why := self.exhausted()) is not None:
+            self.halted = why
+            return 0, 0
+        trials = self.study.get_trials(deepcopy=False)
+        begun = sum(t.state != TrialState.WAITING for t in trials)
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        orphans = len(self.lease.orphans(self.study))
+        waiting = min(len(trials) - begun, max(0, self.limit - begun))
+        return waiting + orphans, running - orphans
+
+    def has_room(self) -> bool:
+        """Whether one more trial finds a process of this driver that rests, or room on the cluster for a new one."""
+        if self.room is None or len(self.jobs) < self._processes:
+            return True
+        coming = sum(not job.placed for job in self.jobs.values())
+        return bool(self.room.trials() > coming)
+
+    def placed(self, trial_id: str) -> None:
+        """Note that a trial has got its resources."""
+        if (job := self.jobs.get(trial_id)) is not None:
+            job.since, job.placed = time.time(), True
+            self._processes = max(self._processes, sum(j.placed for j in self.jobs.values()))
+
+    def rests(self) -> bool:
+        """Whether processes of this driver have had nothing to do for a while; they are ended then."""
+        placed = sum(job.placed for job in self.jobs.values())
+        rest = placed < self._processes and 0 < self._idle_since < time.monotonic() - REST_S
+        if rest:
+            self._processes = placed
+        return rest
+
+    def unplaced(self) -> list[str]:
+        """Trials that have waited too long for a place; another driver may have one for them."""
+        late = time.time() - PLACE_S
+        return [] if self.room is None else [k for k, j in self.jobs.items() if not j.placed and j.since < late]
+
+    def give_back(self, trial_id: str) -> None:
+        """Put a trial that found no place back into the queue."""
+        job = self.jobs.pop(trial_id)
+        patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.closing or (self.halted and not self.jobs):
+        if self.closing or self.halted:
             return Searcher.FINISHED
-        if self.halted or time.monotonic() < self._idle_until:
+        now = time.monotonic()
+        if self.jobs and now < self._idle_until:
             return None
-        trial = self._next()
+        trial = self._next() if self.has_room() else None
         if trial is None:
-            # What runs, here or elsewhere, may lose its process or its driver and have to go on.
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not self.jobs and (self.halted or not running):
-                return Searcher.FINISHED
-            self._idle_until = time.monotonic() + IDLE_S
-            return None
+            self._idle_until = now + IDLE_S
+            self._idle_since = self._idle_since or now
+            return None if self.jobs and not self.halted else Searcher.FINISHED
+        self._idle_since = 0.0
         try:
             job = self.begin(trial)
         except ConfigError as error:  # values that each are valid, but do not go together
@@ -177,11 +238,15 @@ class StudySearch(Searcher):
             return None
         self.jobs[trial_id] = job
         self.numbers[trial_id] = job.number
-        return self.task(job)
+        task = self.task(job)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / OWNER).write_text(task["owner"], encoding="utf-8")
+        return task
 
     def _next(self) -> Trial | None:
         for orphan in self.lease.orphans(self.study):
             if (trial := self.lease.claim(self.study, orphan)) is not None:
+                self._sampled(trial.number)
                 return trial
         if (why := self.exhausted()) is not None:
             self.halted = why
@@ -191,6 +256,10 @@ class StudySearch(Searcher):
     def _begun(self, trial_id: int, number: int) -> None:
         # Named before anything is sampled: with a dead driver's name on it, another one would take it for an orphan.
         self.lease.name(self.study, trial_id)
+        self._sampled(number)
+
+    def _sampled(self, number: int) -> None:
+        """Have a trial's own sampler ready; an orphan may have lost its driver before it had a point."""
         if self.fresh:
             self.study.sampler = make_sampler(self.search.space, number)
 
@@ -269,6 +338,12 @@ class StudySearch(Searcher):
             return True  # late news of a trial that has been told
         if not self.lease.holds(self.study, job.trial):
             del self.jobs[trial_id]  # this driver was silent for too long, and another one has taken it
+            return True
+        if "left" in result:
+            job.left = True
+            return True
+        if "unplaced" in result:
+            job.unplaced = str(result["unplaced"])
             return True
         if "error" in result:
             job.verdict = (TrialState.FAIL, str(result["error"]))
@@ -380,7 +455,10 @@ class StudySearch(Searcher):
         if not self.lease.holds(self.study, job.trial):
             return
         self.hold(job)
-        if error and job.verdict is None and self._again(job):
+        if job.left:
+            put_back(self.study, job.trial)
+            return
+        if (error or job.unplaced) and job.verdict is None and self._again(job):
             return
         state, why = self._end(job)
         if state == TrialState.FAIL:
@@ -402,7 +480,7 @@ class StudySearch(Searcher):
             self._failures.clear()
 
     def _again(self, job: Job) -> bool:
-        """Whether a trial whose process died is put back into the queue, to go on from its checkpoint.
+        """Whether a trial whose process died, or whose workers found no place, goes on from its checkpoint later.
 
         Tune would start it again by itself, but not where the process died before the trial had begun.
         """
@@ -410,7 +488,7 @@ class StudySearch(Searcher):
         deaths = int(frozen.user_attrs.get(DEATHS, 0)) + 1
         job.trial.set_user_attr(DEATHS, deaths)
         if deaths > self.search.space.max_failures:
-            job.verdict = (TrialState.FAIL, why_failed(job.folder))
+            job.verdict = (TrialState.FAIL, job.unplaced or why_failed(job.folder))
             return False
         put_back(self.study, job.trial)
         return True
@@ -434,6 +512,15 @@ class StudySearch(Searcher):
             self.halted = f"{ALIKE} trials in a row failed alike, and none has worked: {why}"
 
     # -- the end -------------------------------------------------------------------------------
+
+    def ask_to_leave(self) -> None:
+        """Begin nothing more, and have the processes of what runs write a checkpoint and go."""
+        self.closing = True
+        for job in list(self.jobs.values()):
+            try:
+                (job.folder / OWNER).write_text(LEAVE, encoding="utf-8")
+            except OSError:
+                continue  # it is ended the hard way
 
     def leave(self) -> list[int]:
         """Put the trials that still run back into the queue; returns their numbers.
@@ -479,6 +566,17 @@ class StudyScheduler(FIFOScheduler):
         stop = self.searcher.judge(trial.trial_id, result)
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
+    def choose_trial_to_run(self, tune_controller: Any) -> tune.experiment.Trial | None:
+        """The next pending trial; those that find no place are given back first."""
+        late = set(self.searcher.unplaced())
+        for trial in list(tune_controller.get_trials()) if late else []:
+            if trial.trial_id in late and trial.status == tune.experiment.Trial.PENDING:
+                self.searcher.give_back(trial.trial_id)
+                tune_controller.stop_trial(trial)
+        if self.searcher.rests():
+            tune_controller._cleanup_cached_actors(force_all=True)  # others may want what they hold
+        return super().choose_trial_to_run(tune_controller)
+
     def __getstate__(self) -> dict[str, Any]:
         """Nothing goes into Tune's snapshots."""
         return {}
@@ -509,14 +607,22 @@ def _kind(why: str) -> str:
 
 def code_commit() -> str:
     """The commit of the code that runs, where it is a checkout; with ``+`` where files were changed."""
-    here = Path(__file__).resolve().parent
-    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    words = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-    try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=5, env=env)
-    except (OSError, subprocess.SubprocessError):
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        try:
+            found = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=5, env=env
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    # An environment may lie within somebody's own repository, which does not track what is installed there.
+    if git("ls-files", "--error-unmatch", here.name) is None:
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
 
 def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:

@@ -312,6 +312,7 @@ def build_space(
     made.update(build_options(values))
     base = configs.load(made["config"], made["overrides"])
     made["search"] = tuple(_ordered(list(_axes(axes, base))))
+    made["scheduler"] = replace(made["scheduler"], grace_steps=first_rung(made["scheduler"].grace_steps, base))
     space = SearchSpace(**made)
     _check_search(space, base, points)
     space = replace(space, first=tuple(complete_point(space, f"first[{i}]", p, base) for i, p in enumerate(points)))
@@ -321,6 +322,47 @@ def build_space(
         trials = min(space.trials, count) if asked else count
         space = replace(space, budget=replace(space.budget, trials=trials))
     return space
+
+
+def warm_steps(base: Config) -> int:
+    """When both warm-ups have ended."""
+    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
+
+
+def first_rung(grace: float, base: Config) -> int:
+    """The first rung in steps.
+
+    Args:
+        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0: at half of what
+            follows the warm-ups.
+        base: The run.
+    """
+    if grace >= 1:
+        return int(grace)
+    steps, every = base.train.steps, base.train.at(base.train.eval_every)
+    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
+    return min(steps, math.ceil(wanted / every - 1e-9) * every)
+
+
+# Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
+ROOM = 1000
+
+
+def weak_rung(space: SearchSpace, base: Config) -> str | None:
+    """Why the first rung would compare trials that have learned nothing yet, in one line; ``None`` where it is sound.
+
+    Until the warm-ups end, no segmentation loss is there: every trial scores as a predictor does that sees nothing but
+    background, and for a while after.
+    """
+    steps, warm, grace = base.train.steps, warm_steps(base), space.scheduler.grace_steps
+    least = warm + min(ROOM, (steps - warm) // 2)
+    if space.scheduler.name == "none" or grace >= least:
+        return None
+    return (
+        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores are hardly more than "
+        f"those of a predictor of nothing but background there; expected scheduler.grace_steps ≥ {least} of {steps}, or "
+        f"a share such as {math.ceil(100 * least / steps) / 100:g}"
+    )
 
 
 def differences(a: SearchSpace, b: SearchSpace, ignore: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
@@ -469,15 +511,16 @@ def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> No
                 f"space key 'scheduler.name' is '{space.scheduler.name}'; with {len(space.objectives)} objectives no "
                 "trial can be stopped early: expected none"
             )
-        grace, warm = space.scheduler.grace_steps, max(train.lr_warmup_iters, train.cls_warmup_iters)
+        grace, warm = space.scheduler.grace_steps, warm_steps(base)
         if grace <= warm:
             raise ConfigError(
-                f"space key 'scheduler.grace_steps' is {grace}; expected > both warm-ups "
-                f"(train.lr_warmup_iters {train.lr_warmup_iters}, train.cls_warmup_iters {train.cls_warmup_iters})"
+                f"space key 'scheduler.grace_steps' is {grace:g}; expected > both warm-ups "
+                f"(train.lr_warmup_iters {train.at(train.lr_warmup_iters)}, "
+                f"train.cls_warmup_iters {train.at(train.cls_warmup_iters)})"
             )
         if grace > train.steps:
-            raise ConfigError(f"space key 'scheduler.grace_steps' is {grace}; expected ≤ train.steps {train.steps}")
-    if train.eval_every > train.steps:
+            raise ConfigError(f"space key 'scheduler.grace_steps' is {grace:g}; expected ≤ train.steps {train.steps}")
+    if train.at(train.eval_every) > train.steps:
         raise ConfigError(f"train.eval_every is {train.eval_every}; expected ≤ train.steps {train.steps}")
     if space.sampler.name == "grid":
         for axis in space.search:

@@ -10,29 +10,32 @@ A run that was begun before, by this process or another one, goes on from its la
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from cluster.sweep import owned
-from tuning.searcher import ERROR_FILE
+from tuning.searcher import ERROR_FILE, LEAVE, OWNER
 from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import UgrlError
+from ugrl.errors import NoRoomError, UgrlError
+from ugrl.ownership import own
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 
 # What the trainer's log calls the costs, and how many of them make one of ours.
 LOGGED = {"step_s": ("step_s", 1.0), "device_memory_mb": ("memory_gb", 2**20 / 1e9)}
-# Names the driver that a trial's folder belongs to.
-OWNER = "owner"
+# How often a trial's process looks whether its driver wants it to leave, in seconds.
+LOOK_S = 0.5
+# How long whoever wrote to a run's folder before is waited for, in seconds.
+OWNER_PATIENCE_S = 600.0
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -54,12 +57,15 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
     try:
         base = configs.build(shared["base"])
         costs: dict[str, float] = {}
-        (folder / OWNER).write_text(task["owner"], encoding="utf-8")
         for seed in task["seeds"]:
             cfg = trial_config(base, task["point"], shared["split"], seed)
             if shared["flops"] and not costs:
                 costs["gflop"] = count_flops(cfg, place(shared["shards"]))
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
+    except Interrupted:
+        report({"left": True})
+    except NoRoomError as error:
+        report({"unplaced": str(error)})
     except Exception as error:
         known = isinstance(error, UgrlError)
         text = str(error) if known else "".join(traceback.format_exception(error))
@@ -102,13 +108,20 @@ def run_seed(
 ) -> None:
     """One run of a trial: trained, unless it has been before, and measured."""
     shards = place(shared["shards"])
-    with alone(out):
-        check_owner(out.parent, task)
+    # Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over
+    # may be faster. Where it was only silent for too long, they find another owner's name with their next line.
+    with own(place(out), patience_s=OWNER_PATIENCE_S) as held:
+
+        def check() -> None:
+            held.check()
+            check_owner(out.parent, task)
+
+        check()
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, {**shared, "check": lambda: check_owner(out.parent, task)}, reports, report)
+            train(cfg, shards, out, {**shared, "check": check, "leave": asked_to_leave(out.parent)}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -123,33 +136,22 @@ def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
     Raises:
         UgrlError: It was.
     """
-    if (folder / OWNER).read_text(encoding="utf-8") != task["owner"]:
+    if (folder / OWNER).read_text(encoding="utf-8") not in (task["owner"], LEAVE):
         raise UgrlError("another driver has taken this trial over")
 
 
-@contextmanager
-def alone(out: Path, patience_s: float = 600.0) -> Iterator[None]:
-    """Hold a run's folder; whoever wrote to it before is waited for.
+def asked_to_leave(folder: Path) -> Callable[[], bool]:
+    """Whether a trial's driver wants its process to write a checkpoint and go; looks every :data:`LOOK_S`."""
+    looked, found = -LOOK_S, False
 
-    Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over may
-    be faster. Where it was only silent for too long, they find another owner's name with their next line of the log,
-    and leave.
+    def asked() -> bool:
+        nonlocal looked, found
+        if not found and time.monotonic() - looked >= LOOK_S:
+            looked = time.monotonic()
+            found = (folder / OWNER).read_text(encoding="utf-8") == LEAVE
+        return found
 
-    Raises:
-        UgrlError: Another process still holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + patience_s
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(owned(place(out)))
-                break
-            except UgrlError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
-        yield
+    return asked
 
 
 def _state(out: Path) -> checkpoint.State | None:
@@ -179,7 +181,9 @@ def train_here(
         shared["check"]()
         reports.log(values)
 
-    hooks = Hooks(on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log)
+    hooks = Hooks(
+        on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log, stop=shared["leave"]
+    )
     found = checkpoint.latest(place(out))
     Trainer(cfg, shards=shards, out=out, hooks=hooks, loader=kept_loader, resume_from=found, quiet=True).fit()
 
@@ -203,10 +207,33 @@ def train_on_workers(
 ) -> None:
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
     from cluster.launch import launch
+    from cluster.line import Line
     from tuning.relay import Relay
 
-    relay = Relay(reports)
-    launch(cfg, shards=shards, out=out, workers=shared["workers"], callbacks=[relay], groups=shared["groups"])
+    relay, line, ended = Relay(reports), Line.open(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_S):
+            if shared["leave"]():
+                line.stop()
+                return
+
+    thread = threading.Thread(target=watch, name="leave", daemon=True)
+    thread.start()
+    try:
+        launch(
+            cfg,
+            shards=shards,
+            out=out,
+            workers=shared["workers"],
+            callbacks=[relay],
+            groups=shared["groups"],
+            line=line,
+        )
+    finally:
+        ended.set()
+        thread.join()
+        line.close()
 
 
 def logged_costs(values: Mapping[str, float]) -> dict[str, float]:

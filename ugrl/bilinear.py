@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ugrl.precision import full_precision
+
 
 def resize(x_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize (``align_corners=False``, no antialiasing).
@@ -46,7 +48,7 @@ def resize_gradient(grad_BDHW: Tensor, size: tuple[int, int]) -> Tensor:
     if not torch.are_deterministic_algorithms_enabled():
         big, small = list(grad_BDHW.shape[-2:]), [*grad_BDHW.shape[:2], *size]
         return torch.ops.aten.upsample_bilinear2d_backward(grad_BDHW, big, small, False, None, None)
-    with torch.autocast(device_type=grad_BDHW.device.type, enabled=False):
+    with full_precision(grad_BDHW):
         g = grad_BDHW if grad_BDHW.dtype == torch.float64 else grad_BDHW.float()
         rows_Hh = _weights(size[0], g.shape[-2], g.dtype, g.device)
         cols_Ww = _weights(size[1], g.shape[-1], g.dtype, g.device)

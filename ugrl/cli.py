@@ -65,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare_cli.add_arguments(p)
     p.set_defaults(run=prepare_cli.run)
 
+    p = commands.add_parser("check", help="tags and masks of a data set held against each other")
+    prepare_cli.add_check_arguments(p)
+    p.set_defaults(run=prepare_cli.run_check)
+
     p = commands.add_parser("eval", help="the validation table of a checkpoint, for any split")
     p.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
     p.add_argument("--data", required=True, help="prepared shards, a path or a URI")

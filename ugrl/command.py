@@ -6,25 +6,102 @@ away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log file.
 
 from __future__ import annotations
 
+import argparse
 import os
+import select
+import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
+from ugrl import __version__
 from ugrl.errors import ConfigError, UgrlError
-from ugrl.secrets import masked
+from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
 BAD_INPUT, FAULT, INTERRUPTED, NO_READER = 2, 70, 130, 141
 MOST = 400
+EXITS = """
+exit status:
+  0 done   2 bad input, named in one line   130 Ctrl-C   143 SIGTERM
+  70 a fault of the program: the line names a file with the traceback, UGRL_DEBUG=1 shows it
+"""
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help ends in examples and the exit statuses, and whose complaints are one line."""
+
+    def __init__(self, *, epilog: str = "", **more: object) -> None:
+        more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(epilog=epilog + EXITS, **more)  # type: ignore[arg-type]
+        self.add_argument("--version", action="version", version=f"ugrl {__version__}", help="say which one this is")
+
+    def error(self, message: str) -> NoReturn:
+        """Words that are not understood."""
+        complain(f"{message}; see {self.prog} --help")
+        sys.exit(BAD_INPUT)
+
+
+def shipped(package: str) -> list[str]:
+    """Names of the YAML files in a package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+
+
+def enter(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    run: Callable[[argparse.Namespace, Console], int],
+    interrupted: str,
+) -> int:
+    """The main of a command that takes ``section.key=value`` among its options; a bare run prints the help."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def body() -> int:
+        if not words:
+            parser.print_help()
+            return 0
+        args = parser.parse_intermixed_args(words)
+        from ugrl.terminal import Terminal
+
+        return run(args, Terminal(stderr=True))
+
+    return guarded(body, interrupted)
+
+
+def pasted(words: Sequence[str]) -> tuple[str, str]:
+    """A command as a line for the shell, and a note on the credentials that were left out of it, if any were.
+
+    >>> pasted(["ugrl-train", "--data", "s3://key:word@bucket/a b", "--resume"])[0]
+    "ugrl-train --data 's3://bucket/a b' --resume"
+    """
+    hidden = [
+        word.partition("=")[0] if "=" in word.partition("://")[0] else words[i - 1]
+        for i, word in enumerate(words)
+        if has_credentials(word)
+    ]
+    note = f"left out of it: the credentials in {', '.join(hidden)}; put them back, or into the environment"
+    return shlex.join(public(w) if has_credentials(w) else w for w in words), note if hidden else ""
 
 
 def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command and return its exit status; nothing escapes but SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to die
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = run()
+        try:
+            status = run()
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # here, where a reader that went away is still ours to notice
         return status
     except UgrlError as error:
@@ -35,22 +112,32 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         complain(interrupted, word="")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes once more at its end, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return NO_READER
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and (gone := _without_reader()):
+            for descriptor in gone:  # Python flushes once more at its end, and would complain then
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            return NO_READER
         complain(f"{_fault(error)}; {_logged()}")
         return FAULT
 
 
 def complain(text: str, word: str = "error: ") -> None:
     """One line to stderr, without credentials."""
-    print(word + line(masked(text), most=MOST), file=sys.stderr)
+    with suppress(OSError):
+        print(word + line(masked(text), most=MOST), file=sys.stderr, flush=True)
+
+
+def _without_reader() -> list[int]:
+    """Which of stdout and stderr nobody reads any more: other pipes of the program may break as well."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
 
 
 def _fault(error: Exception) -> str:
-    if isinstance(error, MemoryError):
+    # PyTorch's own: an error of CUDA with a name, one of the host with a text.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{line(error.filename)}: {error.strerror}" if error.filename else error.strerror

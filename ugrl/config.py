@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from ugrl.errors import ConfigError
+from ugrl.model.specs import SPECS, least_crop
 
 T = TypeVar("T")
 
@@ -33,6 +34,10 @@ T = TypeVar("T")
 def _num(default: Any, **bounds: float) -> Any:
     """A numeric field with bounds among ``ge, gt, le, lt``."""
     return field(default=default, metadata={"bounds": bounds})
+
+
+# A number of steps, or (between 0 and 1) a share of ``train.steps``: :meth:`TrainConfig.at` makes steps of it.
+Steps = int | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class CamConfig:
     par_iterations: int = _num(10, ge=1)
     par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     propagate: Literal["none", "affinity"] = "none"
-    propagate_after: int = _num(6000, ge=0)
+    propagate_after: Steps = _num(0.3, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +164,9 @@ class TrainConfig:
     weight_decay: float = _num(0.01, ge=0)
     norm_lr_mult: float = _num(0.0, ge=0)
     power: float = _num(1.0, gt=0)
-    lr_warmup_iters: int = _num(1500, ge=0)
+    lr_warmup_iters: Steps = _num(0.075, ge=0)
     lr_warmup_ratio: float = _num(1e-6, gt=0, le=1)
-    cls_warmup_iters: int = _num(2000, ge=0)
+    cls_warmup_iters: Steps = _num(0.1, ge=0)
     grad_clip: float = _num(0.0, ge=0)
     amp: Literal["auto", "off"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
@@ -174,11 +179,20 @@ class TrainConfig:
     mlflow: str | None = None
     cpu_threads: int = _num(0, ge=0)
     log_every: int = _num(20, ge=1)
-    eval_every: int = _num(2000, ge=1)
-    picture_every: int = _num(2000, ge=1)
-    checkpoint_every: int = _num(1000, ge=1)
+    eval_every: Steps = _num(2000, gt=0)
+    picture_every: Steps = _num(2000, gt=0)
+    checkpoint_every: Steps = _num(1000, gt=0)
     keep_checkpoints: int = _num(2, ge=1)
     keep_best: int = _num(1, ge=0)
+
+    def at(self, value: Steps) -> int:
+        """A number of steps: a share is one of the whole run, and at least one step.
+
+        >>> train = TrainConfig(steps=200)
+        >>> train.at(0.1), train.at(0.001), train.at(30), train.at(0)
+        (20, 1, 30, 0)
+        """
+        return max(1, round(value * self.steps)) if 0 < value < 1 else int(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +225,8 @@ class ClusterConfig:
     storage: str | None = None
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     start_timeout_s: float = _num(60.0, gt=0)
+    stop_s: float = _num(25.0, ge=0)
+    busy_s: float = _num(300.0, ge=0)
     address: str | None = None
 
 
@@ -238,6 +254,8 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def _type_name(hint: Any) -> str:
+    if hint == Steps:
+        return "a number of steps, or a share of train.steps below 1"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
@@ -262,7 +280,11 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
     origin = get_origin(hint)
     if origin is Literal and isinstance(value, str) and value in get_args(hint):
         return value
-    if origin in (Union, types.UnionType):
+    if hint == Steps:
+        number = None if isinstance(value, bool) else _number(value)
+        if number is not None and (number.is_integer() or number < 1):
+            return int(number) if number.is_integer() else number
+    elif origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
         inner = next(a for a in get_args(hint) if a is not type(None))
@@ -338,18 +360,25 @@ def build(tree: Mapping[str, Any]) -> Config:
 
 def _check_together(cfg: Config) -> None:
     d, t, c = cfg.data, cfg.train, cfg.method.cam
+    backbone = cfg.model.backbone
+    crop = least_crop(backbone, c.scales) if min(c.scales) > 0 else 0
     rules = [
         (d.scale_min <= d.scale_max, f"data.scale_min is {d.scale_min}; expected ≤ data.scale_max {d.scale_max}"),
         (c.low <= c.high, f"method.cam.low is {c.low}; expected ≤ method.cam.high {c.high}"),
         (1.0 in c.scales, f"method.cam.scales is {list(c.scales)}; expected 1.0 among them: it carries the affinity"),
         (all(s > 0 for s in c.scales), f"method.cam.scales is {list(c.scales)}; expected numbers > 0"),
+        (
+            d.crop >= crop,
+            f"data.crop is {d.crop}: at {min(c.scales):g}, the smallest of method.cam.scales, it is smaller than the "
+            f"{SPECS[backbone].min_size} px that {backbone} needs; expected data.crop ≥ {crop}",
+        ),
         (all(s > 0 for s in cfg.eval.seg_scales), f"eval.seg_scales is {list(cfg.eval.seg_scales)}; expected > 0"),
         (
-            t.cls_warmup_iters < t.steps,
+            t.at(t.cls_warmup_iters) < max(2, t.steps),
             f"train.cls_warmup_iters is {t.cls_warmup_iters}; expected < train.steps {t.steps}",
         ),
         (
-            t.lr_warmup_iters < t.steps,
+            t.at(t.lr_warmup_iters) < max(2, t.steps),
             f"train.lr_warmup_iters is {t.lr_warmup_iters}; expected < train.steps {t.steps}",
         ),
     ]

@@ -25,3 +25,7 @@ class BusyError(DataError):
 
 class CheckpointError(UgrlError):
     """A checkpoint or a weight file that cannot be used."""
+
+
+class NoRoomError(UgrlError):
+    """A cluster whose other work leaves no room; it may be tried again later as it is."""

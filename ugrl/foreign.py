@@ -115,9 +115,8 @@ def decode_text(data: bytes, where: str, *, error: Refusal = DataError) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as found:
         at = data[: found.start].count(b"\n") + 1
-        raise error(
-            f"{where}: line {at}: byte 0x{data[found.start]:02x} is not {encoding[:6].upper()}; save the file as UTF-8"
-        ) from None
+        wrong = f"byte 0x{data[found.start]:02x} is not {encoding.removesuffix('-sig').upper()}"
+        raise error(f"{where}: line {at}: {wrong}; save the file as UTF-8") from None
     if "\0" in text:
         at = text[: text.index("\0")].count("\n") + 1
         raise error(f"{where}: line {at}: a zero byte; expected text in UTF-8")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IGNORE = 255  # the label of pixels that count for nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One image as the shards hold it.
 
     Attributes:
-        id: File stem, unique within a split.
-        image: The original JPEG (or PNG) bytes, untouched.
-        width: Pixels.
-        height: Pixels.
+        id: File name without its suffix (with its folders where it needs them), unique within a data set.
+        image: The original bytes of the image file, untouched.
+        width: Pixels of the upright picture.
+        height: Pixels of the upright picture.
         tags: Class indices 1…F that the image shows, ascending.
         mask: Label PNG (indices, 255 ignored) or ``None``.
     """

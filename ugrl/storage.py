@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from ugrl import foreign
 from ugrl.errors import UgrlError
 
 T = TypeVar("T")
@@ -197,16 +198,16 @@ class Place:
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
-        return self.local.exists() if self.local is not None else self._info().type != pafs.FileType.NotFound
+        return os.path.exists(self.local) if self.local is not None else self._info().type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
         """Whether there is a folder."""
-        return self.local.is_dir() if self.local is not None else self._info().type == pafs.FileType.Directory
+        return os.path.isdir(self.local) if self.local is not None else self._info().type == pafs.FileType.Directory
 
     def names(self) -> list[str]:
         """Names of what the folder holds, sorted; none where there is no folder."""
         if self.local is not None:
-            return sorted(p.name for p in self.local.iterdir()) if self.local.is_dir() else []
+            return sorted(os.listdir(self.local)) if os.path.isdir(self.local) else []
         found, path = self.filesystem()
         try:
             infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
@@ -239,6 +240,24 @@ class Place:
                 return bytes(file.read())
         except (OSError, pa.ArrowException) as error:
             raise self._error(error) from None
+
+    def read_small(self, what: str, *, most: int = foreign.MOST_TEXT, error: foreign.Refusal) -> bytes:
+        """The contents of a regular file of a bounded size.
+
+        Args:
+            what: It is, for the message.
+            most: Bytes.
+            error: Class of the refusal.
+
+        Raises:
+            StorageError: A remote storage has no such file, or does not answer.
+        """
+        if self.local is not None:
+            return foreign.read_bytes(self.local, what, most=most, error=error)
+        size = self._info().size or 0
+        if size > most:
+            raise error(f"{self}: {size} bytes; expected at most {most} of a {what}")
+        return self.read()
 
     def write(self, data: bytes) -> None:
         """Make this a file of these contents: a reader sees the old ones or the new ones, never half of them.

@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ugrl.row import IGNORE as IGNORE
 from ugrl.row import Row as Row
-
-IGNORE = 255
 
 
 @dataclass(frozen=True, slots=True)

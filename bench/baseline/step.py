@@ -67,8 +67,9 @@ class PublicStep:
         u_cfg, lam, c = method.uncertainty, method.loss, method.cam
         setting = method.setting
         contrasts = setting in CONTRASTS and lam.lambda2 > 0
-        warm = step < cfg.train.cls_warmup_iters
-        if step == cfg.train.cls_warmup_iters:
+        warmup = cfg.train.at(cfg.train.cls_warmup_iters)
+        warm = step < warmup
+        if step == warmup:
             self.prototypes.freeze()
         images, device = batch.images_B3HW, batch.images_B3HW.device
 

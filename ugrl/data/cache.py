@@ -37,10 +37,17 @@ class PixelCache:
         self.budget = megabytes * 1_000_000
         self.bytes = self.hits = self.misses = 0
         self._rows: dict[str, Decoded] = {}
+        self._data = ""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def belong(self, data: str) -> None:
+        """Say which data set (a fingerprint) the ids are of; rows of another one are dropped."""
+        with self._lock:
+            if data != self._data:
+                self._rows, self.bytes, self._data = {}, 0, data
 
     def get(self, id: str) -> Decoded | None:
         """The row of that id, if it was kept."""

@@ -1,8 +1,9 @@
-"""``ugrl prepare``: a source becomes a folder of shards."""
+"""``ugrl prepare``: a source becomes a folder of shards. ``ugrl check``: what a source or such a folder holds."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ugrl.data.prepare import prepare
-from ugrl.data.shards import Manifest, verify
-from ugrl.data.source import SOURCES, open_source
-from ugrl.errors import ConfigError
+from ugrl.data.census import Census, Inventory
+from ugrl.data.prepare import inventory_of, prepare, target
+from ugrl.data.progress import Progress
+from ugrl.data.shards import MANIFEST, Manifest, partial_of, verify
+from ugrl.data.source import SOURCES, RowError, Source, open_source
+from ugrl.errors import ConfigError, DataError
+from ugrl.storage import place
+from ugrl.text import line, plain
 
 # Option → the source it belongs to.
 _OWN = {
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ConfigError("no --out; expected the folder to write")
     options = source_options(args)
+    target(args.out, args.root)
     source = open_source(args.source, args.root, **options)
     manifest = prepare(
         source,
@@ -96,7 +102,82 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stderr.flush()
     console.print(summary(manifest))
+    show(inventory_of(manifest), console)
     return 0
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ugrl check``."""
+    parser.description = "Hold tags and masks of a data set against each other, and say what looks wrong."
+    parser.add_argument("data", metavar="DATA", help="a prepared folder (a path or a URI), or the root of a data set")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Run ``ugrl check``.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        DataError: Nothing that is known lies there, or it cannot be read.
+    """
+    console = Console()
+    root = Path(args.data)
+    if place(args.data).local is None or os.path.lexists(root / MANIFEST) or os.path.isdir(partial_of(root.absolute())):
+        manifest = Manifest.load(args.data)
+        console.print(summary(manifest))
+        show(inventory_of(manifest, progress=True), console)
+        return 0
+    source = open_source(_layout(root), root)
+    inventory, unusable = _count(source)
+    for split, errors in unusable.items():
+        console.print(plain(f"{split}: {len(errors)} images cannot be used, the first: {errors[0]}"))
+    show(inventory, console)
+    return 0
+
+
+def _layout(root: Path) -> str:
+    """The source whose files lie in a folder."""
+    if not os.path.isdir(root):
+        raise DataError(f"{line(root)}: no such folder; expected prepared shards, or the root of a data set")
+    if os.path.lexists(root / "tags.csv"):
+        return "folder"
+    if any(
+        os.path.isdir(root / below / "ImageSets" / "Segmentation") for below in ("", "VOC2012", "VOCdevkit/VOC2012")
+    ):
+        return "voc"
+    if next((root / "annotations").glob("instances_*.json"), None) is not None:
+        return "coco"
+    raise DataError(
+        f"{line(root)}: neither prepared shards ({MANIFEST}) nor the root of a data set (tags.csv, "
+        "ImageSets/Segmentation or annotations/instances_*.json)"
+    )
+
+
+def _count(source: Source) -> tuple[Inventory, dict[str, list[str]]]:
+    """The census of a source, and why its unusable rows are."""
+    splits = source.splits()
+    inventory = Inventory(tuple(source.class_names), {}, getattr(source, "stray", {}))
+    unusable: dict[str, list[str]] = {}
+    with Progress(total=sum(len(ids) for ids in splits.values()), what="images") as bar:
+        for split, ids in splits.items():
+            inventory.splits[split] = census = Census(len(source.class_names))
+            for id in ids:
+                try:
+                    census.add(source.row(split, id))
+                except RowError as error:
+                    unusable.setdefault(split, []).append(str(error))
+                bar.advance(1)
+    return inventory, unusable
+
+
+def show(inventory: Inventory, console: Console) -> None:
+    """Print what a data set holds, and what looks wrong."""
+    console.print(inventory.table())
+    for text in inventory.notes():
+        console.print(plain(text))
+    for text in inventory.warnings():
+        console.print(plain(f"warning: {text}", style="yellow"))
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,12 +212,14 @@ def _share(text: str) -> float | int:
 
 def summary(manifest: Manifest) -> Table:
     """Splits, rows, masks, what was left out, shards and size."""
-    table = Table(title=f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes")
+    table = Table(title=plain(f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes"))
     table.add_column("split")
     for column in ("rows", "with masks", "left out", "shards", "MB"):
         table.add_column(column, justify="right")
     for name, info in manifest.splits.items():
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(info.left_out.items())) or "0"
         size = sum(s.bytes for s in info.shards) / 1e6
-        table.add_row(name, str(info.rows), str(info.with_masks), left_out, str(len(info.shards)), f"{size:.1f}")
+        table.add_row(
+            plain(name), str(info.rows), str(info.with_masks), plain(left_out), str(len(info.shards)), f"{size:.1f}"
+        )
     return table

@@ -7,41 +7,73 @@ Expected under the root::
     (2014: instances_train2014.json and train2014/COCO_train2014_000000000009.jpg)
 
 Category ids in ascending order become 1…F (the raw ids have gaps). Objects are painted in file order,
-later over earlier; crowd regions become 255 where no object lies. Crowds set tags like objects do.
+later over earlier; crowd regions become 255 where no object lies. Crowds set tags like objects do. An image with an
+object of which only the box is known has tags and no mask: one without that object would be wrong.
+
+What is wrong with one image or annotation is a row that cannot be used, so that ``--on-error skip`` leaves it out and
+counts it; what makes the ids ambiguous is refused.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ugrl import foreign
 from ugrl.data.coco_masks import spans
 from ugrl.data.images import encode_labels, image_size
 from ugrl.data.source import RowError, check_root, make_row, read_bytes
 from ugrl.errors import DataError
+from ugrl.text import brief, line
 from ugrl.types import IGNORE, Row
 
 YEARS = (2014, 2017)
 _SPLITS = ("train", "val")
+_MOST_JSON = 4096 * foreign.MB
+_MOST_SIDE = 1 << 16
+_MOST_ID = 1 << 62
+_CROWD = {"0": False, "false": False, "1": True, "true": True}
+_LOG = logging.getLogger(__name__)
 
 
-class _Annotation(NamedTuple):
-    id: int
-    image_id: int
+class _Found(NamedTuple):
+    """An annotation as the file has it; ``segmentation`` is ``None`` where there is none."""
+
+    id: Any
+    image_id: Any
+    category_id: Any
+    crowd: Any
+    segmentation: Any
+
+
+class _Object(NamedTuple):
+    id: Any
     category_id: int
     crowd: bool
     segmentation: Any
 
 
-class _Image(NamedTuple):
+@dataclass(slots=True)
+class _Image:
+    """An image, its objects in file order, and why it cannot be used, if it cannot."""
+
     id: int
-    file: str
-    width: int
-    height: int
-    annotations: list[_Annotation]
+    file: str = ""
+    width: int = 0
+    height: int = 0
+    objects: list[_Object] = field(default_factory=list)
+    problem: RowError | None = None
+
+    @property
+    def key(self) -> str:
+        """What the row is called."""
+        return Path(self.file).stem or f"image id {self.id}"
 
 
 class CocoSource:
@@ -53,8 +85,7 @@ class CocoSource:
         keep_unannotated: Whether images without any annotation stay, as pure background.
 
     Raises:
-        DataError: Missing files, broken JSON, annotations of unknown images or categories, categories
-            that differ between the splits.
+        DataError: Missing files, broken JSON, ids or names that occur twice, categories that differ between the splits.
     """
 
     name = "coco"
@@ -65,29 +96,34 @@ class CocoSource:
         self._keep = keep_unannotated
         self.left_out: dict[str, dict[str, int]] = {}
         self._images: dict[str, dict[str, _Image]] = {}
+        self._strays: dict[str, dict[str, RowError]] = {}
         categories: dict[int, str] | None = None
         for split in _SPLITS:
             path = self.root / "annotations" / f"instances_{split}{self._year}.json"
-            images, found = _read_json(path)
+            images, found, self._strays[split] = _read(path)
             if categories is not None and found != categories:
                 raise DataError(f"{path}: its categories differ from those of the train split; expected the same")
             categories = found
-            self._images[split] = self._keep_annotated(split, images)
+            self._images[split] = self._keep_annotated(split, path, images)
         ordered = sorted((categories or {}).items())
         self.class_names = tuple(name for _, name in ordered)
         self._label = {category: f + 1 for f, (category, _) in enumerate(ordered)}
 
-    def _keep_annotated(self, split: str, images: dict[int, _Image]) -> dict[str, _Image]:
+    def _keep_annotated(self, split: str, path: Path, images: Iterable[_Image]) -> dict[str, _Image]:
         out: dict[str, _Image] = {}
-        for image in images.values():
-            if not image.annotations and not self._keep:
+        for image in images:
+            if not image.objects and image.problem is None and not self._keep:
                 counts = self.left_out.setdefault(split, {"unannotated": 0})
                 counts["unannotated"] += 1
                 continue
-            stem = Path(image.file).stem
-            if stem in out:
-                raise DataError(f"images {out[stem].id} and {image.id} of split '{split}' share the file stem '{stem}'")
-            out[stem] = image
+            if image.key in out:
+                first = out[image.key]
+                raise DataError(
+                    f"{path}: images {first.id} ({brief(first.file)}) and {image.id} ({brief(image.file)}) share the "
+                    f"file stem {brief(image.key)}; rename one of the files"
+                )
+            out[image.key] = image
+        _tell(path, list(out.values()))
         return out
 
     @property
@@ -96,12 +132,13 @@ class CocoSource:
         return {"year": self._year, "keep_unannotated": self._keep}
 
     def splits(self) -> dict[str, list[str]]:
-        """File stems in the JSON's order."""
-        return {split: list(images) for split, images in self._images.items()}
+        """File stems in the JSON's order, then what belongs to no image of it."""
+        return {split: [*images, *self._strays[split]] for split, images in self._images.items()}
 
     def tags(self, split: str, id: str) -> tuple[int, ...]:
         """Classes of all annotations, crowds among them."""
-        return tuple(sorted({self._label[a.category_id] for a in self._images[split][id].annotations}))
+        image = self._images[split].get(id)
+        return tuple(sorted({self._label[a.category_id] for a in image.objects})) if image else ()
 
     def row(self, split: str, id: str) -> Row:
         """Read the image and paint its annotations.
@@ -109,10 +146,17 @@ class CocoSource:
         Raises:
             RowError: A missing or broken image, a size that differs from the JSON's, a broken annotation.
         """
+        problem = self._strays[split].get(id) or self._images[split][id].problem
+        if problem is not None:
+            raise problem
         image = self._images[split][id]
-        path = self.root / f"{split}{self._year}" / image.file
-        where = f"{path} (image id {image.id})"
-        if not path.is_file():
+        folder = self.root / f"{split}{self._year}"
+        try:
+            path = foreign.under(folder, image.file, f"instances_{split}{self._year}.json: image {image.id}")
+        except DataError as error:
+            raise RowError(str(error), "file outside of its folder") from None
+        where = f"{line(path)} (image id {image.id})"
+        if not os.path.lexists(path):
             raise RowError(f"{where}: missing image file that instances_{split}{self._year}.json names", "missing file")
         data = read_bytes(path)
         try:
@@ -121,7 +165,7 @@ class CocoSource:
             raise RowError(str(error)) from None
         if size != (image.width, image.height):
             raise RowError(f"{where}: {size[0]}×{size[1]}; the JSON expects {image.width}×{image.height}", "other size")
-        mask = encode_labels(self._paint(image, where))
+        mask = None if any(a.segmentation is None for a in image.objects) else encode_labels(self._paint(image, where))
         tags = self.tags(split, id)
         return make_row(id=id, image=data, tags=tags, mask=mask, num_classes=len(self.class_names), where=where)
 
@@ -129,11 +173,11 @@ class CocoSource:
         """uint8 labels (H, W)."""
         flat = np.zeros(image.width * image.height, np.uint8)
         # Objects first, in file order; then crowds, only where nothing lies.
-        for annotation in sorted(image.annotations, key=lambda a: a.crowd):
+        for annotation in sorted(image.objects, key=lambda a: a.crowd):
             try:
                 parts = spans(annotation.segmentation, image.height, image.width)
-            except (ValueError, OverflowError) as error:
-                raise RowError(f"{where}: annotation {annotation.id} has {error}", "broken annotation") from None
+            except ValueError as error:
+                raise RowError(f"{where}: annotation {brief(annotation.id)} has {error}", "broken annotation") from None
             for start, inside in parts:
                 view = flat[start : start + len(inside)]
                 if annotation.crowd:
@@ -141,6 +185,25 @@ class CocoSource:
                 else:
                     view[inside] = self._label[annotation.category_id]
         return flat.reshape(image.width, image.height).T
+
+
+def _tell(path: Path, images: list[_Image]) -> None:
+    """Log what a user may not expect of the masks."""
+    objects = [a for image in images for a in image.objects]
+    if objects and all(a.crowd for a in objects):
+        _LOG.warning(
+            "%s: every one of its %d objects is a crowd (iscrowd 1): all their pixels become %d, which is ignored, and "
+            "only background is left; expected iscrowd 0 of single objects",
+            *(line(path), len(objects), IGNORE),
+        )
+    boxes = [image for image in images if any(a.segmentation is None for a in image.objects)]
+    if boxes:
+        mixed = sum(any(a.segmentation is not None for a in image.objects) for image in boxes)
+        _LOG.warning(
+            "%s: %d of %d images have objects without a segmentation: their rows have tags and no mask (%d of them "
+            "have other objects with one)",
+            *(line(path), len(boxes), len(images), mixed),
+        )
 
 
 def _find_year(root: Path, year: int | None) -> int:
@@ -163,43 +226,110 @@ def _slim(tree: dict[str, Any]) -> Any:
     """
     if "image_id" not in tree or "category_id" not in tree:
         return tree
-    shape = tree.get("segmentation")
+    shape = tree.get("segmentation") or None
     if isinstance(shape, list):
+        if all(isinstance(n, int | float) for n in shape):
+            shape = [shape]  # one polygon, without the list around it
         try:
             shape = tuple(np.asarray(p, np.float64) for p in shape)
-        except (TypeError, ValueError):
-            shape = None  # refused with the annotation's id when it is painted
-    return _Annotation(tree.get("id", -1), tree["image_id"], tree["category_id"], bool(tree.get("iscrowd")), shape)
+        except (TypeError, ValueError, OverflowError):
+            shape = ("broken",)  # refused with the annotation's id when it is painted
+        if all(not len(np.atleast_1d(p)) for p in shape):
+            shape = None
+    return _Found(tree.get("id", "?"), tree["image_id"], tree["category_id"], tree.get("iscrowd", 0), shape)
 
 
-def _read_json(path: Path) -> tuple[dict[int, _Image], dict[int, str]]:
-    """Images by id with their annotations in file order, and category names by id."""
+def _entries(tree: Any, key: str, where: str) -> list[Any]:
+    """A list of the JSON; some write a dictionary by id instead."""
+    found = foreign.field(tree, key, where)
+    return list(found.values()) if isinstance(found, dict) else foreign.as_list(found, f"{where}: {key}")
+
+
+def _read(path: Path) -> tuple[list[_Image], dict[int, str], dict[str, RowError]]:
+    """Images with their objects, category names by id, and what belongs to no image, by what to call it."""
+    where = line(path)
+    # A number that is none (NaN) concerns the annotation that it stands in.
+    data = foreign.read_bytes(path, "annotation file", most=_MOST_JSON)
+    tree = foreign.parse_json(data, where, hook=_slim, nan=True)
+    del data
+    annotations = _entries(tree, "annotations", where)
+    categories = _read_categories(_entries(tree, "categories", where), where)
+    images: dict[int, _Image] = {}
+    for k, entry in enumerate(_entries(tree, "images", where)):
+        at = f"{where}: image {k}"
+        id = _id(foreign.field(entry, "id", at), f"{at}: id")
+        image = _read_image(id, entry, f"{where}: image {id}")
+        if id in images:
+            raise DataError(
+                f"{where}: images {brief(images[id].file)} and {brief(image.file)} both have id {id}; expected each id "
+                "once (a merge has to number anew)"
+            )
+        images[id] = image
+    strays: dict[str, RowError] = {}
+    for k, found in enumerate(annotations):
+        owner: _Image | None = None
+        try:
+            if not isinstance(found, _Found):
+                raise DataError(f"{brief(found)}; expected image_id, category_id and segmentation")
+            owner = images.get(_id(found.image_id, "image_id"))
+            if owner is None:
+                raise DataError(f"image_id {found.image_id} is not among the images")
+            owner.objects.append(_read_object(found, categories))
+        except DataError as error:
+            name = f"id {brief(found.id)}" if isinstance(found, _Found) else f"{k}"
+            problem = RowError(f"{where}: annotation {name}: {error}", "broken annotation")
+            if owner is None:
+                problem.reason = "annotation of no image"
+                strays[f"annotation {k}"] = problem
+            else:
+                owner.problem = owner.problem or problem
+    return list(images.values()), categories, strays
+
+
+def _id(value: Any, where: str) -> int:
+    return foreign.as_int(value, where, least=-_MOST_ID, most=_MOST_ID, text=True)
+
+
+def _read_categories(entries: list[Any], where: str) -> dict[int, str]:
+    names: dict[int, str] = {}
+    ids: dict[str, int] = {}
+    for k, entry in enumerate(entries):
+        at = f"{where}: category {k}"
+        id = _id(foreign.field(entry, "id", at), f"{at}: id")
+        name = foreign.as_str(foreign.field(entry, "name", at), f"{at}: name", most=200)
+        if not name.strip():
+            raise DataError(f"{at}: an empty name; expected the name of a class")
+        if id in names:
+            raise DataError(f"{where}: categories {brief(names[id])} and {brief(name)} both have id {id}; expected one")
+        if name in ids:
+            raise DataError(f"{where}: categories {ids[name]} and {id} are both called {brief(name)}; merge or rename")
+        names[id], ids[name] = name, id
+    if not 1 <= len(names) < IGNORE:
+        raise DataError(f"{where}: {len(names)} categories; expected 1…{IGNORE - 1}")
+    return names
+
+
+def _read_image(id: int, entry: dict[str, Any], where: str) -> _Image:
+    image = _Image(id)
     try:
-        with path.open(encoding="utf-8") as handle:
-            tree = json.load(handle, object_hook=_slim)
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing annotation file") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    try:
-        categories = {int(c["id"]): str(c["name"]) for c in tree["categories"]}
-        images = {
-            int(i["id"]): _Image(int(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]), [])
-            for i in tree["images"]
-        }
-        for a in tree["annotations"]:
-            if not isinstance(a, _Annotation):
-                raise DataError(f"{path}: an annotation without image_id or category_id")
-            if a.image_id not in images:
-                raise DataError(f"{path}: annotation {a.id} names image_id {a.image_id}, which is not among the images")
-            if a.category_id not in categories:
-                raise DataError(f"{path}: annotation {a.id} names category_id {a.category_id}, which is not a category")
-            images[a.image_id].annotations.append(a)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path}: not an instances JSON ({what}); expected images, annotations, categories") from None
-    if not 1 <= len(categories) < IGNORE:
-        raise DataError(f"{path}: {len(categories)} categories; expected 1…{IGNORE - 1}")
-    return images, categories
+        image.file = foreign.as_str(foreign.field(entry, "file_name", where), f"{where}: file_name", most=4000)
+        for side in ("width", "height"):
+            number = foreign.as_int(
+                foreign.field(entry, side, where), f"{where}: {side}", least=1, most=_MOST_SIDE, text=True
+            )
+            setattr(image, side, number)
+    except DataError as error:
+        image.problem = RowError(str(error), "broken image entry")
+    return image
+
+
+def _read_object(found: _Found, categories: dict[int, str]) -> _Object:
+    category = _id(found.category_id, "category_id")
+    if category not in categories:
+        raise DataError(f"category_id {category} is not a category")
+    crowd = found.crowd
+    if isinstance(crowd, str):
+        crowd = _CROWD.get(crowd.strip().lower(), crowd)
+    if crowd not in (0, 1, None):
+        raise DataError(f"iscrowd {brief(crowd)}; expected 0 or 1")
+    return _Object(found.id, category, bool(crowd), found.segmentation)

@@ -13,27 +13,26 @@ Expected under the root::
     file,split,tags
     street_01.jpg,train,car;person
     street_02.jpg,val,
+
+Of ``images/x/a.jpg``, the mask may be ``masks/a.png`` or ``masks/x/a.png``, with ``_mask`` before its suffix or
+without. Images of one stem in different folders are told apart by these folders, their masks too. How other
+people's tables are read is said in :mod:`ugrl.data.table`.
 """
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ugrl.config import nearest
-from ugrl.data.source import check_root, make_row, read_bytes
+from ugrl.data.images import without_suffix
+from ugrl.data.source import Stray, check_root, file_under, make_row, read_bytes
+from ugrl.data.table import SPLITS, Entry, read_classes, read_table
 from ugrl.errors import DataError
-from ugrl.types import IGNORE, Row
-
-_SPLITS = ("train", "val")
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-class _Entry(NamedTuple):
-    file: str
-    tags: tuple[str, ...]
-    line: int
+from ugrl.row import IGNORE, Row
+from ugrl.text import brief, line
 
 
 class FolderSource:
@@ -50,69 +49,23 @@ class FolderSource:
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = check_root(root, self.name)
-        self._entries: dict[str, dict[str, _Entry]] = {}
-        self._read_table(self.root / "tags.csv")
-        self.class_names = self._classes()
-        self._index = {name: f + 1 for f, name in enumerate(self.class_names)}
-        for entries in self._entries.values():
-            for entry in entries.values():
-                for name in entry.tags:
-                    if name not in self._index:
-                        where = f"{self.root / 'tags.csv'}: line {entry.line}"
-                        raise DataError(f"{where}: unknown class '{name}'{nearest(name, self.class_names)}")
-        named = {e.file for entries in self._entries.values() for e in entries.values()}
+        table = self.root / "tags.csv"
+        classes = read_classes(self.root / "classes.txt")
         images = self.root / "images"
-        files = (p for p in images.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        extra = sum(p.relative_to(images).as_posix() not in named for p in files)
-        self.left_out: dict[str, dict[str, int]] = {"train": {"not in tags.csv": extra}} if extra else {}
-
-    def _read_table(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing table; expected columns file, tags and perhaps split") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
-        reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-        columns = [c.strip() for c in reader.fieldnames or []]
-        for column in ("file", "tags"):
-            if column not in columns:
-                raise DataError(f"{path}: no column '{column}' among {', '.join(columns) or 'none'}")
-        for column in columns:
-            if column not in ("file", "tags", "split"):
-                raise DataError(f"{path}: unknown column '{column}'{nearest(column, ('file', 'tags', 'split'))}")
-        reader.fieldnames = columns
-        seen: dict[str, int] = {}
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
-            file = (row["file"] or "").strip()
-            if None in row:
-                raise DataError(f"{where}: more values than columns; tags are joined by semicolons")
-            if not file:
-                raise DataError(f"{where}: no file name")
-            split = (row.get("split") or "").strip() or "train"
-            if split not in _SPLITS:
-                raise DataError(f"{where}: split '{split}'{nearest(split, _SPLITS)}")
-            stem = Path(file).stem
-            if stem in seen:
-                raise DataError(f"{where}: file stem '{stem}' was used on line {seen[stem]}; expected unique stems")
-            seen[stem] = reader.line_num
-            tags = tuple(t.strip() for t in (row["tags"] or "").split(";") if t.strip())
-            self._entries.setdefault(split, {})[stem] = _Entry(file, tags, reader.line_num)
-        self._entries.setdefault("train", {})
-
-    def _classes(self) -> tuple[str, ...]:
-        path = self.root / "classes.txt"
-        if path.is_file():
-            names = [n.strip() for n in path.read_text(encoding="utf-8-sig").splitlines() if n.strip()]
-        else:
-            names = sorted({t for entries in self._entries.values() for e in entries.values() for t in e.tags})
-        if len(set(names)) != len(names):
-            double = next(n for n in names if names.count(n) > 1)
-            raise DataError(f"{path}: class '{double}' appears twice")
+        entries = [_below(e, images) for e in read_table(table, classes)]
+        names = tuple(sorted({t for e in entries for t in e.tags})) if classes is None else classes
         if not 1 <= len(names) < IGNORE:
-            raise DataError(f"{self.root}: {len(names)} classes; expected 1…{IGNORE - 1}")
-        return tuple(names)
+            raise DataError(f"{line(self.root)}: {len(names)} classes; expected 1…{IGNORE - 1}")
+        self.class_names = names
+        self._index = {name: f + 1 for f, name in enumerate(names)}
+        self._entries = _by_id(entries, line(table))
+        self._masks, self.stray = _masks(self.root / "masks", self._entries)
+        named = {e.file for e in entries}
+        extra = sorted(n for n in _files(images) if without_suffix(n) != n and n not in named)
+        self.left_out: dict[str, dict[str, int]] = {}
+        if extra:
+            self.left_out["train"] = {"not in tags.csv": len(extra)}
+            self.stray["image not in tags.csv"] = Stray(len(extra), line(f"images/{extra[0]}"))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -120,12 +73,15 @@ class FolderSource:
         return {}
 
     def splits(self) -> dict[str, list[str]]:
-        """File stems in the order of the table; ``val`` only where the table names it."""
-        return {split: list(self._entries[split]) for split in _SPLITS if split in self._entries}
+        """Ids in the order of the table; ``val`` only where the table names it."""
+        found: dict[str, list[str]] = {"train": []}
+        for id, entry in self._entries.items():
+            found.setdefault(entry.split, []).append(id)
+        return {split: found[split] for split in SPLITS if split in found}
 
     def tags(self, split: str, id: str) -> tuple[int, ...]:
         """The tags of the table."""
-        return tuple(sorted({self._index[t] for t in self._entries[split][id].tags}))
+        return tuple(sorted({self._index[t] for t in self._entries[id].tags}))
 
     def row(self, split: str, id: str) -> Row:
         """Read an image, and its mask where there is one.
@@ -133,15 +89,84 @@ class FolderSource:
         Raises:
             RowError: A missing or broken image, or an unusable mask.
         """
-        entry = self._entries[split][id]
-        path = self.root / "images" / entry.file
-        mask_path = self.root / "masks" / f"{id}.png"
+        entry = self._entries[id]
+        path = file_under(self.root / "images", entry.file, f"{line(self.root)}/tags.csv: line {entry.line}")
+        mask_path = self._masks.get(id)
         return make_row(
             id=id,
             image=read_bytes(path),
             tags=self.tags(split, id),
-            mask=read_bytes(mask_path, "mask") if mask_path.is_file() else None,
+            mask=None if mask_path is None else read_bytes(mask_path, "mask"),
             num_classes=len(self.class_names),
-            where=f"{path} (tags.csv line {entry.line})",
-            mask_where=str(mask_path),
+            where=f"{line(path)} (tags.csv line {entry.line})",
+            mask_where=line(mask_path),
         )
+
+
+def _below(entry: Entry, images: Path) -> Entry:
+    """An entry whose file is a path below ``images``, where tables of other programs name that folder too."""
+    path = PurePosixPath(entry.file.replace("\\", "/"))
+    if path.parts[:1] == ("images",) and not os.path.lexists(images / "images"):
+        path = path.relative_to("images")
+    return entry._replace(file=str(path))
+
+
+def _by_id(entries: list[Entry], where: str) -> dict[str, Entry]:
+    """Entries by the stem of their file; where files share it, by their whole path without suffix."""
+    keys = [without_suffix(e.file) for e in entries]
+    stems = Counter(PurePosixPath(k).name for k in keys)
+    found: dict[str, Entry] = {}
+    for entry, key in zip(entries, keys, strict=True):
+        stem = PurePosixPath(key).name
+        id = stem if stems[stem] == 1 else key
+        if id in found:
+            first = found[id]
+            raise DataError(
+                f"{where}: line {entry.line}: file {brief(entry.file)} was used on line {first.line} "
+                f"({brief(first.file)}); expected unique names, suffixes left aside"
+            )
+        found[id] = entry
+    return found
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The files below a folder, as paths from there."""
+    for place, _, names in os.walk(folder):
+        below = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        yield from (str(below / name) for name in names)
+
+
+def _masks(folder: Path, entries: dict[str, Entry]) -> tuple[dict[str, Path], dict[str, Stray]]:
+    """The mask of each image that has one, and those of none.
+
+    Raises:
+        DataError: An image has two.
+    """
+    names = sorted(n for n in _files(folder) if not n.rpartition("/")[2].startswith("."))
+    files: dict[str, list[str]] = {}
+    for name in names:
+        if name.lower().endswith(".png"):
+            files.setdefault(name[:-4], []).append(name)
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    # Exact names first: "a_mask.png" is the mask of "a_mask.jpg", where that is an image too.
+    for ending in ("", "_mask"):
+        for id, entry in entries.items():
+            bare = without_suffix(entry.file)
+            suffix = entry.file.removeprefix(bare)  # "a.jpg.png" is what some tools make of "a.jpg"
+            keys = dict.fromkeys(name + more + ending for name in (bare, id) for more in ("", suffix))
+            masks = [name for key in keys for name in files.get(key, ()) if name not in used]
+            if id in found:
+                masks.insert(0, found[id])
+            if len(masks) > 1:
+                both = f"{line(masks[0])} and {line(masks[1])}"
+                raise DataError(f"{line(folder)}: {both} are both masks of {brief(entry.file)}; keep one")
+            if masks:
+                used.add(masks[0])
+                found[id] = masks[0]
+    kinds = {
+        "mask of no image": [name for name in names if name not in used],
+        "taken as a mask though not named STEM.png": [name for id, name in found.items() if name != f"{id}.png"],
+    }
+    stray = {kind: Stray(len(them), line(f"masks/{them[0]}")) for kind, them in kinds.items() if them}
+    return {id: folder / name for id, name in found.items()}, stray

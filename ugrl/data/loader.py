@@ -60,7 +60,11 @@ class LocalLoader:
         cache: PixelCache | None = None,
     ) -> None:
         self.reader, self.seed = reader, seed
-        self.cache = cache or (PixelCache(cache_mb) if cache_mb > 0 else None)
+        self.cache = cache  # which may be empty yet
+        if cache is None and cache_mb > 0:
+            self.cache = PixelCache(cache_mb)
+        if self.cache is not None:
+            self.cache.belong(reader.manifest.fingerprint(reader.split))
         self._maker = BatchMaker(augment, seed=seed, on_device=on_device, cache=self.cache, pin_memory=pin_memory)
         self.global_batch, self.rank, self.world = global_batch, rank, world
         self.step = start_step

@@ -27,6 +27,7 @@ _UINT = struct.Struct("<I")
 _STOP, _INTS, _BINARY, _STRUCT = 0, (4, 5, 6), 8, 12
 _TRUE, _FALSE = 1, 2
 _PLAIN = _DATA_PAGE = 0
+_DEEPEST = 8
 # Of a row's image or mask: not looked up yet; there is none (nothing lies at 0, where a file's mark is).
 _UNKNOWN, _NONE = -1, 0
 
@@ -48,6 +49,8 @@ class MappedShard:
             self._bytes = memoryview(mapped.read_buffer()).cast("B")  # keeps the mapping, not the file, open
         small = file.read(SMALL, use_threads=False).combine_chunks()
         self._small = [small.column(name).chunk(0) for name in SMALL]
+        if any(column.null_count for column in self._small):
+            raise Unusual("a row without a value")
         self._meta: Any = file.metadata
         self._columns = [_position(self._meta, name) for name in LARGE]
         self._spans_RL2 = np.full((self._meta.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
@@ -61,6 +64,8 @@ class MappedShard:
         if self._spans_RL2[index, 0, 0] == _UNKNOWN:
             self._look_up(group, first)
         (image_start, image_end), (mask_start, mask_end) = self._spans_RL2[index].tolist()
+        if image_start == _NONE:
+            raise Unusual("a row without an image")
         id, width, height, tags = (column[index].as_py() for column in self._small)
         mask = None if mask_start == _NONE else bytes(self._bytes[mask_start:mask_end])
         return Row(id, bytes(self._bytes[image_start:image_end]), width, height, tuple(tags), mask)
@@ -72,7 +77,8 @@ class MappedShard:
             chunk = meta.column(column)
             if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
                 raise Unusual("a compressed chunk, or one with a dictionary")
-            spans = value_spans(self._bytes, chunk.data_page_offset, chunk.num_values, nullable=nullable)
+            start, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+            spans = value_spans(self._bytes[:end], start, chunk.num_values, nullable=nullable)
             if len(spans) != meta.num_rows:
                 raise Unusual(f"{len(spans)} values for {meta.num_rows} rows")
             spans_nL2[:, k] = spans
@@ -93,7 +99,7 @@ def value_spans(data: memoryview, at: int, count: int, *, nullable: bool) -> lis
     """Where the byte strings of a column chunk lie.
 
     Args:
-        data: The file.
+        data: The file, up to the chunk's end.
         at: Where the chunk's first page begins.
         count: Values of the chunk, with absent ones.
         nullable: Whether values may be absent.
@@ -117,11 +123,11 @@ def _walk(data: memoryview, at: int, count: int, nullable: bool) -> list[tuple[i
         page = header.get(5)
         if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
             raise Unusual("not a data page of plain values")
-        if header[2] != header[3] or page[1] <= 0:
-            raise Unusual("a compressed or empty page")
+        if header[2] != header[3] or not 0 < page[1] <= count - len(spans):
+            raise Unusual("a compressed or empty page, or one with more values than its chunk")
         end, present = at + header[3], [True] * page[1]
         if end > len(data):
-            raise Unusual("a page that ends after the file")
+            raise Unusual("a page that ends after its chunk")
         if nullable:
             size = _UINT.unpack_from(data, at)[0]
             present = _levels(data, at + 4, at + 4 + size, page[1])
@@ -166,10 +172,14 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise Unusual("a number of more than 64 bits")
 
 
-def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
+def _struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
     """A struct of Thrift's compact protocol: integers and structs by field number; where it ends."""
+    if depth > _DEEPEST:
+        raise Unusual("a page header nested too deep")
     found: dict[int, Any] = {}
     field = 0
     while True:
@@ -186,7 +196,7 @@ def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
             number, at = _varint(data, at)
             found[field] = number >> 1 ^ -(number & 1)
         elif kind == _STRUCT:
-            found[field], at = _struct(data, at)
+            found[field], at = _struct(data, at, depth + 1)
         elif kind == _BINARY:
             size, at = _varint(data, at)
             at += size

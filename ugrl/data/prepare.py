@@ -20,13 +20,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
+from ugrl import foreign
+from ugrl.command import folder_for
+from ugrl.data.census import Census, Inventory, census_of
 from ugrl.data.progress import Progress
 from ugrl.data.shards import (
     MANIFEST,
+    ROW_GROUP,
     SCHEMA_VERSION,
     Manifest,
     ShardInfo,
     SplitInfo,
+    from_table,
+    open_shard,
     partial_of,
     sha256,
     sync,
@@ -37,6 +45,8 @@ from ugrl.data.source import RowError, Source
 from ugrl.errors import BusyError, DataError
 from ugrl.row import Row
 from ugrl.seeding import derive
+from ugrl.storage import Place
+from ugrl.text import brief, line
 
 JOURNAL = "journal.json"
 TUNE_VAL = "tune_val"
@@ -71,6 +81,7 @@ class ShardDone:
     bytes: int
     sha256: str
     left_out: dict[str, int] = field(default_factory=dict)
+    census: dict[str, Any] = field(default_factory=dict)
 
 
 WriteShard = Callable[[Source, ShardJob, Path, OnError], ShardDone]
@@ -165,17 +176,21 @@ def write_shard(
         RowError: A row cannot be used and ``on_error`` is ``raise``; no file is left.
     """
     left_out: Counter[str] = Counter()
+    census = Census(len(source.class_names))
 
     def rows() -> Iterator[Row]:
         for id in job.ids:
             if on_row is not None:
                 on_row(1)
             try:
-                yield source.row(job.origin, id)
+                row = source.row(job.origin, id)
             except RowError as error:
                 if on_error == "raise":
                     raise
                 left_out[error.reason] += 1
+                continue
+            census.add(row)
+            yield row
 
     draft, path = folder / f"{job.file}.tmp", folder / job.file
     try:
@@ -185,7 +200,9 @@ def write_shard(
         raise
     if count == 0:
         return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
-    done = ShardDone(job.split, job.file, count, masks, draft.stat().st_size, sha256(draft), dict(left_out))
+    done = ShardDone(
+        job.split, job.file, count, masks, draft.stat().st_size, sha256(draft), dict(left_out), census.to_tree()
+    )
     os.replace(draft, path)
     sync(folder)
     return done
@@ -225,11 +242,8 @@ def prepare(
     """
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error is {on_error!r}; expected raise or skip")
-    out = Path(out)
+    out = target(out, source.root)
     partial = partial_of(out)
-    if out.exists():
-        kind = "a prepared data set" if (out / MANIFEST).is_file() else "something else"
-        raise DataError(f"{out}: exists already ({kind}); choose another name or remove it")
     jobs = plan(source, tune_val=tune_val, shard_rows=shard_rows, seed=seed)
     options = {
         "schema_version": SCHEMA_VERSION,
@@ -241,31 +255,60 @@ def prepare(
         "seed": seed,
         "ids": hashlib.sha256(repr([(j.file, j.ids) for j in jobs]).encode()).hexdigest()[:16],
     }
-    partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        if out.exists():  # made by another process since this one looked
-            if not any(partial.iterdir()):
-                partial.rmdir()
-            raise BusyError(f"{out}: another process has just made it")
-        done = _resume(partial, options)
-        try:
-            _write_all(source, jobs, partial, options, done, on_error, progress, shard_map)
-            manifest = _manifest(source, jobs, done, partial, tune_val=tune_val, seed=seed)
-        except DataError as error:
-            if not done:
-                shutil.rmtree(partial)
-                raise
-            hint = " or with --on-error skip" if isinstance(error, RowError) and on_error == "raise" else ""
-            raise DataError(
-                f"{error} ({len(done)} of {len(jobs)} shards stay in {partial}; run again{hint} to go on from there)"
-            ) from None
-        except OSError as error:
-            raise DataError(f"{partial}: cannot be written: {error.strerror or error}; run again to go on") from None
-        write_text(partial / MANIFEST, manifest.to_json())
-        os.replace(partial, out)
-        sync(out.parent)
-        (out / JOURNAL).unlink()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            if out.exists():  # made by another process since this one looked
+                if not any(partial.iterdir()):
+                    partial.rmdir()
+                raise BusyError(f"{out}: another process has just made it")
+            done = _resume(partial, options)
+            try:
+                _write_all(source, jobs, partial, options, done, on_error, progress, shard_map)
+                manifest = _manifest(source, jobs, done, partial, tune_val=tune_val, seed=seed)
+            except DataError as error:
+                if not done:
+                    shutil.rmtree(partial)
+                    raise
+                hint = " or with --on-error skip" if isinstance(error, RowError) and on_error == "raise" else ""
+                stay = f"{len(done)} of {len(jobs)} shards stay in {line(partial)}"
+                raise DataError(f"{error} ({stay}; run again{hint} to go on from there)") from None
+            write_text(partial / MANIFEST, manifest.to_json())
+            os.replace(partial, out)
+            sync(out.parent)
+            (out / JOURNAL).unlink()
+    except OSError as error:
+        raise DataError(
+            f"{line(partial)}: cannot be written: {error.strerror or line(error)}; run again to go on"
+        ) from None
     return replace(manifest, root=out)
+
+
+def target(out: str | Path, root: Path | None) -> Path:
+    """The folder to write, checked before any work is paid for.
+
+    Args:
+        out: Its name.
+        root: Of the source, whose files may not be touched.
+
+    Raises:
+        DataError: It exists, or lies where the source does.
+        ConfigError: It cannot be written.
+    """
+    out = folder_for(out)
+    if out.exists():
+        kind = "a prepared data set" if (out / MANIFEST).is_file() else "something else"
+        raise DataError(f"{line(out)}: exists already ({kind}); choose another name or remove it")
+    if not out.name or out.name == "..":
+        raise DataError(f"--out {brief(str(out))}; expected the name of a new folder")
+    if root is not None:
+        inside = root.resolve()
+        for place in (out.resolve(), partial_of(out).resolve()):
+            if place.is_relative_to(inside) or inside.is_relative_to(place):
+                raise DataError(
+                    f"{line(out)}: lies in the data set's own folder {line(root)}; choose a place beside it"
+                )
+    return out
 
 
 @contextmanager
@@ -292,11 +335,14 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
         write_text(path, json.dumps({"options": options, "shards": []}, indent=1))
         return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        begun = dict(tree["options"])
-        done = {entry["file"]: ShardDone(**entry) for entry in tree["shards"] if entry["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: broken journal ({type(error).__name__}); remove {partial}") from None
+        tree = foreign.read_json(path, "journal")
+        begun = foreign.as_dict(foreign.field(tree, "options", line(path)), line(path))
+        shards = [
+            _noted(entry, line(path)) for entry in foreign.as_list(foreign.field(tree, "shards", path.name), path.name)
+        ]
+    except DataError as error:
+        raise DataError(f"{error} (broken journal; remove {line(partial)})") from None
+    done = {shard.file: shard for shard in shards if shard.rows}
     now = json.loads(json.dumps(options))
     for key in [*now, *begun]:
         if begun.get(key) != now.get(key):
@@ -310,6 +356,28 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
         if path.name not in done and path.name != JOURNAL:
             path.unlink()
     return done
+
+
+def _noted(tree: Any, where: str) -> ShardDone:
+    """An entry of the journal."""
+
+    def text(key: str) -> str:
+        return foreign.as_str(foreign.field(tree, key, where), f"{where}: {key}")
+
+    def number(key: str) -> int:
+        return foreign.as_int(foreign.field(tree, key, where), f"{where}: {key}", least=0)
+
+    left_out = foreign.as_dict(foreign.field(tree, "left_out", where), where)
+    return ShardDone(
+        split=text("split"),
+        file=text("file"),
+        rows=number("rows"),
+        with_masks=number("with_masks"),
+        bytes=number("bytes"),
+        sha256=text("sha256"),
+        left_out={reason: foreign.as_int(n, where, least=0) for reason, n in left_out.items()},
+        census=foreign.as_dict(tree.get("census", {}), where),
+    )
 
 
 def _write_all(
@@ -334,7 +402,7 @@ def _write_all(
         for shard in results:
             done[shard.file] = shard
             journal = {"options": options, "shards": [asdict(s) for s in done.values()]}
-            write_text(partial / JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False))
+            write_text(partial / JOURNAL, json.dumps(journal, ensure_ascii=False))
             if shard_map is not None:
                 bar.advance(sizes[shard.file])
 
@@ -343,6 +411,7 @@ def _manifest(
     source: Source, jobs: list[ShardJob], done: dict[str, ShardDone], partial: Path, *, tune_val: float | int, seed: int
 ) -> Manifest:
     splits: dict[str, SplitInfo] = {}
+    inventory = Inventory(tuple(source.class_names), {}, getattr(source, "stray", {}))
     for split in dict.fromkeys(job.split for job in jobs):
         parts = [done[job.file] for job in jobs if job.split == split]
         left_out = Counter(source.left_out.get(split, {}))
@@ -352,6 +421,10 @@ def _manifest(
         if rows == 0:
             why = ", ".join(f"{n} × {reason}" for reason, n in sorted(left_out.items()))
             raise DataError(f"split '{split}' is empty: every row was left out ({why})")
+        inventory.splits[split] = census = Census(len(source.class_names))
+        for part in parts:
+            if part.rows:
+                census.merge(_census(part, partial, len(source.class_names)))
         splits[split] = SplitInfo(
             rows=rows,
             with_masks=sum(p.with_masks for p in parts),
@@ -364,4 +437,40 @@ def _manifest(
         options={**source.options, "tune_val": tune_val, "tune_val_seed": seed},
         class_names=tuple(source.class_names),
         splits=splits,
+        census=inventory.to_tree(),
     )
+
+
+def _census(part: ShardDone, folder: Path, classes: int) -> Census:
+    if part.census:
+        return Census.from_tree(part.census, f"{folder / JOURNAL}: {part.file}")
+    return recount(folder / part.file, classes)  # written by a version that did not count
+
+
+def recount(shard: Path | Place, classes: int) -> Census:
+    """The census of a shard that is there.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    with open_shard(shard) as file:
+        batches = file.iter_batches(batch_size=ROW_GROUP, use_threads=False)
+        return census_of((row for batch in batches for row in from_table(pa.Table.from_batches([batch]))), classes)
+
+
+def inventory_of(manifest: Manifest, progress: bool = False) -> Inventory:
+    """What a prepared folder holds: as its manifest says, else counted in its shards.
+
+    Raises:
+        DataError: A manifest or shard that cannot be read.
+    """
+    if manifest.census:
+        return Inventory.from_tree(manifest.census, manifest.class_names, f"{manifest.root / MANIFEST}: census")
+    found = Inventory(manifest.class_names, {})
+    with Progress(total=sum(i.rows for i in manifest.splits.values()), what="rows", enabled=progress) as bar:
+        for split, info in manifest.splits.items():
+            found.splits[split] = census = Census(manifest.num_classes)
+            for path, shard in zip(manifest.paths(split), info.shards, strict=True):
+                census.merge(recount(path, manifest.num_classes))
+                bar.advance(shard.rows)
+    return found

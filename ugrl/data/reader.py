@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ugrl.data.pages import MappedShard, Unusual
 from ugrl.data.shard_cache import ShardCache
-from ugrl.data.shards import Manifest, from_table, open_shard
+from ugrl.data.shards import Manifest, check_row, from_table, open_shard, reading
 from ugrl.errors import DataError
 from ugrl.row import Row
 from ugrl.storage import Place, StorageError, retry
@@ -91,12 +91,14 @@ class ShardReader:
         group = bisect.bisect_right(ends, local)
         first = ends[group - 1] if group else 0
         mapped = self._mapped[shard] if shard in self._mapped else self._map(shard)
-        if mapped is not None:
-            try:
-                return mapped.row(local, group, first)
-            except Unusual:  # the library reads it, or words what is wrong with it
-                pass
-        return from_table(self._group(shard, group).slice(local - first, 1))[0]
+        row = None
+        with reading(self._paths[shard], f"row {local} is unreadable"):
+            if mapped is not None:
+                with suppress(Unusual):  # the library reads it, or words what is wrong with it
+                    row = mapped.row(local, group, first)
+            if row is None:
+                row = from_table(self._group(shard, group).slice(local - first, 1))[0]
+        return check_row(row, self.manifest.num_classes, str(self._paths[shard]))
 
     def rows(self, indices: Iterable[int]) -> list[Row]:
         """The rows at some positions, in their order."""
@@ -116,10 +118,6 @@ class ShardReader:
             if shard not in self._footers:
                 meta = self._patiently(shard, lambda: self._metadata(shard))
                 ends = list(accumulate(meta.row_group(g).num_rows for g in range(meta.num_row_groups)))
-                rows = ends[-1] if ends else 0
-                expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-                if rows != expected:
-                    raise DataError(f"{self._paths[shard]}: {rows} rows; the manifest expects {expected}")
                 self._footers[shard] = meta, ends
             return self._footers[shard]
 
@@ -132,7 +130,7 @@ class ShardReader:
                 if not isinstance(path, Place):
                     with (
                         open_shard(path, self._footers[shard][0]) as file,
-                        suppress(OSError, pa.ArrowException, Unusual),
+                        suppress(Exception),  # the library reads row groups, or words what is wrong with them
                     ):
                         self._mapped[shard] = MappedShard(path, file)
             return self._mapped[shard]
@@ -145,18 +143,16 @@ class ShardReader:
         return self._last.table
 
     def _metadata(self, shard: int) -> Any:
-        with open_shard(self._file(shard)) as file:
+        with self._opened(shard, None) as file:
             return file.metadata
 
     def _read(self, shard: int, group: int) -> pa.Table:
         try:
-            return self._open(shard).read_row_group(group, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            words = str(error).splitlines()[0]
+            with reading(self._paths[shard], f"row group {group} is unreadable"):
+                return self._open(shard).read_row_group(group, use_threads=False)
+        except (DataError, StorageError):
             self._last.files.pop(shard, None)  # a connection that broke is not used again
-            if isinstance(self._paths[shard], Place) and isinstance(error, OSError):
-                raise StorageError(f"{self._paths[shard]}: row group {group}: {words}") from None
-            raise DataError(f"{self._paths[shard]}: row group {group} is unreadable ({words})") from None
+            raise
 
     def _patiently(self, shard: int, action: Callable[[], T]) -> T:
         """Do something that may have to wait for a remote storage; a local disk is asked once."""
@@ -164,19 +160,26 @@ class ShardReader:
             return action()
         return retry(str(self._paths[shard]), action, patience_s=self._patience, log=_LOG.warning)
 
-    def _file(self, shard: int) -> Path | Place:
+    def _opened(self, shard: int, footer: Any) -> pq.ParquetFile:
         """The shard, or this node's copy of it."""
-        path = self._paths[shard]
-        if self._cache is None or not isinstance(path, Place):
-            return path
-        return self._cache.file(path, self.manifest.split(self.split).shards[shard]) or path
+        path, info = self._paths[shard], self.manifest.split(self.split).shards[shard]
+        if self._cache is not None and isinstance(path, Place):
+            copy = self._cache.file(path, info)
+            if copy is not None:
+                try:
+                    return open_shard(copy, footer, rows=info.rows)
+                except DataError:
+                    if copy.exists():
+                        raise
+                    # Another process needed the room before it was opened here.
+        return open_shard(path, footer, rows=info.rows)
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if not hasattr(self._last, "files"):
             self._last.files = OrderedDict()
         files: OrderedDict[int, pq.ParquetFile] = self._last.files
         if shard not in files:
-            files[shard] = open_shard(self._file(shard), self._footer(shard)[0])
+            files[shard] = self._opened(shard, self._footer(shard)[0])
         files.move_to_end(shard)
         while len(files) > OPEN_SHARDS:
             files.popitem(last=False)[1].close()

@@ -7,13 +7,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ugrl.data.shards import ShardInfo
 from ugrl.errors import DataError
 from ugrl.storage import Place, retry
 
+_TRIES = 5
 _LOG = logging.getLogger(__name__)
 
 
@@ -44,20 +45,24 @@ class ShardCache:
         if info.bytes > self.most or self._full:
             return None
         copy = self.folder / f"{info.sha256[:24]}.parquet"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(copy):
-                if not (copy.is_file() and copy.stat().st_size == info.bytes):
-                    self._make_room(info.bytes)
-                    self._fetch(there, info, copy)
-                os.utime(copy)
-            return copy
-        except OSError as error:
-            self._full = True
-            _LOG.warning(
-                "%s: no copies of shards can be kept (%s); they are read from %s", self.folder, error, there.parent
-            )
-            return None
+        for _ in range(_TRIES):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self._locked(copy):
+                    if not (copy.is_file() and copy.stat().st_size == info.bytes):
+                        self._make_room(info.bytes)
+                        self._fetch(there, info, copy)
+                    os.utime(copy)
+                return copy
+            except FileNotFoundError:  # another process has just needed the room
+                continue
+            except OSError as error:
+                self._full = True
+                _LOG.warning(
+                    "%s: no copies of shards can be kept (%s); they are read from %s", self.folder, error, there.parent
+                )
+                return None
+        return None
 
     def _fetch(self, there: Place, info: ShardInfo, copy: Path) -> None:
         draft = copy.with_suffix(f".{os.getpid()}.tmp")
@@ -72,13 +77,17 @@ class ShardCache:
             draft.unlink(missing_ok=True)
 
     def _make_room(self, need: int) -> None:
-        kept = sorted(self.folder.glob("*.parquet"), key=lambda p: p.stat().st_mtime)
-        total = sum(p.stat().st_size for p in kept)
-        for old in kept:
+        kept = []
+        for path in self.folder.glob("*.parquet"):
+            with suppress(FileNotFoundError):  # another process makes room, too
+                state = path.stat()
+                kept.append((state.st_mtime, state.st_size, path))
+        total = sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
             if total + need <= self.most:
                 return
-            total -= old.stat().st_size
-            old.unlink(missing_ok=True)
+            total -= size
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self, copy: Path) -> Iterator[None]:

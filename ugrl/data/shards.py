@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,15 +26,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ugrl import foreign
 from ugrl.config import nearest
-from ugrl.errors import DataError
+from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
 from ugrl.storage import Place, StorageError, lasting, place
+from ugrl.text import brief, line
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ROW_GROUP = 8
+MOST_CLASSES = 254  # what a label of a byte can tell apart, with 0 and 255 for background and unknown
 _VERSION_KEY = b"ugrl.schema_version"
+_MOST_SIDE = 1 << 16
 
 SCHEMA = pa.schema(
     [
@@ -79,6 +84,7 @@ class Manifest:
         class_names: The F foreground classes.
         splits: By name.
         schema_version: Of the shards.
+        census: What :class:`ugrl.data.census.Inventory` counted; empty in older folders.
     """
 
     root: Path | Place
@@ -87,6 +93,7 @@ class Manifest:
     class_names: tuple[str, ...]
     splits: dict[str, SplitInfo]
     schema_version: int = SCHEMA_VERSION
+    census: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -112,16 +119,22 @@ class Manifest:
         return tuple(self.root / s.file for s in self.split(split).shards)
 
     def ids(self, split: str) -> tuple[str, ...]:
-        """The ids of a split in shard order; row index i means ``ids(split)[i]``. Read once, then cached."""
-        return _column(self.paths(split), "id")
+        """The ids of a split in shard order; row index i means ``ids(split)[i]``. Read once, then cached.
+
+        Raises:
+            DataError: A shard cannot be read, or has an id twice.
+        """
+        return _column(self.paths(split), self.split(split).shards, "id", self.num_classes)
 
     def tags(self, split: str) -> tuple[tuple[int, ...], ...]:
         """The tags of every row of a split, in shard order, without reading an image."""
-        return _column(self.paths(split), "tags")
+        return _column(self.paths(split), self.split(split).shards, "tags", self.num_classes)
 
-    def fingerprint(self) -> str:
-        """A digest of the class names and of every shard's checksum: the same data, the same text."""
-        parts = [f"{n}:{s.sha256}" for n, i in sorted(self.splits.items()) for s in i.shards]
+    def fingerprint(self, *splits: str) -> str:
+        """A digest of the class names and of the checksum of every shard (of some splits): the same data, the same
+        text.
+        """
+        parts = [f"{n}:{s.sha256}" for n, i in sorted(self.splits.items()) for s in i.shards if n in (splits or (n,))]
         return hashlib.sha256("\n".join([*self.class_names, *parts]).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
@@ -142,6 +155,7 @@ class Manifest:
                 }
                 for name, info in self.splits.items()
             },
+            **({"census": self.census} if self.census else {}),
         }
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -169,44 +183,62 @@ class Manifest:
         sizes = where.sizes()
         if MANIFEST not in sizes:
             raise DataError(f"{root}: no {MANIFEST}; expected a folder written by 'ugrl prepare'")
-        try:
-            tree = json.loads(place(path).read())
-            version = tree["schema_version"]
-        except (StorageError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
+        text = line(path)
+        tree = foreign.parse_json(place(path).read_small("manifest", error=DataError), text)
+        version = foreign.field(tree, "schema_version", text)
         if version != SCHEMA_VERSION:
-            raise DataError(f"{path}: schema version {version}; expected {SCHEMA_VERSION}: run 'ugrl prepare' again")
-        try:
-            manifest = _from_tree(root, tree)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
+            raise DataError(
+                f"{text}: schema version {brief(version)}; expected {SCHEMA_VERSION}: run 'ugrl prepare' again"
+            )
+        manifest = _from_tree(root, tree, text)
         for name, info in manifest.splits.items():
             for shard in info.shards:
-                file = root / shard.file
+                file = line(root / shard.file)
                 if shard.file not in sizes:
-                    raise DataError(f"{file}: missing shard of split '{name}'; the manifest expects {shard.rows} rows")
+                    raise DataError(
+                        f"{file}: missing shard of split {brief(name)}; the manifest expects {shard.rows} rows"
+                    )
                 if sizes[shard.file] != shard.bytes:
                     raise DataError(f"{file}: {sizes[shard.file]} bytes; the manifest expects {shard.bytes}")
         return manifest
 
 
-def _from_tree(root: Path | Place, tree: dict[str, Any]) -> Manifest:
-    splits = {
-        name: SplitInfo(
-            rows=int(info["rows"]),
-            with_masks=int(info["with_masks"]),
-            shards=tuple(ShardInfo(s["file"], int(s["rows"]), int(s["bytes"]), s["sha256"]) for s in info["shards"]),
-            left_out=dict(info.get("left_out", {})),
-        )
-        for name, info in tree["splits"].items()
-    }
+def _from_tree(root: Path | Place, tree: dict[str, Any], where: str) -> Manifest:
+    names = [
+        foreign.as_str(name, f"{where}: class_names", most=200)
+        for name in foreign.as_list(foreign.field(tree, "class_names", where), f"{where}: class_names")
+    ]
+    if not 1 <= len(names) <= MOST_CLASSES or len(set(names)) < len(names):
+        raise DataError(f"{where}: class_names {brief(names)}; expected 1…{MOST_CLASSES} different ones")
+    splits = foreign.as_dict(foreign.field(tree, "splits", where), f"{where}: splits")
     return Manifest(
         root=root,
-        source=str(tree["source"]),
-        options=dict(tree["options"]),
-        class_names=tuple(tree["class_names"]),
-        splits=splits,
-        schema_version=int(tree["schema_version"]),
+        source=foreign.as_str(foreign.field(tree, "source", where), f"{where}: source"),
+        options=foreign.as_dict(foreign.field(tree, "options", where), f"{where}: options"),
+        class_names=tuple(names),
+        splits={name: _split(info, f"{where}: split {brief(name)}") for name, info in splits.items()},
+        census=foreign.as_dict(tree.get("census", {}), f"{where}: census"),
+    )
+
+
+def _split(tree: Any, where: str) -> SplitInfo:
+    def count(tree: Any, key: str, where: str) -> int:
+        return foreign.as_int(foreign.field(tree, key, where), f"{where}: {key}", least=0, most=1 << 50)
+
+    shards = []
+    for k, entry in enumerate(foreign.as_list(foreign.field(tree, "shards", where), f"{where}: shards")):
+        at = f"{where}: shard {k}"
+        file = foreign.as_str(foreign.field(entry, "file", at), f"{at}: file", most=300)
+        if foreign.under(Path("/"), file, at).parent != Path("/"):
+            raise DataError(f"{at}: file {brief(file)}; expected the name of a file in the folder itself")
+        sha256 = foreign.as_str(foreign.field(entry, "sha256", at), f"{at}: sha256", most=64)
+        shards.append(ShardInfo(file, count(entry, "rows", at), count(entry, "bytes", at), sha256))
+    left_out = foreign.as_dict(tree.get("left_out", {}), f"{where}: left_out")
+    rows, with_masks = count(tree, "rows", where), count(tree, "with_masks", where)
+    if sum(s.rows for s in shards) != rows or with_masks > rows:
+        raise DataError(f"{where}: {rows} rows, {with_masks} with masks; its shards hold {sum(s.rows for s in shards)}")
+    return SplitInfo(
+        rows, with_masks, tuple(shards), {key: count(left_out, key, f"{where}: left_out") for key in left_out}
     )
 
 
@@ -215,43 +247,137 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+# The checksums are part of the key: a folder may be prepared anew while a process lives.
 @lru_cache(maxsize=16)
-def _column(paths: tuple[Path | Place, ...], name: str) -> tuple[Any, ...]:
+def _column(
+    paths: tuple[Path | Place, ...], shards: tuple[ShardInfo, ...], name: str, num_classes: int
+) -> tuple[Any, ...]:
     out: list[Any] = []
-    for path in paths:
-        with open_shard(path) as shard:
-            out += shard.read([name], use_threads=False).column(name).to_pylist()
-    return tuple(tuple(v) if isinstance(v, list) else v for v in out)
+    for path, info in zip(paths, shards, strict=True):
+        with open_shard(path, rows=info.rows) as shard, reading(path, f"column '{name}' is unreadable"):
+            values = shard.read([name], use_threads=False).column(name).to_pylist()
+        if len(values) != info.rows:
+            raise DataError(f"{line(path)}: {len(values)} values of '{name}'; expected {info.rows}")
+        for k, value in enumerate(values):
+            if name == "tags":
+                values[k] = check_tags(value, num_classes, f"{line(path)}: row {k}")
+            elif value is None:
+                raise DataError(f"{line(path)}: row {k}: no id; expected a text")
+        out += values
+    if name == "id" and len(set(out)) < len(out):
+        seen: set[str] = set()
+        twice = next(id for id in out if id in seen or seen.add(id))  # type: ignore[func-returns-value]
+        raise DataError(f"{line(paths[0])}: id {brief(twice)} occurs twice in the split; prepare it again")
+    return tuple(out)
 
 
-def open_shard(path: Path | Place, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+@contextmanager
+def reading(path: Path | Place, what: str) -> Iterator[None]:
+    """Around the Parquet library: whatever it makes of damaged bytes is one line.
+
+    Args:
+        path: Of the shard.
+        what: Of it cannot be read, for the message.
+
+    Raises:
+        StorageError: A remote storage does not answer.
+        DataError: Anything else went wrong.
+    """
+    try:
+        yield
+    except UgrlError:
+        raise
+    except Exception as error:
+        words = line(error) or type(error).__name__
+        if isinstance(path, Place) and isinstance(error, OSError) and not lasting(error):
+            raise StorageError(f"{path}: {what} ({words})") from None
+        raise DataError(f"{line(path)}: {what} ({words})") from None
+
+
+def open_shard(
+    path: Path | Place, metadata: pq.FileMetaData | None = None, *, rows: int | None = None
+) -> pq.ParquetFile:
     """A shard for reading.
 
     Args:
         path: The file; a local one is mapped into memory, of a remote one only what is asked for is fetched.
-        metadata: Its footer, where it has been read before.
+        metadata: Its footer, where it has been read and checked before.
+        rows: That it must hold.
 
     Raises:
-        DataError: Missing, not Parquet, or of another schema version.
+        DataError: Missing, not Parquet, of another schema, or with a footer that makes no sense.
+        StorageError: A remote storage does not answer.
     """
-    try:
+    with reading(path, "not a readable shard"):
         if isinstance(path, Place) and path.local is None:
             filesystem, name = path.filesystem()
-            shard = pq.ParquetFile(filesystem.open_input_file(name), metadata=metadata, pre_buffer=True)
+            file = filesystem.open_input_file(name)
+            size = file.size()
+            shard = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
         else:
+            if not Path(path).is_file():
+                raise DataError(f"{line(path)}: no such file; expected a shard")
+            size = Path(path).stat().st_size
             shard = pq.ParquetFile(Path(path), metadata=metadata, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable shard ({str(error).splitlines()[0]})") from None
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(path, Place) and not lasting(error):
-            raise StorageError(f"{path}: {str(error).splitlines()[0]}") from None
-        raise DataError(f"{path}: not a readable shard ({str(error).splitlines()[0]})") from None
-    if metadata is None:
-        found = (shard.metadata.metadata or {}).get(_VERSION_KEY, b"none").decode()
-        if found != str(SCHEMA_VERSION):
-            shard.close()
-            raise DataError(f"{path}: shard of schema version {found}; expected {SCHEMA_VERSION}: prepare it again")
+        if metadata is None:
+            try:
+                _check(shard, size, rows, line(path))
+            except BaseException:
+                shard.close()
+                raise
     return shard
+
+
+def _check(shard: pq.ParquetFile, size: int, rows: int | None, where: str) -> None:
+    """Hold a shard's footer against :data:`SCHEMA` and the file, before it decides what is read and allocated."""
+    meta: Any = shard.metadata
+    version = (meta.metadata or {}).get(_VERSION_KEY, b"none").decode(errors="replace")
+    if version != str(SCHEMA_VERSION):
+        raise DataError(
+            f"{where}: shard of schema version {brief(version)[1:-1]}; expected {SCHEMA_VERSION}: prepare it again"
+        )
+    if rows is not None and meta.num_rows != rows:
+        raise DataError(f"{where}: {meta.num_rows} rows; the manifest expects {rows}")
+    schema = shard.schema_arrow
+    for want in SCHEMA:
+        found = [schema.field(k).type for k in schema.get_all_field_indices(want.name)]
+        if found != [want.type]:
+            has = f"is {line(found[0], 60)}" if len(found) == 1 else "is missing" if not found else "occurs twice"
+            raise DataError(f"{where}: column '{want.name}' {has}; expected {want.type}: prepare it again")
+    groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+    if sum(g.num_rows for g in groups) != meta.num_rows or any(g.num_rows < 0 for g in groups):
+        raise DataError(f"{where}: the rows of its groups do not add up to {meta.num_rows}: a damaged footer")
+    for k, group in enumerate(groups):
+        for chunk in (group.column(c) for c in range(meta.num_columns)):
+            values = group.num_rows * (1 if chunk.path_in_schema in SCHEMA.names else MOST_CLASSES)
+            inside = 0 < chunk.data_page_offset and 0 <= chunk.total_compressed_size <= size - chunk.data_page_offset
+            if not inside or not 0 <= chunk.num_values <= values:
+                raise DataError(f"{where}: row group {k} does not lie within the file: a damaged footer")
+
+
+def check_tags(tags: Any, num_classes: int, where: str) -> tuple[int, ...]:
+    """Tags as a row has them.
+
+    Raises:
+        DataError: They are absent, or not classes 1…F.
+    """
+    if not isinstance(tags, list | tuple) or not all(isinstance(t, int) and 1 <= t <= num_classes for t in tags):
+        raise DataError(f"{where}: tags {brief(tags)}; expected class indices 1…{num_classes}")
+    return tuple(tags)
+
+
+def check_row(row: Row, num_classes: int, where: str) -> Row:
+    """The row, if its values are what the columns stand for; the image itself is looked at when it is decoded.
+
+    Raises:
+        DataError: Names what is out of range.
+    """
+    where = f"{where}: row {brief(row.id)}"
+    for name, side in (("width", row.width), ("height", row.height)):
+        if not 1 <= side <= _MOST_SIDE:
+            raise DataError(f"{where}: {name} {side}; expected 1…{_MOST_SIDE}")
+    check_tags(row.tags, num_classes, where)
+    return row
 
 
 def to_table(rows: Sequence[Row]) -> pa.Table:
@@ -268,9 +394,15 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Row]:
-    """The rows of an Arrow table of :data:`SCHEMA`."""
-    names = ("id", "image", "width", "height", "tags", "mask")
-    columns = [table.column(n).to_pylist() for n in names]
+    """The rows of an Arrow table of :data:`SCHEMA`.
+
+    Raises:
+        ValueError: A value is absent that must be there.
+    """
+    for column in SCHEMA:
+        if not column.nullable and table.column(column.name).null_count:
+            raise ValueError(f"a row without '{column.name}'")
+    columns = [table.column(n).to_pylist() for n in SCHEMA.names]
     return [Row(i, image, w, h, tuple(tags), mask) for i, image, w, h, tags, mask in zip(*columns, strict=True)]
 
 
@@ -337,8 +469,6 @@ def verify(folder: str | Path | Place) -> Manifest:
             path = manifest.root / shard.file
             found = sha256(path)
             if found != shard.sha256:
-                raise DataError(f"{path}: checksum {found[:12]}…; the manifest expects {shard.sha256[:12]}…")
-            with open_shard(path) as file:
-                if file.metadata.num_rows != shard.rows:
-                    raise DataError(f"{path}: {file.metadata.num_rows} rows; the manifest expects {shard.rows}")
+                raise DataError(f"{line(path)}: checksum {found[:12]}…; the manifest expects {shard.sha256[:12]}…")
+            open_shard(path, rows=shard.rows).close()
     return manifest

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
+from ugrl import foreign
 from ugrl.config import nearest
-from ugrl.data.images import decode_labels, decode_rgb
+from ugrl.data.images import decode_labels, decode_rgb, encode_labels, orientation
 from ugrl.errors import DataError
-from ugrl.types import IGNORE, Row
+from ugrl.row import IGNORE, Row
+from ugrl.text import brief, line
 
 _FACTORIES = {
     "shapes": ("ugrl.data.shapes", "open_shapes"),
@@ -32,6 +37,13 @@ class RowError(DataError):
         return RowError, (str(self), self.reason)
 
 
+class Stray(NamedTuple):
+    """Files that a source has no use for, or uses though they are unusual: how many, and one of them."""
+
+    files: int
+    example: str
+
+
 @runtime_checkable
 class Source(Protocol):
     """A data set on disk, or a generated one.
@@ -42,6 +54,8 @@ class Source(Protocol):
         root: The folder it reads, ``None`` for a generated one.
         options: What decides the rows besides the root, JSON-able; kept in the manifest.
         left_out: Per split, how many images are left out from the start, by reason.
+
+    It may have ``stray: dict[str, Stray]``, files worth a word, by what they are.
     """
 
     @property
@@ -100,10 +114,10 @@ def make_row(
     """A row whose image and mask have been decoded in full and agree.
 
     Args:
-        id: File stem.
-        image: JPEG or PNG bytes, kept as they are.
+        id: See :class:`ugrl.row.Row`.
+        image: Bytes of an image file, kept as they are.
         tags: Class indices in any order.
-        mask: Label PNG or ``None``.
+        mask: Label PNG or ``None``; one of another depth than 8 bits is written anew.
         num_classes: F.
         where: Names the image file in errors.
         mask_where: Names the mask file in errors.
@@ -112,7 +126,7 @@ def make_row(
         RowError: A broken image or mask, sizes that differ, a label or tag outside 1…F.
     """
     try:
-        width, height = decode_rgb(image, where).size
+        height, width, _ = decode_rgb(image, where).shape
     except DataError as error:
         raise RowError(str(error)) from None
     if mask is not None:
@@ -122,33 +136,50 @@ def make_row(
         except DataError as error:
             raise RowError(str(error), "unusable mask") from None
         if labels.size != (width, height):
-            raise RowError(
-                f"{place}: the mask is {labels.width}×{labels.height}; expected {width}×{height} as the image",
-                "unusable mask",
-            )
+            found = f"{place}: the mask is {labels.width}×{labels.height}"
+            if labels.size == (height, width) and orientation(image) > 4:
+                raise RowError(
+                    f"{found}, as the image is stored, but a note in it (EXIF) turns it to {width}×{height}; expected "
+                    "a mask of the upright image: turn the mask, or remove the note",
+                    "unusable mask",
+                )
+            raise RowError(f"{found}; expected {width}×{height} as the image", "unusable mask")
         bad = [v for v, n in enumerate(labels.histogram()) if n and v > num_classes and v != IGNORE]
         if bad:
             raise RowError(
                 f"{place}: the mask holds label {bad[0]}; expected 0…{num_classes} or {IGNORE}", "unusable mask"
             )
+        if mask[24:25] != b"\x08":  # so that every reader of the shards sees these labels
+            mask = encode_labels(np.asarray(labels))
     ordered = tuple(sorted(set(int(t) for t in tags)))
     if any(not 1 <= t <= num_classes for t in ordered):
-        raise RowError(f"{where}: tags {list(ordered)}; expected class indices 1…{num_classes}", "unknown class")
+        raise RowError(f"{where}: tags {brief(ordered)}; expected class indices 1…{num_classes}", "unknown class")
     return Row(id=id, image=image, width=width, height=height, tags=ordered, mask=mask)
+
+
+class _MissingError(RowError):
+    """A file that a row needs and that is not there, or is no regular file."""
+
+    def __init__(self, message: str, reason: str = "missing file") -> None:
+        super().__init__(message, reason)
 
 
 def read_bytes(path: Path, what: str = "image") -> bytes:
     """A file's bytes.
 
     Raises:
-        RowError: It is missing or cannot be read.
+        RowError: It is missing, cannot be read, or is no regular file.
     """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise RowError(f"{path}: missing {what} file", "missing file") from None
-    except OSError as error:
-        raise RowError(f"{path}: cannot be read: {error.strerror or error}", "missing file") from None
+    return foreign.read_bytes(path, f"{what} file", error=_MissingError)
+
+
+def file_under(root: Path, name: str, where: str) -> Path:
+    """The file below a folder that a name in a table or list stands for.
+
+    Raises:
+        RowError: The name leads out of the folder.
+    """
+    return foreign.under(root, name, where, error=_MissingError)
 
 
 def check_root(root: str | Path | None, source: str) -> Path:
@@ -160,8 +191,8 @@ def check_root(root: str | Path | None, source: str) -> Path:
     if root is None:
         raise DataError(f"source '{source}' needs a root folder; none was given")
     path = Path(root)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; expected the root of a {source} data set")
+    if not os.path.isdir(path):
+        raise DataError(f"{line(path)}: no such folder; expected the root of a {source} data set")
     return path
 
 

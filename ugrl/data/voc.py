@@ -7,23 +7,28 @@ The root may be ``VOCdevkit``, ``VOCdevkit/VOC2012`` or the folder above. Read u
     Annotations/ID.xml                                   tags, with labels="xml"
     SegmentationClassAug/ID.png or SegmentationClass/ID.png
 
-Masks are read as indices, whatever their palette. Tags come from the XML's objects (``xml``, difficult
-ones among them) or from the labels in the mask (``mask``).
+Images may have another suffix of an image. A line of a list is an id, whatever its characters, or the two paths of
+the augmented set's lists. Masks are read as indices, whatever their palette. Tags come from the XML's objects
+(``xml``, difficult ones among them) or from the labels in the mask (``mask``).
 """
 
 from __future__ import annotations
 
+import os
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
 from ugrl.config import nearest
-from ugrl.data.images import decode_labels
-from ugrl.data.source import RowError, check_root, make_row, read_bytes
+from ugrl.data.images import decode_labels, without_suffix
+from ugrl.data.source import RowError, Stray, check_root, file_under, make_row, read_bytes
 from ugrl.errors import DataError
-from ugrl.types import IGNORE, Row
+from ugrl.foreign import parse_xml, read_text, under
+from ugrl.row import IGNORE, Row
+from ugrl.text import brief, line
 
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -32,6 +37,9 @@ CLASS_NAMES = (
 LABELS = ("xml", "mask")
 _INDEX = {name: i + 1 for i, name in enumerate(CLASS_NAMES)}
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
+# What follows "JPEGImages/" in "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", the second of the same ID.
+_PATHS = re.compile(r"(.+?)\.\w{1,5}(?:\s+\S*SegmentationClass\w*/\1\.png)?")
+MOST_LINE = 1000
 
 
 class VocSource:
@@ -52,7 +60,7 @@ class VocSource:
 
     def __init__(self, root: str | Path | None, *, labels: str = "xml", train_list: str | None = None) -> None:
         if labels not in LABELS:
-            raise DataError(f"voc: labels is '{labels}'; expected xml or mask")
+            raise DataError(f"voc: labels is {brief(labels)}; expected xml or mask")
         self.root = _devkit(check_root(root, self.name))
         self._labels = labels
         self._lists = self.root / "ImageSets" / "Segmentation"
@@ -60,16 +68,51 @@ class VocSource:
             train_list = "train_aug" if (self._lists / "train_aug.txt").is_file() else "train"
         self._train_list = train_list.removesuffix(".txt")
         self.left_out: dict[str, dict[str, int]] = {}
+        self._lines: dict[str, str] = {}
         self._ids = {"train": self._read_list(self._train_list), "val": self._read_list("val")}
+        self.stray = self._unused()
 
     def _read_list(self, name: str) -> list[str]:
-        path = self._lists / f"{name}.txt"
-        if not path.is_file():
-            have = sorted(p.stem for p in self._lists.glob("*.txt"))
-            raise DataError(f"{path}: missing split list{nearest(name, have) if have else ''}")
-        # A line is an id; lists of the augmented set hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png".
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Path(line.split()[0]).stem for line in lines if line.strip()]
+        path = under(self._lists, f"{name}.txt", "voc: train_list")
+        if not os.path.lexists(path):
+            have = sorted(without_suffix(p.name).removesuffix(".txt") for p in self._lists.glob("*.txt"))
+            raise DataError(f"{line(path)}: missing split list{line(nearest(name[:60], have)) if have else ''}")
+        ids = []
+        for at, text in enumerate(read_text(path, "split list").splitlines(), 1):
+            if not text.strip():
+                continue
+            where = f"{line(path)}: line {at}"
+            if len(text) > MOST_LINE:
+                raise DataError(f"{where}: {len(text)} characters; expected an id of an image")
+            id = self._id(text.strip())
+            if id in self._lines:
+                raise DataError(f"{where}: id {brief(id)} was used before ({self._lines[id]}); expected unique ids")
+            self._lines[id] = f"{path.name} line {at}"
+            ids.append(id)
+        return ids
+
+    def _id(self, text: str) -> str:
+        """What a line of a list names."""
+        if found := _PATHS.fullmatch(text.partition("JPEGImages/")[2]):
+            return found[1]
+        bare = without_suffix(text)
+        return bare if bare != text and bare in self._names and text not in self._names else text
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The images that are there, by id."""
+        found: dict[str, str] = {}
+        for name in sorted(_listed(self.root / "JPEGImages"), key=lambda n: (not n.endswith(".jpg"), n)):
+            if (id := without_suffix(name)) != name:
+                found.setdefault(id, name)
+        return found
+
+    def _unused(self) -> dict[str, Stray]:
+        """Masks that belong to no image, and images in no list."""
+        masks = [f"{d}/{n}" for d in _MASKS for n in sorted(_listed(self.root / d)) if _stem(n) not in self._names]
+        images = [f"JPEGImages/{name}" for id, name in self._names.items() if id not in self._lines]
+        kinds = {"mask of no image": masks, "image in no list": images}
+        return {kind: Stray(len(names), line(names[0])) for kind, names in kinds.items() if names}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,47 +139,71 @@ class VocSource:
             RowError: A missing or broken file, an unknown class, or a mask of colours. A mask may be
                 missing only in train and with tags from XML.
         """
-        path = self.root / "JPEGImages" / f"{id}.jpg"
-        mask_path = next((p for d in _MASKS if (p := self.root / d / f"{id}.png").is_file()), None)
+        where = self._lines[id]
+        path = file_under(self.root / "JPEGImages", self._names.get(id, f"{id}.jpg"), where)
+        mask_path = self._mask_path(id, where)
         mask = None
         if mask_path is not None:
             mask = read_bytes(mask_path, "mask")
         elif self._labels == "mask" or split != "train":
             why = "labels come from masks" if self._labels == "mask" else f"split '{split}' is evaluated"
-            raise RowError(f"{self.root / _MASKS[1] / f'{id}.png'}: missing mask, and {why}", "missing file")
+            raise RowError(f"{line(self.root / _MASKS[1] / f'{id}.png')}: missing mask, and {why}", "missing file")
         image = read_bytes(path)
-        tags = self._xml_tags(id) if self._labels == "xml" else _mask_tags(mask or b"", str(mask_path))
+        tags = self._xml_tags(id) if self._labels == "xml" else _mask_tags(mask or b"", line(mask_path))
         return make_row(
             id=id,
             image=image,
             tags=tags,
             mask=mask,
             num_classes=len(CLASS_NAMES),
-            where=str(path),
-            mask_where=str(mask_path or path),
+            where=f"{line(path)} ({where})",
+            mask_where=line(mask_path),
         )
 
+    def _mask_path(self, id: str, where: str) -> Path | None:
+        for folder in _MASKS:
+            for suffix in (".png", ".PNG"):
+                path = file_under(self.root / folder, id + suffix, where)
+                if os.path.lexists(path):
+                    return path
+        return None
+
     def _xml_tags(self, id: str) -> tuple[int, ...]:
-        path = self.root / "Annotations" / f"{id}.xml"
+        path = file_under(self.root / "Annotations", f"{id}.xml", self._lines[id])
         try:
-            tree = ElementTree.fromstring(read_bytes(path, "annotation"))
-        except ElementTree.ParseError as error:
-            raise RowError(f"{path}: broken XML: {error}", "broken annotation") from None
+            tree = parse_xml(read_bytes(path, "annotation"), line(path))
+        except RowError:
+            raise
+        except DataError as error:
+            raise RowError(str(error), "broken annotation") from None
         tags = set()
         for item in tree.iter("object"):
             name = (item.findtext("name") or "").strip()
             if name not in _INDEX:
-                raise RowError(f"{path}: unknown class '{name}'{nearest(name, CLASS_NAMES)}", "unknown class")
+                hint = line(nearest(name[:60], CLASS_NAMES), 60)
+                raise RowError(f"{line(path)}: unknown class {brief(name)}{hint}", "unknown class")
             tags.add(_INDEX[name])
         return tuple(sorted(tags))
+
+
+def _listed(folder: Path) -> list[str]:
+    """Names in a folder, none where there is no such folder."""
+    try:
+        return [n for n in os.listdir(folder) if not n.startswith(".")]
+    except OSError:
+        return []
+
+
+def _stem(mask: str) -> str:
+    return mask[:-4] if mask.lower().endswith(".png") else mask
 
 
 def _devkit(root: Path) -> Path:
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     for place in places:
-        if (place / "ImageSets" / "Segmentation").is_dir():
+        if os.path.isdir(place / "ImageSets" / "Segmentation"):
             return place
-    raise DataError(f"{root}: no ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012 below it")
+    raise DataError(f"{line(root)}: no ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012 below it")
 
 
 def _mask_tags(mask: bytes, where: str) -> tuple[int, ...]:

@@ -6,9 +6,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +28,13 @@ from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.vectors import batch_vectors
 from ugrl.model.network import UGRLNet
-from ugrl.types import Batch, ModelOutput, Sample, collate
+from ugrl.model.specs import scaled
+from ugrl.types import IGNORE, Batch, ModelOutput, Sample, collate
+
+# Score → what predicting nothing but background, or ranking by chance, scores on the same images.
+BASELINES = {"seg_miou": "seg_background_miou", "tag_map": "tag_prevalence"}
+# Scores that differ by less are the same one.
+ROUNDING = 5e-4
 
 # Pixels that one evaluation batch may hold: images of one size are batched up to it.
 BATCH_PIXELS = 512 * 512 * 2
@@ -38,22 +46,32 @@ class EvalResult:
 
     Attributes:
         metrics: Flat name → value: ``seg_miou, cam_miou, refined_miou, crf_miou`` (where masks
-            exist), ``tag_map, tag_f1``, ``u_auroc, p_auroc``; mIoU and the rest as shares of 1.
+            exist), ``tag_map, tag_f1``, ``u_auroc, p_auroc``; mIoU and the rest as shares of 1. Beside them what no
+            skill scores (:data:`BASELINES`), and ``collapsed``: 1 where the segmentation, or the classifier where
+            there are no masks, scores what a predictor without any skill does, else 0.
         classes: Metric → class name → value, for the table.
         images: Images seen, over all ranks.
+        verdict: Where it is collapsed, in which way, in words.
     """
 
     metrics: dict[str, float]
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
     images: int = 0
+    verdict: str = ""
 
 
-def shape_batches(reader: ShardReader, indices: list[int], threads: int) -> Iterator[Batch]:
-    """Batches of images of one size, at most :data:`BATCH_PIXELS` each, decoded by ``threads``."""
+def shape_batches(reader: ShardReader, indices: list[int], threads: int, least: int = 1) -> Iterator[Batch]:
+    """Batches of images of one size (``least`` a side), at most :data:`BATCH_PIXELS` each, decoded by ``threads``."""
     buckets: dict[tuple[int, int], list[Sample]] = {}
 
     def load(i: int) -> Sample:
-        return eval_sample(reader[i], num_classes=len(reader.manifest.class_names))
+        sample = eval_sample(reader[i], num_classes=len(reader.manifest.class_names))
+        mask_HW = sample.mask_HW
+        return replace(
+            sample,
+            image_3HW=pad_small(sample.image_3HW, least),
+            mask_HW=None if mask_HW is None else pad_small(mask_HW, least, "ignore"),
+        )
 
     def flush(size: tuple[int, int]) -> Batch:
         return collate(buckets.pop(size))
@@ -89,9 +107,19 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[int], Sample], indices: lis
             future.cancel()
 
 
-def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Sides of a rescaled image, at least the 32 px that the encoder needs."""
-    return max(32, round(size[0] * scale)), max(32, round(size[1] * scale))
+def pad_small(image_XHW: np.ndarray, least: int, mode: Literal["edge", "ignore"] = "edge") -> np.ndarray:
+    """An image or a label map, larger at its right and lower side where it is too small for the encoder.
+
+    Args:
+        image_XHW: (…, H, W).
+        least: Shortest side that the encoder takes.
+        mode: ``edge`` repeats the last row and column, ``ignore`` fills labels with 255.
+    """
+    extra = [(0, max(0, least - side)) for side in image_XHW.shape[-2:]]
+    if not any(after for _, after in extra):
+        return image_XHW
+    widths = [(0, 0)] * (image_XHW.ndim - 2) + extra
+    return np.pad(image_XHW, widths, "edge") if mode == "edge" else np.pad(image_XHW, widths, constant_values=IGNORE)
 
 
 def seg_scores(
@@ -120,7 +148,7 @@ def seg_scores(
                 if x is None:
                     x = images_B3HW
                     if scale != 1.0:
-                        x = resize(x, scaled(size, scale))
+                        x = resize(x, scaled(size, scale, net.encoder.spec.min_size))
                 logits = net.segment(x.flip(-1) if flip else x)
             p = resize(logits.float(), size).softmax(1)
             p = p.flip(-1) if flip else p
@@ -152,7 +180,6 @@ class SharedPasses:
         wanted: set[tuple[float, bool]],
     ) -> None:
         self.net, self.plain, self.wanted = net, plain, wanted
-        self.size = (int(images_B3HW.shape[-2]), int(images_B3HW.shape[-1]))
         self.order = iter(order)
         self.logits: dict[tuple[float, bool], Tensor] = {}
         if plain.seg_BChw is not None:
@@ -165,8 +192,7 @@ class SharedPasses:
             features = self.plain.features
             return self.net.raw_from(features[3]), features[3], self.plain.affinity_BNN
         features, _ = self.net.encoder(images_B3HW)
-        same = tuple(images_B3HW.shape[-2:]) == scaled(self.size, key[0])  # but for images that are tiny
-        if key in self.wanted and same:
+        if key in self.wanted:
             self.logits[key] = self.net.decoder(features)[1]
         return self.net.raw_from(features[3]), features[3], None
 
@@ -212,11 +238,12 @@ def evaluate(
     tags_m, u_m = TagMetrics(num), UncertaintyMetrics()
     c = cfg.method.cam
     flips = (False, True) if cfg.eval.mirror else (False,)
+    least = net.encoder.spec.min_size
     seg_passes = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if masks else set()
 
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for batch_cpu in shape_batches(reader, indices, cfg.data.threads):
+        for batch_cpu in shape_batches(reader, indices, cfg.data.threads, least):
             batch = batch_cpu.to(device, dtype)
             images, b = batch.images_B3HW, len(batch.ids)
             out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
@@ -225,7 +252,15 @@ def evaluate(
             if want_cam:
                 assert batch.masks_BHW is not None
                 labels = batch.masks_BHW.long()
-                cam = multi_scale_cam(shared, images, batch.pairs_P2, batch.boxes_B4, scales=c.scales, mirror=c.mirror)
+                cam = multi_scale_cam(
+                    shared,
+                    images,
+                    batch.pairs_P2,
+                    batch.boxes_B4,
+                    scales=c.scales,
+                    mirror=c.mirror,
+                    least=least,
+                )
                 # One threshold, so every pixel inside the image is decided.
                 t = cfg.eval.cam_background
                 decided, _ = pseudo_labels(cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=t, low=t)
@@ -262,8 +297,10 @@ def evaluate(
                 seg.add(probs.argmax(1), labels)
                 if cfg.eval.crf:
                     for k in range(b):
-                        sharp = dense_crf(probs[k].cpu().numpy(), denormalize(batch_cpu.images_B3HW[k].numpy()))
-                        crf_c.add(torch.from_numpy(sharp.argmax(0))[None].to(device), labels[k : k + 1])
+                        _, h, _, w = batch.boxes_B4[k].tolist()  # without what small images were padded with
+                        image_HW3 = denormalize(batch_cpu.images_B3HW[k, :, :h, :w].numpy())
+                        sharp = dense_crf(probs[k, :, :h, :w].cpu().numpy(), image_HW3)
+                        crf_c.add(torch.from_numpy(sharp.argmax(0)).to(device), labels[k, :h, :w])
             if on_batch:
                 on_batch(batch.ids)
 
@@ -278,11 +315,41 @@ def evaluate(
             metrics[f"{name}_miou"] = float(confusion.miou)
             classes[f"{name}_iou"] = confusion.table(with_bg)
     tags_m.reduce()
+    if masks:
+        metrics["seg_background_miou"] = seg.background_miou
     metrics.update(tags_m.compute())
+    classes.update(tags_m.tables(names))
     if want_cam and prototypes is not None:
         u_m.reduce()
         metrics.update({k: v for k, v in u_m.compute().items() if k != "u_pairs"})
     # What cannot be computed (no pair of one kind, say) is absent rather than NaN.
     metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    verdict = collapse(metrics, None if seg.only is None else with_bg[seg.only])
+    metrics["collapsed"] = float(bool(verdict))
     net.train(was_training)
-    return EvalResult(metrics, classes, n)
+    return EvalResult(metrics, classes, n, verdict)
+
+
+def collapse(metrics: Mapping[str, float], only: str | None = None) -> str:
+    """In which way a score is that of a predictor without any skill; empty where it is not.
+
+    Args:
+        metrics: Of a validation.
+        only: The one class that the segmentation predicts for every pixel, if there is such a one.
+
+    >>> collapse({"seg_miou": 0.1204, "seg_background_miou": 0.12}, "background")
+    'collapsed: it predicts background everywhere (an empty mask scores 12.0 %)'
+    >>> collapse({"seg_miou": 0.5, "seg_background_miou": 0.12, "tag_map": 0.2, "tag_prevalence": 0.2})
+    ''
+    >>> collapse({"tag_map": 0.2, "tag_prevalence": 0.2})
+    'collapsed: tag_map is that of a ranking by chance (20.0 %)'
+    """
+    score, chance = (metrics.get(k, math.nan) for k in ("seg_miou", "seg_background_miou"))
+    if only is not None:
+        return f"collapsed: it predicts {only} everywhere (an empty mask scores {100 * chance:.1f} %)"
+    if math.isfinite(score):
+        same = abs(score - chance) < ROUNDING
+        return f"collapsed: seg_miou is that of an empty mask ({100 * chance:.1f} %)" if same else ""
+    score, chance = (metrics.get(k, math.nan) for k in ("tag_map", "tag_prevalence"))
+    same = abs(score - chance) < ROUNDING
+    return f"collapsed: tag_map is that of a ranking by chance ({100 * chance:.1f} %)" if same else ""

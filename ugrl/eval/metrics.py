@@ -130,6 +130,21 @@ class Confusion:
         return float(self.iou_C.nanmean())
 
     @property
+    def background_miou(self) -> float:
+        """What predicting nothing but background would score: the least that a mean IoU must beat."""
+        matrix = torch.zeros_like(self.matrix_CC)
+        matrix[:, 0] = self.matrix_CC.sum(1)
+        empty = Confusion(self.classes)
+        empty.matrix_CC = matrix
+        return empty.miou
+
+    @property
+    def only(self) -> int | None:
+        """The class that every counted pixel was predicted as, if there is such a one."""
+        guessed = self.matrix_CC.cpu().sum(0).nonzero().flatten().tolist()
+        return guessed[0] if len(guessed) == 1 else None
+
+    @property
     def accuracy(self) -> float:
         """Share of counted pixels that are right; NaN when nothing was counted."""
         matrix = self.matrix_CC.cpu().double()
@@ -238,23 +253,41 @@ class TagMetrics:
         """The metrics, over all ranks after :meth:`reduce`.
 
         Returns:
-            ``tag_map`` and ``tag_f1``, means over the classes that have a positive; ``tag_f1_micro``, F1 of all entries
-            pooled. NaN where nothing has a positive.
+            ``tag_map`` and ``tag_f1``, means over the classes that have a positive; ``tag_prevalence``, the share of
+            images that show a class, over the same: the ``tag_map`` of a ranking by chance; ``tag_f1_micro``, F1 of
+            all entries pooled. NaN where nothing has a positive.
         """
-        score_nF, tags_nF = torch.cat([self._rows, *(x.cpu() for x in self._new)]).unbind(1)
-        tags_nF = tags_nF > 0.5
+        score_nF, tags_nF = self._found()
         guess_nF = score_nF > self.threshold
         hit_F = (guess_nF & tags_nF).sum(0).double()
         both_F = (guess_nF.sum(0) + tags_nF.sum(0)).double()
         classes = tags_nF.any(0).nonzero().flatten().tolist()
         if not classes:
-            return {"tag_map": math.nan, "tag_f1": math.nan, "tag_f1_micro": math.nan}
+            return dict.fromkeys(("tag_map", "tag_prevalence", "tag_f1", "tag_f1_micro"), math.nan)
         precision = [average_precision(score_nF[:, f], tags_nF[:, f]) for f in classes]
         return {
             "tag_map": math.fsum(precision) / len(precision),
+            "tag_prevalence": float(tags_nF.double().mean(0)[classes].mean()),
             "tag_f1": float((2 * hit_F / both_F)[classes].mean()),
             "tag_f1_micro": float(2 * hit_F.sum() / both_F.sum()),
         }
+
+    def tables(self, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Average precision and prevalence by class name; a class without a positive has no precision (NaN).
+
+        Args:
+            class_names: F names.
+        """
+        score_nF, tags_nF = self._found()
+        precision = [average_precision(score_nF[:, f], tags_nF[:, f]) for f in range(self.classes)]
+        return {
+            "tag_ap": dict(zip(class_names, precision, strict=True)),
+            "tag_prevalence": dict(zip(class_names, tags_nF.double().mean(0).tolist(), strict=True)),
+        }
+
+    def _found(self) -> tuple[Tensor, Tensor]:
+        score_nF, tags_nF = torch.cat([self._rows, *(x.cpu() for x in self._new)]).unbind(1)
+        return score_nF, tags_nF > 0.5
 
 
 class UncertaintyMetrics:

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ugrl.data.augment import normalize
 from ugrl.errors import DataError
-from ugrl.eval.evaluate import seg_scores
+from ugrl.eval.evaluate import pad_small, seg_scores
 from ugrl.eval.palette import write_mask
 from ugrl.model.network import UGRLNet
 
@@ -78,11 +78,7 @@ def predict_image(
         crf: Whether to sharpen with a dense CRF.
     """
     h, w = image_HW3.shape[:2]
-    x = torch.from_numpy(normalize(image_HW3))[None].to(device)
-    # The encoder needs 32 pixels a side: smaller images are padded by their own edge.
-    pad = (0, max(0, 32 - w), 0, max(0, 32 - h))
-    if any(pad):
-        x = torch.nn.functional.pad(x, pad, mode="replicate")
+    x = torch.from_numpy(pad_small(normalize(image_HW3), net.encoder.spec.min_size))[None].to(device)
     probs = seg_scores(net, x, scales, mirror)[0, :, :h, :w]
     if crf:
         from ugrl.eval.crf import dense_crf

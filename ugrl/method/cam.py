@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ugrl import bilinear
 from ugrl.errors import UgrlError
+from ugrl.model.specs import scaled
 
 EPS = 1e-5
 
@@ -209,6 +210,7 @@ def multi_scale_cam(
     *,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     mirror: bool = True,
+    least: int = 1,
 ) -> CamOutput:
     """CAM of the present pairs from several scales and mirror images.
 
@@ -224,6 +226,7 @@ def multi_scale_cam(
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
         scales: Factors of the image size, 1.0 among them; the sides are rounded to whole pixels.
         mirror: Whether every scale also sees the mirror image.
+        least: Shortest side of a rescaled image, where the images may be small ones.
 
     Returns:
         The maps at (H, W), and features and affinity of the plain pass at scale 1.
@@ -251,7 +254,6 @@ def multi_scale_cam(
     raw_BFhw, f4_BDhw, affinity_BNN = forward(images_B3HW, True)
     total_PHW = both(images_B3HW, raw_BFhw)
     for scale in _others(scales):
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        images = bilinear.resize(images_B3HW, size)
+        images = bilinear.resize(images_B3HW, scaled((height, width), scale, least))
         total_PHW = total_PHW + both(images, forward(images, False)[0])
     return CamOutput(normalise(total_PHW, pairs_P2, boxes_B4), f4_BDhw, affinity_BNN)

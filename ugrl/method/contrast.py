@@ -41,6 +41,7 @@ from ugrl.distributed import all_gather_rows, all_gather_rows_grad, rank, world_
 from ugrl.errors import ConfigError
 from ugrl.method.anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
 from ugrl.method.losses import unit_shares
+from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
@@ -311,7 +312,7 @@ def contrastive_loss(
         found = f"{multiplicity_Bhw.dtype} {tuple(multiplicity_Bhw.shape)}"
         raise ConfigError(f"multiplicity: {found}, expected integers {tuple(labels_Bhw.shape)}")
     fused = _wants_triton(emb_BDhw, kernel)
-    with torch.autocast(device_type=emb_BDhw.device.type, enabled=False):
+    with full_precision(emb_BDhw):
         copies_BN = None
         if multiplicity_Bhw is not None:
             pool_Bhw = pool_Bhw & (multiplicity_Bhw > 0)

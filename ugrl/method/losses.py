@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ugrl.bilinear import resize, resize_gradient
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import ConfigError
+from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
@@ -76,7 +77,7 @@ def classification_loss(logits_BF: Tensor, tags_BF: Tensor, w_BF: Tensor) -> Ten
     Returns:
         Scalar.
     """
-    with torch.autocast(device_type=logits_BF.device.type, enabled=False):
+    with full_precision(logits_BF):
         x_BF = logits_BF if logits_BF.dtype == torch.float64 else logits_BF.float()
         y_BF = tags_BF.to(x_BF.dtype)
         w_BF = torch.where(y_BF > 0.5, w_BF.detach().to(x_BF.dtype), 1.0)
@@ -140,7 +141,7 @@ def segmentation_loss(
     """
     if balance not in ("none", "fg_bg"):
         raise ConfigError(f"balance: {balance!r}, expected 'none' or 'fg_bg'")
-    with torch.autocast(device_type=seg_BChw.device.type, enabled=False):
+    with full_precision(seg_BChw):
         x_BChw = seg_BChw if seg_BChw.dtype == torch.float64 else seg_BChw.float()
         valid_BHW = labels_BHW != IGNORE
         safe_BHW = labels_BHW.where(valid_BHW, 0).long()  # 255 would gather out of range
@@ -189,7 +190,7 @@ def affinity_loss(
     n = h * w if tokens_Bn is None else tokens_Bn.shape[1]
     if affinity_BNN.shape != (B, n, n):
         raise ConfigError(f"affinity: shape {tuple(affinity_BNN.shape)}, expected {(B, n, n)}")
-    with torch.autocast(device_type=affinity_BNN.device.type, enabled=False):
+    with full_precision(affinity_BNN):
         A_BNN = affinity_BNN if affinity_BNN.dtype == torch.float64 else affinity_BNN.float()
         usable_BN = (eligible_Bhw & (labels_Bhw != IGNORE)).flatten(1)
         labels_BN = labels_Bhw.flatten(1)

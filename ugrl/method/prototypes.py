@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ugrl.distributed import all_gather_rows, all_reduce_sum
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.precision import full_precision
 from ugrl.seeding import generator
 
 Encoding = Literal["linear", "fourier"]
@@ -121,7 +122,7 @@ class Prototypes(nn.Module):
     @torch.no_grad()
     def encode(self, r_D: Tensor) -> Tensor:
         """H of class vectors (…, D) → (…, d_cls), centred on the mean so far; not of unit length."""
-        with torch.autocast(device_type=r_D.device.type, enabled=False):
+        with full_precision(r_D):
             sigma = None if self.encoding == "linear" else self.sigma
             return self._encode(r_D.to(self.phi_dD.dtype), self.mean_CD, self.mean_seen_C, sigma)
 
@@ -138,7 +139,7 @@ class Prototypes(nn.Module):
             that has a prototype. u has the buffers' type: float32, float64 after ``.double()``.
         """
         self._check(r_BCD, present_BC)
-        with torch.autocast(device_type=r_BCD.device.type, enabled=False):
+        with full_precision(r_BCD):
             h_BCd = self.encode(r_BCD.masked_fill(~present_BC[..., None], 0))
             lengths_BC = h_BCd.norm(dim=-1)
             lengths_C = self.prototypes_Cd.norm(dim=-1)
@@ -159,7 +160,7 @@ class Prototypes(nn.Module):
             present_BC: bool, which exist.
         """
         self._check(r_BCD, present_BC)
-        with torch.autocast(device_type=r_BCD.device.type, enabled=False):
+        with full_precision(r_BCD):
             r_BCD = r_BCD.to(self.phi_dD.dtype).masked_fill(~present_BC[..., None], 0)
             batch_mean_CD, n_C = _mean_over_batch(r_BCD, present_BC)
             here_C = n_C > 0

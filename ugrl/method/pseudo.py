@@ -8,6 +8,7 @@ from torch import Tensor
 from ugrl.errors import UgrlError
 from ugrl.method.cam import inside_grid, inside_mask, resize, spans, to_grid
 from ugrl.method.uncertainty import local_affinity
+from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
@@ -115,7 +116,7 @@ def random_walk(
     """
     if beta <= 0 or log_iterations < 0:
         raise UgrlError(f"propagation: got beta {beta}, log_iterations {log_iterations}, expected > 0 and >= 0")
-    with torch.autocast(device_type=cam_PN.device.type, enabled=False):
+    with full_precision(cam_PN):
         walk_BNN = ahat_BNN.to(cam_PN.dtype) ** beta
         sums_BN1 = walk_BNN.sum(-1, keepdim=True)
         walk_BNN = torch.where(sums_BN1 > 0, walk_BNN / sums_BN1, 0.0)

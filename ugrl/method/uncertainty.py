@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import UgrlError
+from ugrl.precision import full_precision
 
 MIN_MASS = 1e-6
 """Smallest Σω (positions' worth of map) that still makes a class vector."""
@@ -89,7 +90,7 @@ def class_vectors(
         r (B, C, D), 0 where there is none, and bool (B, C): which exist, that is shown and with a
         total weight Σω of at least 1e-6 before ω is normalised. r is float32, float64 for float64 features.
     """
-    with torch.autocast(device_type=f4_BDN.device.type, enabled=False):
+    with full_precision(f4_BDN):
         f_BDN = f4_BDN if f4_BDN.dtype == torch.float64 else f4_BDN.float()
         omega_BCN = m_BCN.to(f_BDN.dtype)
         if ahat_BNN is not None:

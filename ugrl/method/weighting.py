@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ugrl.distributed import all_reduce_sum
 from ugrl.errors import ConfigError
+from ugrl.precision import full_precision
 
 Kind = Literal["inverse_exp", "exp_decay", "none"]
 
@@ -67,7 +68,7 @@ def modulation_weights(
     u_BC = u_BC if u_BC.dtype == torch.float64 else u_BC.float()
     if kind == "none":
         return torch.ones_like(u_BC)
-    with torch.autocast(device_type=u_BC.device.type, enabled=False):
+    with full_precision(u_BC):
         n_BC = n_BC.to(u_BC.dtype)
         weighed_BC = known_BC & (n_BC > 0)
         n_BC = n_BC.where(weighed_BC, 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ugrl.errors import ConfigError
 from ugrl.model.encoder import attention_logits, rows
+from ugrl.precision import full_precision
 
 
 class AffinityHead(nn.Module):
@@ -46,7 +47,7 @@ class AffinityHead(nn.Module):
 
     def forward(self, attn_BMNN: Tensor) -> Tensor:
         """Attention logits (B, M, N, N) → affinity logits (B, N, N), symmetric; float32 (float64 stays)."""
-        with torch.autocast(device_type=attn_BMNN.device.type, enabled=False):
+        with full_precision(attn_BMNN):
             s = attn_BMNN if attn_BMNN.dtype == torch.float64 else attn_BMNN.float()
             if self.hidden is None:
                 return self._symmetric(torch.einsum("bmij,m->bij", s, self.out.weight[0].to(s.dtype)))
@@ -85,7 +86,7 @@ class AffinityHead(nn.Module):
         )
         k_BND = torch.cat([k for _, k in pairs], dim=-1)
         t_BNN = q_BND @ k_BND.transpose(1, 2)
-        with torch.autocast(device_type=t_BNN.device.type, enabled=False):
+        with full_precision(t_BNN):
             return self._symmetric(t_BNN if t_BNN.dtype == torch.float64 else t_BNN.float())
 
     def _symmetric(self, t_BNN: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ugrl.bilinear import resize
-from ugrl.model.encoder import Features, Four, init_weights, rows
+from ugrl.model.encoder import Features, init_weights, rows
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.norm import make_norm
+from ugrl.model.specs import Four
+from ugrl.precision import full_precision
 
 
 def per_position(x_BDhw: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,7 +63,7 @@ class Decoder(nn.Module):
 
     def composed(self) -> tuple[list[Tensor], Tensor]:
         """The matrices (D, D_i) from F_i to the fused map, and their common bias (D,)."""
-        with torch.autocast(device_type=self.fuse.weight.device.type, enabled=False):
+        with full_precision(self.fuse.weight):
             parts = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]
             layers = list(zip(parts, cast(Iterable[nn.Linear], self.project), strict=True))
             weights = [part @ layer.weight for part, layer in layers]
@@ -122,7 +124,7 @@ class ProjectionHead(nn.Module):
         if at_Bn is not None:
             y_BhwD = rows(y_BhwD.flatten(1, 2), at_Bn)[:, None]
         e_BhwD = F.linear(y_BhwD, self.out.weight.flatten(1), self.out.bias)
-        with torch.autocast(device_type=e_BhwD.device.type, enabled=False):
+        with full_precision(e_BhwD):
             e_BhwD = e_BhwD if e_BhwD.dtype == torch.float64 else e_BhwD.float()
             return unit(e_BhwD).permute(0, 3, 1, 2)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from ugrl.errors import UgrlError
 from ugrl.model.linear import linear
 from ugrl.model.noise import Noise, keep_scale
+from ugrl.model.specs import SPECS as SPECS
+from ugrl.model.specs import MiTSpec as MiTSpec
 
 #: The last two blocks of the last stage: the affinity reads their attention logits (AFA).
 AFFINITY_BLOCKS = 2
@@ -25,52 +26,9 @@ AFFINITY_BLOCKS = 2
 #: pages for every tensor; that took half of the time of the widest layers.
 CPU_BYTES = 2**24
 
-Four = tuple[int, int, int, int]
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 #: Drop-path factors (B, 1, 1) of a block's two branches.
 Scales = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class MiTSpec:
-    """The shape of an encoder; one entry per stage.
-
-    Attributes:
-        dims: Channels.
-        depths: Blocks.
-        heads: Attention heads.
-        sr_ratios: Side of the square of positions that share one key and value.
-        mlp_ratio: Hidden width of the feed-forward part over the stage's width.
-        strides: Downsampling on entry.
-        drop_path: Drop rate of the last block; the others rise to it linearly from 0.
-    """
-
-    dims: Four
-    depths: Four
-    heads: Four = (1, 2, 5, 8)
-    sr_ratios: Four = (8, 4, 2, 1)
-    mlp_ratio: int = 4
-    strides: Four = (4, 2, 2, 1)
-    drop_path: float = 0.1
-
-    @property
-    def min_size(self) -> int:
-        """Shortest image side, in pixels, that leaves every stage a key."""
-        return max(math.prod(self.strides[: i + 1]) * sr for i, sr in enumerate(self.sr_ratios))
-
-
-_WIDE = (64, 128, 320, 512)
-
-SPECS: dict[str, MiTSpec] = {
-    "mit_b0": MiTSpec((32, 64, 160, 256), (2, 2, 2, 2)),
-    "mit_b1": MiTSpec(_WIDE, (2, 2, 2, 2)),
-    "mit_b2": MiTSpec(_WIDE, (3, 4, 6, 3)),
-    "mit_b3": MiTSpec(_WIDE, (3, 4, 18, 3)),
-    "mit_b4": MiTSpec(_WIDE, (3, 8, 27, 3)),
-    "mit_b5": MiTSpec(_WIDE, (3, 6, 40, 3)),
-    # A CPU size: stride 8 at the end, so that a 96 px crop still has a 12 x 12 grid.
-    "tiny": MiTSpec((32, 64, 128, 192), (1, 1, 1, 2), (1, 2, 4, 6), (4, 2, 1, 1), 3, (4, 2, 1, 1)),
-}
 
 
 def to_tokens(x_BDhw: Tensor) -> Tensor:

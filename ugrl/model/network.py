@@ -15,6 +15,7 @@ from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import Decoder, ProjectionHead
 from ugrl.model.encoder import CPU_BYTES, SPECS, MiT, attention_logits
 from ugrl.model.noise import Noise
+from ugrl.precision import full_precision
 from ugrl.types import Focus, ModelOutput
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
@@ -193,7 +194,7 @@ class UGRLNet(nn.Module):
         Returns:
             logits_BF, float32 (float64 stays).
         """
-        with torch.autocast(device_type=f4_BDhw.device.type, enabled=False):
+        with full_precision(f4_BDhw):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
             outside = None
             if boxes_B4 is not None and size is not None:
@@ -209,7 +210,7 @@ class UGRLNet(nn.Module):
 
     def raw_from(self, f4_BDhw: Tensor) -> Tensor:
         """Raw CAM: classifier weights · F4, (B, F, h, w), before ReLU; float32 (float64 stays)."""
-        with torch.autocast(device_type=f4_BDhw.device.type, enabled=False):
+        with full_precision(f4_BDhw):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
             return F.linear(x.permute(0, 2, 3, 1), self.classifier.weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ugrl.distributed import all_reduce_sum_grad, world_size
 from ugrl.errors import ConfigError
+from ugrl.precision import full_precision
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -23,7 +24,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """(B, D, h, w) → the same shape and dtype."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        with torch.autocast(device_type=input.device.type, enabled=False):
+        with full_precision(input):
             return self._synchronised(input)
 
     def _synchronised(self, x_BDhw: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class GroupNorm2d(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, D, h, w) → the same shape and dtype."""
-        with torch.autocast(device_type=input.device.type, enabled=False):
+        with full_precision(input):
             x = input if input.dtype == torch.float64 else input.float()
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).to(input.dtype)
 

@@ -15,8 +15,11 @@ Keys and values are one layer here; where a file has two, they are put side by s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +31,8 @@ from ugrl.model.encoder import SPECS, MiT
 
 #: Where a hub repository or a folder keeps its weights, best first.
 FILES = ("model.safetensors", "pytorch_model.bin")
+#: How long the hub may take to say whether it has a file.
+PATIENCE_S = 12.0
 
 _PREFIXES = ("module.", "model.", "backbone.", "segformer.", "encoder.")
 #: Heads on top of an encoder; what else a file may hold without being wrong.
@@ -154,19 +159,50 @@ def locate(source: str) -> Path:
 
 def _download(repo: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError
 
-        try:
-            return Path(hf_hub_download(repo, FILES[0]))
-        except EntryNotFoundError:
-            # The repository, or offline the local cache, has no such file; older ones have the other.
-            return Path(hf_hub_download(repo, FILES[1]))
+        for name in FILES:
+            if isinstance(kept := hub.try_to_load_from_cache(repo, name), str):
+                return Path(kept)
+        for name in FILES:
+            try:
+                # The download itself asks an unreachable hub again and again: one question first.
+                _within(PATIENCE_S, partial(hub.get_hf_file_metadata, hub.hf_hub_url(repo, name), timeout=5))
+            except EntryNotFoundError:
+                continue  # older repositories have the other file
+            return Path(hub.hf_hub_download(repo, name))
+        raise EntryNotFoundError(f"neither {' nor '.join(FILES)} is in it")
     except Exception as error:
         raise CheckpointError(
-            f"{repo}: cannot be downloaded from the Hugging Face hub ({_one_line(error)}); where there is a network, "
-            f"fetch https://huggingface.co/{repo}/resolve/main/{FILES[1]} and give the path of that file instead"
-        ) from error
+            f"{repo}: cannot be downloaded from the Hugging Face hub ({_one_line(error)}); model.weights=null trains "
+            f"without; or fetch https://huggingface.co/{repo}/resolve/main/{FILES[1]} where there is a network and "
+            "set model.weights to the path of that file"
+        ) from None
+
+
+def _within(seconds: float, work: Callable[[], object]) -> None:
+    """Do something that may hang, in a thread that is left behind when it does.
+
+    Raises:
+        TimeoutError: It is not done in time.
+        BaseException: Whatever it raised.
+    """
+    ended: Future[None] = Future()
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=body, name="hub", daemon=True).start()
+    try:
+        ended.result(timeout=seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

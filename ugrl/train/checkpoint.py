@@ -5,7 +5,7 @@ Layout of a run folder::
     OUT/config.yaml
     OUT/metrics.jsonl
     OUT/checkpoints/step_00000100/
-        state.json              format, step, config, class names, metrics
+        state.json              format, step, config, class names, metrics, fingerprint of the data
         model.safetensors       the network
         prototypes.safetensors  prototypes, counts, running means, Φ
         optimizer.safetensors   AdamW's moments by parameter name
@@ -21,8 +21,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ugrl import foreign
 from ugrl.config import Config, build
-from ugrl.data.shards import sync, write_text
+from ugrl.data.shards import MOST_CLASSES, sync, write_text
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.storage import Place, StorageError, place
+from ugrl.text import brief, line
 
 FORMAT = 1
 PREFIX = "step_"
 BEST = "best.json"
 PARTS = ("model", "prototypes", "optimizer", "random")
+_NAME = re.compile(rf"{PREFIX}[0-9]{{1,15}}")
+_MOST_STEPS = 10**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,15 @@ class State:
     config: Config
     class_names: tuple[str, ...]
     metrics: dict[str, float]
+    data: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One of the best checkpoints, by name."""
+
+    checkpoint: str
+    value: float
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,6 +81,7 @@ def save(
     class_names: tuple[str, ...],
     metrics: Mapping[str, float],
     parts: Mapping[str, Mapping[str, Tensor]],
+    data: str | None = None,
 ) -> Path:
     """Write ``folder/step_…`` atomically.
 
@@ -77,6 +92,7 @@ def save(
         class_names: Foreground classes.
         metrics: The last validation's.
         parts: Tensors by file name, see the module's text.
+        data: Fingerprint of the splits that the run reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{step:08d}"
@@ -93,6 +109,7 @@ def save(
                 "step": step,
                 "class_names": list(class_names),
                 "metrics": dict(metrics),
+                "data": data,
                 "config": config,
             },
         )
@@ -133,19 +150,38 @@ def step_of(name: str) -> int:
 
 def prune(folder: Path, keep: int) -> None:
     """Drop the oldest checkpoints beyond ``keep``; those marked best stay."""
-    best = best_names(folder)
+    try:
+        best = {r.checkpoint for r in ranking(folder)}
+    except CheckpointError:
+        return  # nobody knows which are the best: all stay
     for old in _all(folder)[:-keep]:
         if old.name not in best:
             shutil.rmtree(old)
 
 
-def best_names(folder: Path) -> set[str]:
-    """Names of the best checkpoints in ``OUT/checkpoints``, if any were marked."""
-    try:
-        tree = json.loads((folder / BEST).read_text(encoding="utf-8"))
-        return {str(tree["checkpoint"]), *(str(r["checkpoint"]) for r in tree.get("ranking", []))}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+def ranking(folder: str | Path | Place) -> list[Ranked]:
+    """The best checkpoints in ``OUT/checkpoints``, the best one first; none where none was marked.
+
+    Raises:
+        CheckpointError: ``best.json`` cannot be used.
+        StorageError: The storage does not answer.
+    """
+    file = place(folder) / BEST
+    if not file.exists():
+        return []
+    where = line(file)
+    tree = _json(file)
+    listed = [tree]
+    if "ranking" in foreign.as_dict(tree, where, error=CheckpointError):
+        listed += foreign.as_list(tree["ranking"], f"{where}: ranking", most=10_000, error=CheckpointError)
+    found: dict[str, Ranked] = {}
+    for entry in listed:
+        name = foreign.field(entry, "checkpoint", where, error=CheckpointError)
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise CheckpointError(f"{where}: checkpoint {brief(name)}; expected a name such as {PREFIX}00000100")
+        value = foreign.as_number(entry.get("value", 0.0), f"{where}: value", error=CheckpointError)
+        found.setdefault(name, Ranked(name, value))
+    return list(found.values())
 
 
 def sweep(folder: Path) -> list[str]:
@@ -156,18 +192,14 @@ def sweep(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
+def _names(names: Iterable[str]) -> list[str]:
+    """Those that are checkpoints', by step."""
+    return sorted((n for n in names if _NAME.fullmatch(n)), key=step_of)
+
+
 def _all(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith(PREFIX) and (p / "state.json").is_file())
-
-
-def best_name(folder: str | Path | Place) -> str | None:
-    """Name of the best checkpoint in ``OUT/checkpoints``, if one was marked."""
-    try:
-        return str(json.loads((place(folder) / BEST).read())["checkpoint"])
-    except (StorageError, ValueError, KeyError):
-        return None
+    names = _names(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return [folder / name for name in names if (folder / name / "state.json").is_file()]
 
 
 def latest(out: str | Path | Place) -> Place | None:
@@ -180,8 +212,8 @@ def latest(out: str | Path | Place) -> Place | None:
     if folder.local is not None:
         found = _all(folder.local)
         return place(found[-1]) if found else None
-    for name in reversed(folder.names()):
-        if name.startswith(PREFIX) and (folder / name / "state.json").exists():
+    for name in reversed(_names(folder.names())):
+        if (folder / name / "state.json").exists():
             return folder / name
     return None
 
@@ -198,12 +230,14 @@ def find(where: str | Path | Place, *, best: bool = False) -> Path:
     where = place(where)
     found: Place | None = where
     if not (where / "state.json").exists():
-        name = best_name(where / "checkpoints") if best else None
-        found = where / "checkpoints" / name if name else latest(where)
-        if found is None or not found.is_dir():
-            raise CheckpointError(
-                f"{where}: no checkpoint there; expected a run folder or one of its checkpoints/step_…"
-            )
+        ranked = ranking(where / "checkpoints") if best else []
+        found = where / "checkpoints" / ranked[0].checkpoint if ranked else latest(where)
+        if ranked and found is not None and not (found / "state.json").exists():
+            raise CheckpointError(f"{line(where)}: its {BEST} names {found.name}, which is not there")
+    if found is None or not found.is_dir():
+        raise CheckpointError(
+            f"{line(where)}: no checkpoint there; expected a run folder or one of its checkpoints/step_…"
+        )
     assert found is not None
     return found.local or _fetched(found)
 
@@ -224,30 +258,76 @@ def read_state(where: str | Path | Place) -> State:
         CheckpointError: Missing, broken or of another format.
     """
     file = place(where) / "state.json"
+    at = line(file)
     try:
-        raw = json.loads(file.read())
-    except (StorageError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{where}: checkpoint format {raw.get('format')!r}; this version reads {FORMAT}")
+        raw = _json(file)
+    except StorageError as error:
+        raise CheckpointError(f"{at}: cannot be read: {line(error)}") from None
+
+    def field(key: str) -> Any:
+        return foreign.field(raw, key, at, error=CheckpointError)
+
+    if field("format") != FORMAT:
+        raise CheckpointError(f"{at}: checkpoint format {brief(raw['format'])}; this version reads {FORMAT}")
+    step = foreign.as_int(field("step"), f"{at}: step", least=0, most=_MOST_STEPS, error=CheckpointError)
+    if _NAME.fullmatch(file.parent.name) and step != step_of(file.parent.name):
+        raise CheckpointError(f"{at}: step {step}; expected that of {file.parent.name}")
+    listed = foreign.as_list(field("class_names"), f"{at}: class_names", most=MOST_CLASSES, error=CheckpointError)
+    names = [foreign.as_str(name, f"{at}: class_names", most=200, error=CheckpointError) for name in listed]
+    metrics = foreign.as_dict(field("metrics"), f"{at}: metrics", error=CheckpointError)
+    for key, value in metrics.items():
+        if not isinstance(value, int | float):
+            raise CheckpointError(f"{at}: metrics: {brief(key)}: {brief(value)}; expected a number")
+    data = None if raw.get("data") is None else foreign.as_str(raw["data"], f"{at}: data", error=CheckpointError)
+    tree = foreign.as_dict(field("config"), f"{at}: config", error=CheckpointError)
+    if not tree or not names:
+        raise CheckpointError(
+            f"{at}: an empty {'list of class_names' if tree else 'config'}; expected those of the run"
+        )
     try:
-        config = build(raw["config"])
+        config = build(tree)
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    return State(place(where), int(raw["step"]), config, tuple(raw["class_names"]), dict(raw["metrics"]))
+        raise CheckpointError(f"{at}: {error}") from None
+    return State(place(where), step, config, tuple(names), {k: float(v) for k, v in metrics.items()}, data)
+
+
+def _json(file: Place) -> Any:
+    # A metric may be undefined (NaN), and is written as Python does.
+    data = file.read_small(file.name, error=CheckpointError)
+    return foreign.parse_json(data, line(file), error=CheckpointError, nan=True)
+
+
+def check_data(state: State, data: str, shards: Path | Place) -> None:
+    """Refuse to continue a run on other images than it began with.
+
+    Args:
+        state: Of the checkpoint; an old one does not know its data, and is taken.
+        data: Fingerprint of the splits that are there now.
+        shards: Their folder.
+
+    Raises:
+        CheckpointError: They differ; names both.
+    """
+    if state.data is not None and state.data != data:
+        raise CheckpointError(
+            f"{line(state.path)}: trained on data {brief(state.data)[1:-1]}, while those of {line(shards)} are {data}: "
+            "other images; name the shards that the run began with (--data), or start a new run"
+        )
 
 
 def read_part(path: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one part of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: Missing or truncated.
+        CheckpointError: Missing or damaged.
     """
     file = path / f"{name}.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{line(file)}: cannot be read: no such file")
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    except Exception as error:  # whatever the library makes of damaged bytes
+        raise CheckpointError(f"{line(file)}: cannot be read: {line(error)}") from None
 
 
 def load_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -257,15 +337,26 @@ def load_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: P
         CheckpointError: A key is missing, unexpected or of another shape.
     """
     own = module.state_dict()
-    for key in own.keys() | tensors.keys():
+    for key in sorted(own.keys() | tensors.keys()):
         if key not in own or key not in tensors:
             state = "unexpected" if key not in own else "missing"
-            raise CheckpointError(f"{where}: tensor '{key}' is {state}: the checkpoint is of another configuration")
-        if own[key].shape != tensors[key].shape:
             raise CheckpointError(
-                f"{where}: tensor '{key}' has shape {list(tensors[key].shape)}; expected {list(own[key].shape)}"
+                f"{line(where)}: tensor {brief(key)} is {state}: the checkpoint is of another configuration"
             )
+        check_tensor(tensors[key], own[key], f"{line(where)}: tensor '{key}'")
     module.load_state_dict(dict(tensors))
+
+
+def check_tensor(found: Tensor, like: Tensor, where: str) -> None:
+    """Refuse a tensor that cannot stand for another one; real numbers may be of another precision.
+
+    Raises:
+        CheckpointError: Another shape or kind of numbers.
+    """
+    if found.shape != like.shape:
+        raise CheckpointError(f"{where} has shape {brief(list(found.shape))}; expected {list(like.shape)}")
+    if found.dtype != like.dtype and not (found.is_floating_point() and like.is_floating_point()):
+        raise CheckpointError(f"{where} holds {found.dtype}; expected {like.dtype}")
 
 
 def random_state() -> dict[str, Tensor]:
@@ -276,8 +367,20 @@ def random_state() -> dict[str, Tensor]:
     return out
 
 
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Restore what :func:`random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def set_random_state(state: Mapping[str, Tensor], where: Path) -> None:
+    """Restore what :func:`random_state` returned.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    for key, own in random_state().items():
+        if key in state or key == "torch":  # a run may go on where there is no GPU, and the other way round
+            if key not in state:
+                raise CheckpointError(f"{line(where)}: no random state '{key}'; the checkpoint is damaged")
+            check_tensor(state[key], own, f"{line(where)}: random state '{key}'")
+    try:
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{line(where)}: a random state that cannot be: {line(error)}") from None

@@ -1,35 +1,93 @@
-"""How many operations a training step takes, counted while it runs."""
+"""How many operations a training step takes, counted without doing them, and how long it takes on a device."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ugrl.config import Config
 from ugrl.method.build import build_par, build_prototypes
+from ugrl.method.contrast import _cut, _sum_of_losses, _Tile
 from ugrl.model.build import build_net
+from ugrl.model.encoder import SPECS
 from ugrl.train.step import Step
-from ugrl.types import Batch
+from ugrl.types import IGNORE, Batch
+
+# What a step that is timed may take, in GFLOP, and for how long it is repeated, in seconds.
+TIMED_GFLOP, TIMED_S = 30.0, 0.6
+# Side of the contrastive loss's tiles on a CPU, where nothing else is asked for.
+TILE = 512
 
 
-def _linear(x: Any, weight: Any, *args: Any, out_val: Any = None, **more: Any) -> int:
+aten = torch.ops.aten
+
+
+def _linear(x: Any, weight: Any, *args: Any, out_shape: Any = None) -> int:
     """Of oneDNN's linear layer, which torch's counter does not know."""
-    rows = 1
-    for n in x[:-1]:
-        rows *= n
-    return int(2 * rows * weight[0] * weight[1])
+    return 2 * math.prod(x) * int(weight[0])
+
+
+def _convolution_backward(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None) -> int:
+    """As the convolution itself, for each of the two gradients that are wanted; torch's counter forgets the groups."""
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(args[-1][:2])
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **more: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+FORMULAS = flop_registry | {
+    aten.convolution_backward: shape_wrapper(_convolution_backward),
+    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = shape_wrapper(_linear)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts as torch's FlopCounterMode does, without its attempts to take every operation apart, most of the time."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := FORMULAS.get(func._overloadpacket)) is not None:
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class _Full(Step):
+    """The step without what a host would ask the values for, so that it also runs on the meta device."""
+
+    def contrast(self, emb_BDhw: Tensor, labels_Bhw: Tensor, pool_Bhw: Tensor) -> Tensor:
+        """Every position is an anchor."""
+        c = self.cfg.method.contrast
+        x_BND, key_BN = emb_BDhw.flatten(2).transpose(1, 2), labels_Bhw.flatten(1)
+        n, side = key_BN.shape[1], c.tile or TILE
+        tiles = [_Tile(0, n, 0, IGNORE, True)] if n <= side else _cut([n], 0, side, True)
+        return _sum_of_losses(x_BND, key_BN, None, tiles, c.tau, padded=False)
 
 
 def step_gflop(cfg: Config, num_classes: int) -> float:
     """Operations of one training step after the warm-ups, forward and backward, CAM passes included, for one image.
 
     Matrix products, convolutions and attention count, each multiplication and each addition as one; norms, resizing and
-    other things that move memory do not. The step runs on a CPU, on random pixels of ``data.crop``, with one class
-    present and both CAM thresholds in one place: no pixel is ignored, and the contrastive pool has its full size.
+    other things that move memory do not. The step runs on torch's meta device: one image of ``data.crop`` with one
+    class, no pixel ignored, the contrastive pool at its full size.
 
     Args:
         cfg: The run.
@@ -38,58 +96,85 @@ def step_gflop(cfg: Config, num_classes: int) -> float:
     Returns:
         GFLOP (10⁹ operations).
     """
-    step, batch = _made(cfg, num_classes, torch.device("cpu"))
-    mapping: dict[Any, Any] = {}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        mapping[torch.ops.mkldnn._linear_pointwise] = _linear
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        step(batch, cfg.train.steps - 1).loss.backward()
-    return float(counter.get_total_flops()) / 1e9
+    # PAR multiplies nothing that counts, and a Fourier code as much as a linear one, which asks for no value.
+    cam, u = replace(cfg.method.cam, refine="none"), replace(cfg.method.uncertainty, encoding="linear")
+    cfg = replace(cfg, method=replace(cfg.method, cam=cam, uncertainty=u))
+    meta = torch.device("meta")
+    with meta:  # a network of any size takes no memory, and no time to be drawn
+        step = _made(cfg, num_classes, meta)
+    return _counted(step, _batch(cfg, num_classes, 1, meta), cfg.train.steps - 1)
 
 
-def step_seconds(cfg: Config, num_classes: int, device: torch.device) -> float:
-    """Seconds of the same step on a device, times the images of the global batch: about what a step takes there.
+def _counted(step: Step, batch: Batch, at: int) -> float:
+    """Do a step; its GFLOP."""
+    with _Counter() as counter:
+        step(batch, at).loss.backward()
+    return counter.flop / 1e9
+
+
+def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: float) -> float:
+    """About how long a step of the global batch takes on a device.
+
+    What is timed has fewer images, and smaller ones where one is too much already; its time is scaled by operations.
 
     Args:
         cfg: The run.
         num_classes: Foreground classes.
         device: Where.
+        gflop: Of :func:`step_gflop`.
     """
-    step, batch = _made(cfg, num_classes, device)
+    small = replace(cfg, data=replace(cfg.data, crop=_timed_crop(cfg, gflop)))
+    images = max(1, min(cfg.train.global_batch, int(TIMED_GFLOP / gflop)))
+    step, batch = _made(small, num_classes, device), _batch(small, num_classes, images, device)
+
+    # What others do on a CPU at the moment is not counted.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    threads = 1 if device.type == "cuda" else torch.get_num_threads()
 
     def once() -> float:
-        start = time.perf_counter()
+        start = clock()
         step(batch, cfg.train.steps - 1).loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return (clock() - start) / threads
 
-    once()
-    return once() * cfg.train.global_batch
+    done = _counted(step, batch, cfg.train.steps - 1)  # also gives the class a prototype, and hence a u
+    found = [once()]
+    while sum(found) < TIMED_S:
+        found.append(once())
+    return min(found) * cfg.train.global_batch * gflop / done
 
 
-def _made(cfg: Config, num_classes: int, device: torch.device) -> tuple[Step, Batch]:
-    """A step with its network, and a batch of one image whose class has a prototype, and hence a u."""
+def _timed_crop(cfg: Config, gflop: float) -> int:
+    """A multiple of 32 below the crop where a step on that is too much; never what leaves a CAM scale no key."""
+    least = SPECS[cfg.model.backbone].min_size / min(1.0, *cfg.method.cam.scales)
+    wanted = cfg.data.crop * min(1.0, (TIMED_GFLOP / gflop) ** 0.5)
+    return min(cfg.data.crop, 32 * round(max(least, wanted) / 32))
+
+
+def _made(cfg: Config, num_classes: int, device: torch.device) -> Step:
+    """A step with its network. Both CAM thresholds in one place: no pixel is ignored."""
     cam = cfg.method.cam
     middle = (cam.low + cam.high) / 2
-    cam = replace(cam, low=middle, high=middle, refine="none")
+    cam = replace(cam, low=middle, high=middle)
     cfg = replace(cfg, method=replace(cfg.method, cam=cam), train=replace(cfg.train, dtype="float32", micro_batch=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = build_net(cfg, num_classes, pretrained=False).to(device)
         net.train()
-        step = Step(cfg, net, build_prototypes(cfg, num_classes, net.dim).to(device), build_par(cfg))
-        tags = torch.zeros(1, num_classes)
-        tags[0, 0] = 1.0
-        size = cfg.data.crop
-        batch = Batch(
-            ids=("counted",),
-            images_B3HW=torch.randn(1, 3, size, size),
-            tags_BF=tags,
-            masks_BHW=None,
-            boxes_B4=torch.tensor([[0, size, 0, size]]),
-            pairs_P2=tags.nonzero(),
-        ).to(device)
-        with torch.no_grad():
-            step(batch, cfg.train.steps - 1)
-    return step, batch
+        return _Full(cfg, net, build_prototypes(cfg, num_classes, net.dim).to(device), build_par(cfg))
+
+
+def _batch(cfg: Config, num_classes: int, images: int, device: torch.device) -> Batch:
+    """Random pixels with one class in every image."""
+    tags = torch.zeros(images, num_classes, device=device)
+    tags[:, 0] = 1.0
+    size = cfg.data.crop
+    return Batch(
+        ids=tuple(map(str, range(images))),
+        images_B3HW=torch.randn(images, 3, size, size, device=device),
+        tags_BF=tags,
+        masks_BHW=None,
+        boxes_B4=torch.tensor([[0, size, 0, size]] * images, device="cpu"),
+        pairs_P2=torch.tensor([[b, 0] for b in range(images)], device="cpu"),
+    )

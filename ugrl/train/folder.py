@@ -7,17 +7,20 @@ sent to its storage with every checkpoint and at the end: objects cannot be appe
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ugrl import config as config_mod
+from ugrl import foreign
 from ugrl.config import Config
+from ugrl.data.shards import sync, write_text
 from ugrl.distributed import is_main, rank
+from ugrl.errors import DataError
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
 from ugrl.train.saver import Saved, Saver, Snapshot, send_files
@@ -31,6 +34,7 @@ class RunFolder:
         cfg: The run.
         class_names: Foreground classes.
         objective: Metric that the best checkpoints are chosen by.
+        data: Fingerprint of the splits that the run reads.
         say: Told in one line what the user should know.
 
     Attributes:
@@ -44,9 +48,11 @@ class RunFolder:
         *,
         class_names: tuple[str, ...],
         objective: str,
+        data: str,
         say: Callable[[str], None],
     ) -> None:
         self.home, self.cfg, self.class_names, self.objective, self.say = home, cfg, class_names, objective, say
+        self.data = data
         self.path: Path | None = None
         self.mirror = home if home is not None and home.local is None else None
         self._saver: Saver | None = None
@@ -76,7 +82,7 @@ class RunFolder:
             home = self.mirror
             retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
         config = config_mod.to_dict(self.cfg)
-        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
@@ -89,6 +95,7 @@ class RunFolder:
             config=config,
             class_names=self.class_names,
             objective=self.objective,
+            data=self.data,
             keep=self.cfg.train.keep_checkpoints,
             keep_best=self.cfg.train.keep_best,
             patience_s=patience_s,
@@ -155,15 +162,20 @@ class RunFolder:
 def _cut_log(path: Path, done: int) -> None:
     if not path.is_file():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line: dict[str, Any] = json.loads(text)
-        except ValueError:  # the last words of a process that was killed
-            continue
-        if max(int(line.get("step", 0)), int(line.get("eval", 0))) <= done:
-            kept.append(text + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    draft = path.with_name(path.name + ".tmp")
+    with path.open("rb") as old, draft.open("wb") as new:
+        new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done))
+    sync(draft)
+    os.replace(draft, path)
+
+
+def _keeps(text: bytes, done: int) -> bool:
+    """Whether a line is of a step up to ``done``; the last words of a process that was killed are of none."""
+    try:
+        tree = foreign.as_dict(foreign.parse_json(text, "a line", nan=True), "a line")
+        return max(foreign.as_int(tree.get(key, 0), key) for key in ("step", "eval")) <= done
+    except DataError:
+        return False
 
 
 def _fetch_logs(home: Place, out: Path) -> None:

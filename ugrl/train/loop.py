@@ -6,9 +6,10 @@ written by rank 0 alone.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.loader import LocalLoader
 from ugrl.data.make import Loaded, OnDevice
-from ugrl.data.order import batch_rows, steps_per_epoch
+from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.transfer import Transfer
@@ -38,14 +39,15 @@ from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
 from ugrl.train.board import Board
+from ugrl.train.check import check_run, judged_rows
 from ugrl.train.deterministic import make_deterministic
 from ugrl.train.folder import RunFolder
 from ugrl.train.guard import Guard
 from ugrl.train.interrupt import Agreement, Interrupted, StopRequest
-from ugrl.train.meter import Meter
-from ugrl.train.objective import resolve_objective
+from ugrl.train.meter import Meter, Pace
+from ugrl.train.objective import why_no_masks
 from ugrl.train.optim import Optimizer
-from ugrl.train.progress import Progress
+from ugrl.train.progress import Progress, duration, header, slow_text, step_time, tell
 from ugrl.train.saver import Snapshot, snapshot
 from ugrl.train.step import Step
 from ugrl.types import Batch
@@ -195,16 +197,16 @@ class Trainer:
             cache_disk_mb=cfg.data.cache_disk_mb,
             patience_s=cfg.data.storage_patience_s,
         )
-        self.objective = resolve_objective(cfg, self.manifest, cfg.data.val_split)
+        self.objective = check_run(cfg, self.manifest)
+        self.data = self.manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
         self.folder = RunFolder(
             None if out is None else place(out),
             cfg,
             class_names=self.class_names,
             objective=self.objective,
+            data=self.data,
             say=self.say,
         )
-        steps_per_epoch(self.train_ids, cfg.train.global_batch)  # refuses a split smaller than a batch
-
         self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, self.dtype)
         self.prototypes = build_prototypes(cfg, num, self.net.dim).to(self.device, self.dtype)
         groups = self.net.parameter_groups(
@@ -231,12 +233,13 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: trained on classes {list(state.class_names)}, not on those of {self.shards}"
             )
+        checkpoint.check_data(state, self.data, self.shards)
         if state.step > self.cfg.train.steps:
             raise CheckpointError(f"{path}: holds step {state.step}; the run has train.steps {self.cfg.train.steps}")
         checkpoint.load_module(self.net, checkpoint.read_part(path, "model"), path)
         checkpoint.load_module(self.prototypes, checkpoint.read_part(path, "prototypes"), path)
-        self.optimizer.load(checkpoint.read_part(path, "optimizer"))
-        checkpoint.set_random_state(checkpoint.read_part(path, "random"))
+        self.optimizer.load(checkpoint.read_part(path, "optimizer"), path)
+        checkpoint.set_random_state(checkpoint.read_part(path, "random"), path)
         self.done = state.step
         self.metrics = dict(state.metrics)
 
@@ -244,7 +247,7 @@ class Trainer:
         """Tell the user, and whoever listens, what happened; from any thread."""
         if is_main():
             if not self.quiet:
-                self.console.print(text, highlight=False, soft_wrap=True)
+                tell(self.console, text)
             self.hooks.on_event(text)
 
     def save(self) -> None:
@@ -295,9 +298,12 @@ class Trainer:
         status = "FAILED"
         batches = Transfer(self.loader(self._spec()), self.device, self.dtype)
         try:
-            bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet)
+            self._introduce()
+            every = self.cfg.train.at(self.cfg.train.eval_every)
+            pace = Pace(self.cfg.train.steps, self.step_fn.warmup, every)
+            bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet, pace=pace)
             with bar as progress, StopRequest() as stop:
-                self._loop(batches, board, progress, stop)
+                self._loop(batches, board, progress, pace, stop)
             self._tell_saved(wait=True)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -310,8 +316,39 @@ class Trainer:
         barrier()
         return dict(self.metrics)
 
-    def _loop(self, batches: Iterator[Batch], board: Board, progress: Progress, stop: StopRequest) -> None:
+    def _introduce(self) -> None:
+        """Say what is trained on what, and by which metric it is judged."""
+        cfg, val = self.cfg, self.cfg.data.val_split
+        for text in header(
+            cfg,
+            device=self.device,
+            workers=world_size(),
+            parameters=sum(p.numel() for p in self.net.parameters()),
+            classes=len(self.class_names),
+            train=self.train_ids,
+            val=len(self.val_reader),
+            objective=self.objective,
+            done=self.done,
+        ):
+            self.say(text)
+        if cfg.eval.objective == "auto" and (why := why_no_masks(self.manifest, val, self.objective)):
+            self.say(why)
+
+    def _tell_pace(self, pace: Pace) -> None:
+        """Say how long the run will take."""
+        warm = self.done <= self.step_fn.warmup < self.cfg.train.steps
+        left, step_s = pace.left(self.done), pace.step_s(warm)
+        if left is None or step_s is None:
+            return
+        more = ", and steps after the warm-up take longer" if warm else ""
+        self.say(f"step {self.done}  {step_time(step_s)} a step: about {duration(left)} left{more}")
+        if warning := slow_text(left, self.done, self.cfg.train.steps):
+            self.say(warning)
+
+    def _loop(self, batches: Iterator[Batch], board: Board, progress: Progress, pace: Pace, stop: StopRequest) -> None:
         cfg = self.cfg
+        eval_every, checkpoint_every = cfg.train.at(cfg.train.eval_every), cfg.train.at(cfg.train.checkpoint_every)
+        picture_every = cfg.train.at(cfg.train.picture_every)
         model = self._wrapped()
         amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
         guard = Guard(
@@ -332,7 +369,7 @@ class Trainer:
             self.folder.note_ids({"step": step + 1}, batch.ids)
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            pictures = board.writer is not None and (step + 1) % cfg.train.picture_every == 0
+            pictures = board.writer is not None and (step + 1) % picture_every == 0
             guard.keep()
             out = run_step(
                 self.step_fn,
@@ -351,8 +388,9 @@ class Trainer:
             if self.device.type == "cpu":  # where reading a value waits for nothing
                 good += guard.collect()
             meter.step(cfg.train.global_batch)
-            progress.advance(self.done)
+            pace.step(self.done)
             last = self.done == cfg.train.steps
+            values = None
             if self.done % cfg.train.log_every == 0 or last:
                 good += guard.collect()
                 values = self._means([w for w, ok in zip(window, good, strict=True) if ok], meter.values())
@@ -362,22 +400,27 @@ class Trainer:
                 window, good = [], []
                 self.folder.record({"step": self.done, **values})
                 board.scalars("train", values, self.done)
-                progress.losses(self.done, values)
                 self.hooks.on_log(self.done, values)
+            progress.advance(self.done, values)
+            if pace.news(self.done):
+                self._tell_pace(pace)
             if pictures:
                 board.pictures(batch, out.views, self.done)
-            evaluated = self.done % cfg.train.eval_every == 0 or last
+            evaluated = self.done % eval_every == 0 or last
             if evaluated:
-                with meter.pause():
-                    result = self.validate()
+                with meter.pause(), pace.validation():
+                    result = self.validate(progress)
                 self.metrics = {**result.metrics, "step": float(self.done)}
                 self.folder.record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
                 board.scalars("val", result.metrics, self.done)
                 for group, table in result.classes.items():
-                    board.scalars(f"val_{group}", table, self.done)
-                progress.evaluated(self.done, result, self.objective)
+                    # A class that no image shows has no score.
+                    board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
+                progress.evaluated(self.done, result)
+                if result.verdict:
+                    self.say(f"step {self.done}  {result.verdict}")
             with meter.pause():
-                if evaluated or self.done % cfg.train.checkpoint_every == 0:
+                if evaluated or self.done % checkpoint_every == 0:
                     self.save()
                 if evaluated:
                     self.hooks.on_eval(self.done, dict(self.metrics))
@@ -408,9 +451,17 @@ class Trainer:
         ids = self.manifest.ids(split)
         return [ids[int(i)] for i in rows]
 
-    def validate(self) -> EvalResult:
+    def validate(self, progress: Progress | None = None) -> EvalResult:
         """Evaluate the present network on ``data.val_split``."""
-        cfg = self.cfg
+        cfg, seen = self.cfg, 0
+
+        def on_batch(ids: Sequence[str]) -> None:
+            nonlocal seen
+            seen += len(ids) * world_size()
+            self.folder.note_ids({"eval": self.done}, ids)
+            if progress is not None:
+                progress.validating(seen, judged_rows(cfg, self.manifest, cfg.data.val_split))
+
         # Whole images come in many sizes: compiling for each would cost more than it saves.
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             return evaluate(
@@ -419,10 +470,10 @@ class Trainer:
                 cfg,
                 device=self.device,
                 prototypes=self.prototypes,
-                affinity_trained=self.step_fn.uses_affinity and self.done > cfg.train.cls_warmup_iters,
+                affinity_trained=self.step_fn.uses_affinity and self.done > self.step_fn.warmup,
                 par=self.par,
                 dtype=self.dtype,
-                on_batch=lambda ids: self.folder.note_ids({"eval": self.done}, ids),
+                on_batch=on_batch,
             )
 
     def _spec(self) -> LoaderSpec:
@@ -449,7 +500,7 @@ class Trainer:
             on_device=self._on_device(),
             cache_mb=cfg.data.cache_mb,
             # Only pictures show masks, and rank 0 draws them.
-            masks_every=cfg.train.picture_every if self.folder.home is not None and is_main() else 0,
+            masks_every=cfg.train.at(cfg.train.picture_every) if self.folder.home is not None and is_main() else 0,
             cache_dir=cfg.data.cache_dir,
             cache_disk_mb=cfg.data.cache_disk_mb,
             patience_s=cfg.data.storage_patience_s,

@@ -32,7 +32,7 @@ def measure(
         cfg,
         device=device,
         prototypes=got.prototypes,
-        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.cls_warmup_iters,
+        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.at(cfg.train.cls_warmup_iters),
         par=par,
     )
 

@@ -1,4 +1,4 @@
-"""The loop's clock: how fast, how long a step, how much of it waiting for data, how much memory."""
+"""The loop's clock: how fast, how long a step, how much of it waiting for data, how much memory, how long still."""
 
 from __future__ import annotations
 
@@ -87,3 +87,65 @@ class Meter:
         if self.device.type == "cpu" and STATM.is_file():
             return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return None
+
+
+class Pace:
+    """How long a run still takes. A step of the warm-up costs a fraction of a later one, and validations cost theirs.
+
+    Args:
+        total: Steps of the run.
+        warmup: Steps of the classification warm-up.
+        eval_every: Steps between two validations.
+    """
+
+    # The first step of a kind also pays for what is made once; these are few enough to wait for, and enough to tell.
+    LEAST = 4
+
+    def __init__(self, total: int, warmup: int, eval_every: int) -> None:
+        self.total, self.warmup, self.eval_every = total, warmup, eval_every
+        self._steps: dict[bool, list[float]] = {True: [], False: []}
+        self._validation: float | None = None
+        self._since: float | None = None
+        self._told: set[bool] = set()
+
+    def step(self, done: int, seconds: float | None = None) -> None:
+        """A step has ended, that many are done; ``seconds`` since the last call by default."""
+        now = time.perf_counter()
+        if seconds is None and self._since is not None:
+            seconds = now - self._since
+        self._since = now
+        if seconds is not None:
+            kind = self._steps[done <= self.warmup]
+            kind.append(seconds)
+            del kind[1:-50]  # the first one, and the newest
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Around a validation."""
+        start = time.perf_counter()
+        yield
+        self._since = time.perf_counter()
+        self._validation = self._since - start
+
+    def step_s(self, warm: bool) -> float | None:
+        """Mean seconds of a step in the warm-up or after it, or of the other kind where that is all there is."""
+        found = self._steps[warm] or self._steps[not warm]
+        kept = found[1:] or found
+        return sum(kept) / len(kept) if kept else None
+
+    def left(self, done: int) -> float | None:
+        """Seconds still to go after so many steps, as far as one knows."""
+        warm_s, full_s = self.step_s(True), self.step_s(False)
+        if warm_s is None or full_s is None:
+            return None
+        warm = max(0, min(self.warmup, self.total) - done)
+        validations = -(-self.total // self.eval_every) - done // self.eval_every
+        return warm * warm_s + (self.total - done - warm) * full_s + validations * (self._validation or 0.0)
+
+    def news(self, done: int) -> bool:
+        """Whether this step is the one after which a kind of step is known well enough to tell."""
+        kind = done <= self.warmup
+        if kind in self._told or len(self._steps[kind]) <= self.LEAST or done == self.total:
+            return False
+        self._told.add(kind)
+        return True

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ugrl.config import TrainConfig
 from ugrl.errors import CheckpointError
+from ugrl.text import brief, line
+from ugrl.train.checkpoint import check_tensor
+
+_KINDS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def lr_factor(step: int, cfg: TrainConfig) -> float:
@@ -20,8 +25,9 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     >>> lr_factor(0, cfg), lr_factor(10, cfg), lr_factor(50, cfg)
     (1e-06, 0.9, 0.5)
     """
-    if step < cfg.lr_warmup_iters:
-        return cfg.lr_warmup_ratio + (1.0 - cfg.lr_warmup_ratio) * step / cfg.lr_warmup_iters
+    warm = cfg.at(cfg.lr_warmup_iters)
+    if step < warm:
+        return cfg.lr_warmup_ratio + (1.0 - cfg.lr_warmup_ratio) * step / warm
     return float((1.0 - step / cfg.steps) ** cfg.power)
 
 
@@ -71,20 +77,27 @@ class Optimizer:
                 out[f"{key}/{self.names[id(param)]}"] = value.detach()
         return out
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], where: Path) -> None:
         """Take over what :meth:`state` returned.
 
         Raises:
-            CheckpointError: A name that this network does not have.
+            CheckpointError: It is of another network, or incomplete.
         """
         params = {name: p for g in self.adamw.param_groups for p in g["params"] for name in [self.names[id(p)]]}
+        kinds: dict[str, set[str]] = {}
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            if name not in params:
-                raise CheckpointError(f"optimizer state names parameter '{name}', which this network does not have")
+            if name not in params or kind not in _KINDS:
+                raise CheckpointError(f"{line(where)}: optimizer state {brief(key)}, which this network does not have")
             p = params[name]
+            like = torch.zeros(()) if kind == "step" else p
+            check_tensor(value, like, f"{line(where)}: optimizer state '{key}'")
             if kind == "step":  # the fused kernel reads it on the device, the others on the host
                 on = value.to(p.device if self.fused else "cpu").clone()
             else:
                 on = value.to(p.device, p.dtype).clone()
             self.adamw.state[p][kind] = on
+            kinds.setdefault(name, set()).add(kind)
+        for name, found in kinds.items():
+            if missing := sorted(_KINDS - found):
+                raise CheckpointError(f"{line(where)}: no optimizer state '{missing[0]}/{name}'; it is damaged")

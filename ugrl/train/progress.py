@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from rich import progress as bars
+import torch
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from ugrl.eval.evaluate import EvalResult
+from ugrl.config import Config
+from ugrl.eval.evaluate import BASELINES, EvalResult
+from ugrl.text import plain
+from ugrl.train.meter import Pace
 
 LOSSES = ("total", "cls", "seg", "ucl", "aux")
+DAY_S = 86400.0
 
 
 def losses_text(values: Mapping[str, float]) -> str:
@@ -32,8 +39,7 @@ def speed_text(values: Mapping[str, float]) -> str:
     """
     words = [f"{values['images_per_s']:.1f} img/s"] if "images_per_s" in values else []
     if "step_s" in values:
-        s = values["step_s"]
-        words.append(f"{s:.2f} s/step" if s >= 1 else f"{1000 * s:.0f} ms/step")
+        words.append(f"{step_time(values['step_s'])}/step")
     if "data_wait" in values:
         words.append(f"{100 * values['data_wait']:.0f}% data wait")
     if "device_memory_mb" in values:
@@ -42,82 +48,229 @@ def speed_text(values: Mapping[str, float]) -> str:
     return "  ".join(words)
 
 
-class Progress:
-    """Shows steps, losses, images/s and time left; a line at most every few seconds off a terminal."""
+def step_time(seconds: float) -> str:
+    """Seconds of a step.
 
-    def __init__(self, console: Console, total: int, done: int, *, enabled: bool, every_s: float = 10.0) -> None:
-        self.console, self.total, self.enabled, self.every_s = console, total, enabled, every_s
-        self.live = enabled and console.is_terminal
-        self.started, self.first, self.last_line = time.monotonic(), done, 0.0
-        self.bar = bars.Progress(
-            bars.TextColumn("train"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not self.live,
+    >>> step_time(2.5), step_time(0.0985)
+    ('2.50 s', '98 ms')
+    """
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it, its two largest units.
+
+    >>> duration(7), duration(200), duration(3 * 3600 + 61), duration(20 * 86400 + 7200)
+    ('7 s', '3 min 20 s', '3 h 1 min', '20 d 2 h')
+    """
+    whole = round(seconds)
+    for size, unit, part, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"
+
+
+def left_text(seconds: float | None) -> str:
+    """Time to go, where it is known."""
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def bar_line(
+    width: int, done: int, total: int, left: str, notes: Sequence[str] = (), *, ascii_only: bool = False
+) -> Text:
+    """A run in one row of a terminal: step, bar and time left, then as many whole notes as there is room for.
+
+    >>> bar_line(50, 5, 20, "7 s left", ["81.2 img/s", "total 1.5000"], ascii_only=True).plain
+    'step 5/20  #####---------------  7 s left'
+    >>> bar_line(24, 5, 20, "7 s left", ["81.2 img/s"], ascii_only=True).plain
+    'step 5/20  7 s left'
+    """
+    head = f"step {done}/{total}"
+    cells = min(20, width - len(head) - 2 - (len(left) + 2 if left else 0))
+    row = Text(head, no_wrap=True, overflow="crop")
+    if cells >= 4:
+        full = cells * done // max(1, total)
+        row.append("  ").append(("#" if ascii_only else "━") * full, "bar.complete")
+        row.append(("-" if ascii_only else "━") * (cells - full), "bar.back")
+    for word in (left, *notes):
+        if not word:
+            continue
+        if row.cell_len + 2 + len(word) > width:
+            break
+        row.append(f"  {word}", "progress.remaining" if word is left else "")
+    return row
+
+
+def header(
+    cfg: Config,
+    *,
+    device: torch.device,
+    workers: int,
+    parameters: int,
+    classes: int,
+    train: int,
+    val: int,
+    objective: str,
+    done: int = 0,
+) -> list[str]:
+    """What a run is, in lines of less than 80 characters where names are short.
+
+    >>> from ugrl.config import load
+    >>> for text in header(load("voc"), device=torch.device("cpu"), workers=1, parameters=14_000_000, classes=20,
+    ...                    train=10582, val=1449, objective="seg_miou"):
+    ...     print(text)
+    device cpu  mit_b1 with 14.0 M parameters  20 classes
+    images 10582 train, 1449 val  judged by seg_miou
+    steps 20000 of 8 crops of 512 px = 15.1 epochs
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    t, crop = cfg.train, cfg.data.crop
+    number = f"{classes} {'class' if classes == 1 else 'classes'}"
+    start = f"device {name}" + (f" x {workers} workers" if workers > 1 else "")
+    epochs = t.steps / (train // t.global_batch)
+    return [
+        f"{start}  {cfg.model.backbone} with {parameters / 1e6:.1f} M parameters  {number}",
+        f"images {train} {cfg.data.train_split}, {val} {cfg.data.val_split}  judged by {objective}",
+        f"steps {t.steps} of {t.global_batch} crops of {crop} px = {epochs:.1f} epochs"
+        + (f", from step {done}" if done else ""),
+    ]
+
+
+def tell(console: Console, text: str) -> None:
+    """One line that may hold anything: wrapped between words on a terminal, one line elsewhere."""
+    words = Text("  ").join(plain(word) for word in text.split("  "))
+    console.print(words, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def slow_text(left_s: float, done: int, total: int) -> str:
+    """What to do about a run of more than a day; empty for a shorter one.
+
+    >>> slow_text(3600.0, 10, 1000)
+    ''
+    >>> slow_text(10 * 86400.0, 0, 20000)
+    'warning: more than a day; train.steps=2000 fits in one, --config own is made for a CPU, own-gpu and voc for a GPU'
+    """
+    if left_s <= DAY_S:
+        return ""
+    fits = done + int((total - done) * DAY_S / left_s)
+    return (
+        f"warning: more than a day; train.steps={fits} fits in one, --config own is made for a CPU, own-gpu and voc "
+        "for a GPU"
+    )
+
+
+class Progress:
+    """Shows steps, time left, images/s and losses; a line at most every few seconds off a terminal.
+
+    Args:
+        console: Where.
+        total: Steps of the run.
+        done: Steps done before.
+        enabled: Whether to show anything.
+        pace: What knows the time left; without it none is shown.
+        every_s: Seconds between two lines off a terminal.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        done: int,
+        *,
+        enabled: bool,
+        pace: Pace | None = None,
+        every_s: float = 10.0,
+    ) -> None:
+        self.console, self.total, self.done, self.enabled, self.every_s = console, total, done, enabled, every_s
+        self.pace, self.values, self.now, self.last_line = pace, dict[str, float](), "", -math.inf
+        self.live = Live(
+            get_renderable=self.render, console=console, refresh_per_second=4, auto_refresh=True, transient=False
         )
-        self.task = self.bar.add_task("train", total=total, completed=done, note="")
+        self.on_terminal = enabled and console.is_terminal
 
     def __enter__(self) -> Progress:
-        if self.live:
-            self.bar.start()
+        if self.on_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.live:
-            self.bar.stop()
+        if self.on_terminal:
+            self.live.stop()
 
-    def advance(self, done: int) -> None:
-        """Steps done so far."""
-        if self.live:
-            self.bar.update(self.task, completed=done)
+    def _words(self) -> tuple[str, list[str]]:
+        left = left_text(self.pace.left(self.done) if self.pace else None)
+        texts = (self.now,) if self.now else (speed_text(self.values), losses_text(self.values))
+        return left, [word for text in texts if text for word in text.split("  ")]
 
-    def losses(self, done: int, values: dict[str, float]) -> None:
-        """Means since the last call."""
-        if not self.enabled:
-            return
-        note = "  ".join(text for text in (losses_text(values), speed_text(values)) if text)
-        if self.live:
-            self.bar.update(self.task, note=note)
-            return
+    def render(self) -> Text:
+        """The live row."""
+        left, notes = self._words()
+        options = self.console.options
+        return bar_line(options.max_width, self.done, self.total, left, notes, ascii_only=options.ascii_only)
+
+    def _line(self, *, due: bool = False) -> None:
         now = time.monotonic()
-        if now - self.last_line >= self.every_s or done == self.total:
-            self.last_line = now
-            left = (now - self.started) / max(1, done - self.first) * (self.total - done)
-            self.console.print(f"step {done}/{self.total}  {note}  left {left:.0f} s", highlight=False, soft_wrap=True)
+        if not self.enabled or self.on_terminal or (now - self.last_line < self.every_s and not due):
+            return
+        self.last_line = now
+        left, notes = self._words()
+        tell(self.console, "  ".join(w for w in (f"step {self.done}/{self.total}", left, *notes) if w))
 
-    def evaluated(self, done: int, result: EvalResult, objective: str) -> None:
+    def advance(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """Steps done so far, and means since the last values where they are at hand."""
+        self.done, self.now = done, ""
+        if values is not None:
+            self.values = dict(values)
+        if self.values:
+            self._line(due=done == self.total)
+
+    def validating(self, images: int, total: int) -> None:
+        """Images of a validation that are through."""
+        self.now = f"validation {min(images, total)}/{total}"
+        if images < total:
+            self._line()
+
+    def evaluated(self, done: int, result: EvalResult) -> None:
         """One line a validation; the whole table at the end."""
+        self.now = ""
         if not self.enabled:
             return
-        text = "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items())
-        self.console.print(
-            f"step {done}  validation on {result.images} images  {text}", highlight=False, soft_wrap=True
-        )
+        tell(self.console, f"step {done}  validation on {result.images} images  {scores_text(result.metrics)}")
         if done == self.total:
             self.console.print(result_table(result))
 
 
+def scores_text(metrics: Mapping[str, float]) -> str:
+    """The scores of a validation, each with what no skill scores.
+
+    >>> scores_text({"seg_miou": 0.5, "seg_background_miou": 0.12, "tag_f1": 0.4, "collapsed": 0.0})
+    'seg_miou 0.5000 (empty masks 0.1200)  tag_f1 0.4000'
+    """
+    chance = {score: metrics[base] for score, base in BASELINES.items() if base in metrics}
+    words = {"seg_miou": "empty masks", "tag_map": "by chance"}
+    return "  ".join(
+        f"{k} {v:.4f}" + (f" ({words[k]} {chance[k]:.4f})" if k in chance else "")
+        for k, v in metrics.items()
+        if k != "collapsed" and k not in BASELINES.values()
+    )
+
+
 def result_table(result: EvalResult) -> Table:
-    """Per-class values and the means, in percent."""
-    table = Table(title=f"{result.images} images (percent)")
+    """Per-class values, the means and what no skill scores, in percent."""
+    table = Table(title=f"{result.images} images (percent)", caption=plain(result.verdict) if result.verdict else None)
     table.add_column("class")
     groups = list(result.classes)
     for group in groups:
         table.add_column(group.replace("_", " "), justify="right")
     for name in dict.fromkeys(c for g in groups for c in result.classes[g]):
         values = [result.classes[g].get(name) for g in groups]
-        table.add_row(name, *("-" if v is None or v != v else f"{100 * v:.1f}" for v in values))
+        table.add_row(plain(name), *("-" if v is None or v != v else f"{100 * v:.1f}" for v in values))
     if groups:
         table.add_section()
-    for name, value in result.metrics.items():
-        table.add_row(name, f"{100 * value:.1f}", *[""] * (len(groups) - 1)) if groups else None
-    if not groups:
+    else:
         table.add_column("value", justify="right")
-        for name, value in result.metrics.items():
-            table.add_row(name, f"{100 * value:.1f}")
+    for name, value in result.metrics.items():
+        if name != "collapsed":
+            table.add_row(name, f"{100 * value:.1f}", *[""] * (len(groups) - 1))
     return table

@@ -10,20 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from ugrl import config as config_mod
+from ugrl import foreign
 from ugrl.config import Config
-from ugrl.data.order import steps_per_epoch
 from ugrl.data.prepare import prepare
-from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest
 from ugrl.errors import BusyError, ConfigError, DataError
 from ugrl.storage import Place, place
+from ugrl.text import line
 from ugrl.train import checkpoint
-from ugrl.train.objective import resolve_objective
+from ugrl.train.check import check_run
 from ugrl.train.tracking import check_mlflow
 
 # May differ between a run and its resumption: nothing in them changes what is computed.
@@ -104,6 +103,7 @@ def plan_run(
         ConfigError: ``out`` exists and ``resume`` was not asked for; the resumed run has another
             configuration; the objective cannot be supplied.
         DataError: The shards cannot be used.
+        CheckpointError: The resumed run began with other images.
     """
     out = place(out or place(cfg.cluster.storage or "runs") / cfg.name)
     if out.exists() and not out.is_dir():
@@ -116,14 +116,12 @@ def plan_run(
         check_same(cfg, stored_config(out), out)
     shards = ensure_shards(cfg, data, console=console)
     manifest = Manifest.load(shards)
-    for split in (cfg.data.train_split, cfg.data.val_split):
-        manifest.split(split)
-    resolve_objective(cfg, manifest, cfg.data.val_split)
+    check_run(cfg, manifest, fresh=not resume or checkpoint.latest(out) is None)
     if cfg.train.mlflow is not None:
         check_mlflow(cfg.train.mlflow)
-    steps_per_epoch(manifest.split(cfg.data.train_split).rows, cfg.train.global_batch)
-    if len(ShardReader(shards, cfg.data.val_split)) == 0:
-        raise DataError(f"{shards}: split '{cfg.data.val_split}' is empty; expected at least one image")
+    if resume and (found := checkpoint.latest(out)) is not None:
+        now = manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
+        checkpoint.check_data(checkpoint.read_state(found), now, shards)
     return RunPlan(replace(cfg, data=replace(cfg.data, shards=shards.public)), shards, out, resume)
 
 
@@ -135,14 +133,15 @@ def stored_config(out: Place) -> Config:
         StorageError: It cannot be read.
     """
     file = out / "config.yaml"
+    where = line(file)
+    data = file.read_small("configuration", most=foreign.MOST_YAML, error=ConfigError)
+    tree = foreign.parse_yaml(foreign.decode_text(data, where, error=ConfigError), where)
+    if not tree:
+        raise ConfigError(f"{where}: empty; expected the configuration that the run was started with")
     try:
-        tree = yaml.safe_load(file.read())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from None
-    try:
-        return config_mod.build(tree or {})
+        return config_mod.build(foreign.as_dict(tree, where, error=ConfigError))
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def check_same(new: Config, old: Config, out: Path | Place) -> None:

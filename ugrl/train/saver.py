@@ -8,12 +8,12 @@ state is being written and one waits; a third makes the loop wait.
 
 from __future__ import annotations
 
-import json
+import math
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ugrl.errors import CheckpointError
 from ugrl.storage import Place, place, retry
+from ugrl.text import line
 from ugrl.train import checkpoint
 
 Parts = dict[str, dict[str, Tensor]]
@@ -82,6 +83,7 @@ class _Shared:
     mirror: Place | None
     config: dict[str, Any]
     class_names: tuple[str, ...]
+    data: str | None
     objective: str
     keep: int
     keep_best: int
@@ -101,6 +103,7 @@ class Saver:
         mirror: Where the run lives, if that is a remote storage.
         config: The configuration as a plain dict.
         class_names: Foreground classes.
+        data: Fingerprint of the splits that the run reads.
         objective: Metric that the best are chosen by, larger is better.
         keep: Latest checkpoints that are kept.
         keep_best: Best ones that are kept besides.
@@ -120,8 +123,9 @@ class Saver:
         keep_best: int,
         patience_s: float,
         log: Callable[[str], None],
+        data: str | None = None,
     ) -> None:
-        self._s = _Shared(folder, mirror, config, class_names, objective, keep, keep_best, patience_s, log)
+        self._s = _Shared(folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log)
         self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-saver", daemon=True)
         self._thread.start()
         weakref.finalize(self, _end, self._s.jobs)
@@ -180,7 +184,7 @@ def _work(s: _Shared) -> None:
                 _write(s, state)
         except Exception as error:  # whatever it was, the loop must hear of it
             last = "none was saved" if s.last is None else f"the last whole one is of step {s.last}"
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = line(error) or type(error).__name__
             s.error = CheckpointError(
                 f"{s.mirror or s.folder}: the checkpoint of step {state.step if state else '?'} could not be written "
                 f"in {s.patience_s:g} s ({reason}); {last}: make room or bring the storage back, then --resume"
@@ -202,6 +206,7 @@ def _write(s: _Shared, state: Snapshot) -> None:
             class_names=s.class_names,
             metrics=state.metrics,
             parts=state.parts,
+            data=s.data,
         )
         _rank(s, path, state)
         checkpoint.prune(path.parent, s.keep)
@@ -219,19 +224,20 @@ def _write(s: _Shared, state: Snapshot) -> None:
 
 def _rank(s: _Shared, path: Path, state: Snapshot) -> None:
     """Note a checkpoint that was validated among the best ``keep_best``."""
-    if s.keep_best == 0 or state.metrics.get("step") != state.step or s.objective not in state.metrics:
+    value = state.metrics.get(s.objective, math.nan)
+    if s.keep_best == 0 or state.metrics.get("step") != state.step or not math.isfinite(value):
         return
-    mark = path.parent / checkpoint.BEST
     try:
-        ranking = list(json.loads(mark.read_text(encoding="utf-8")).get("ranking", []))
-    except (OSError, ValueError):
-        ranking = []
-    ranking = [r for r in ranking if r["checkpoint"] != path.name and (path.parent / r["checkpoint"]).is_dir()]
-    ranking.append({"checkpoint": path.name, "value": state.metrics[s.objective]})
+        known = checkpoint.ranking(path.parent)
+    except CheckpointError as error:
+        s.log(f"{error}; the ranking begins anew")
+        known = []
+    known = [r for r in known if r.checkpoint != path.name and (path.parent / r.checkpoint).is_dir()]
+    known.append(checkpoint.Ranked(path.name, value))
     # Of equals the earlier one: a later one has to be better to replace it.
-    ranking = sorted(ranking, key=lambda r: -r["value"])[: s.keep_best]
-    tree = {"checkpoint": ranking[0]["checkpoint"], "objective": s.objective, "value": ranking[0]["value"]}
-    checkpoint.write_json(mark, {**tree, "ranking": ranking})
+    known = sorted(known, key=lambda r: -r.value)[: s.keep_best]
+    tree = {"checkpoint": known[0].checkpoint, "objective": s.objective, "value": known[0].value}
+    checkpoint.write_json(path.parent / checkpoint.BEST, {**tree, "ranking": [asdict(r) for r in known]})
 
 
 def _send(folder: Path, path: Path, mirror: Place) -> None:

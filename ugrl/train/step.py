@@ -152,6 +152,7 @@ class Step:
         self.weighs_seg = method.setting in WEIGHS_SEG
         self.contrasts = method.setting in CONTRASTS and method.loss.lambda2 > 0
         self.uses_affinity = method.loss.lambda3 > 0
+        self.warmup = cfg.train.at(cfg.train.cls_warmup_iters)
         self.counts_on_host: bool | None = None
 
     def cam(
@@ -220,7 +221,7 @@ class Step:
         share = self.cfg.method.cam.share
         if share == "exact":  # nothing is dropped: the two passes are one
             return not self.cfg.train.stochastic or self.cfg.model.drop_path == 0
-        return share == "always" or (share == "warmup" and step < self.cfg.train.cls_warmup_iters)
+        return share == "always" or (share == "warmup" and step < self.warmup)
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: int, plain: tuple[Tensor, Pairs] | None = None) -> Targets:
@@ -233,10 +234,10 @@ class Step:
         """
         cfg, method = self.cfg, self.cfg.method
         c, u_cfg, k_cfg = method.cam, method.uncertainty, method.contrast
-        warm = step < cfg.train.cls_warmup_iters
-        if step == cfg.train.cls_warmup_iters:
+        warm = step < self.warmup
+        if step == self.warmup:
             self.prototypes.freeze()
-        propagate = c.propagate == "affinity" and step >= max(c.propagate_after, cfg.train.cls_warmup_iters)
+        propagate = c.propagate == "affinity" and step >= max(cfg.train.at(c.propagate_after), self.warmup)
         local = self.uses_affinity and not warm
         cam = self.cam(
             batch,
@@ -305,7 +306,7 @@ class Step:
 
     def wants(self, step: int) -> dict[str, bool]:
         """Which heads a step's losses read."""
-        warm = step < self.cfg.train.cls_warmup_iters
+        warm = step < self.warmup
         return {
             "decode": not warm,
             "affinity": self.uses_affinity and not warm,
@@ -339,6 +340,11 @@ class Step:
         )
         return self.losses(batch, out, made[0], step, views=views)
 
+    def contrast(self, emb_BDhw: Tensor, labels_Bhw: Tensor, pool_Bhw: Tensor) -> Tensor:
+        """The contrastive loss as configured."""
+        c = self.cfg.method.contrast
+        return contrastive_loss(emb_BDhw, labels_Bhw, pool_Bhw, tau=c.tau, scope=c.scope, tile=c.tile)
+
     def losses(self, batch: Batch, out: ModelOutput, t: Targets, step: int, *, views: bool = False) -> StepOutput:
         """The weighted sum of the losses (Eq. 13) and its terms, given what the heads answered.
 
@@ -349,10 +355,10 @@ class Step:
             step: Counted from 0.
             views: Whether to keep tensors for pictures.
         """
-        cfg, method = self.cfg, self.cfg.method
-        u_cfg, k_cfg, lam = method.uncertainty, method.contrast, method.loss
+        method = self.cfg.method
+        u_cfg, lam = method.uncertainty, method.loss
         num_classes = batch.tags_BF.shape[1] + 1
-        warm = step < cfg.train.cls_warmup_iters
+        warm = step < self.warmup
         u_BC, known_BC = t.u_BC, t.known_BC
 
         terms: dict[str, Tensor] = {}
@@ -399,13 +405,10 @@ class Step:
 
             if t.embed_Bn is not None:
                 assert out.emb_BDhw is not None and t.small_Bhw is not None and t.pool_Bhw is not None
-                terms["ucl"] = contrastive_loss(
+                terms["ucl"] = self.contrast(
                     out.emb_BDhw,
                     t.small_Bhw.flatten(1).gather(1, t.embed_Bn)[:, None],
                     chosen(t.pool_Bhw, t.embed_Bn)[:, None],
-                    tau=k_cfg.tau,
-                    scope=k_cfg.scope,
-                    tile=k_cfg.tile,
                 )
                 loss = loss + lam.lambda2 * terms["ucl"]
                 stats["pool"] = t.pool_Bhw.to(u_BC).mean()

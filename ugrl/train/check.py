@@ -1,0 +1,68 @@
+"""What cannot work is refused before the first step: one function for every command and every worker."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ugrl.config import Config
+from ugrl.data.images import decode_labels
+from ugrl.data.order import steps_per_epoch
+from ugrl.data.reader import ShardReader
+from ugrl.data.shards import Manifest
+from ugrl.errors import DataError
+from ugrl.train.objective import NEEDS_MASKS, resolve_objective
+from ugrl.types import IGNORE
+
+
+def check_run(
+    cfg: Config, manifest: Manifest, *, split: str | None = None, objective: str | None = None, fresh: bool = False
+) -> str:
+    """Refuse a run that could not be trained, or not be judged, on these shards.
+
+    Args:
+        cfg: The run; its own values go together (:func:`ugrl.config.build` has seen to crops, scales and warm-ups).
+        manifest: Of the shards.
+        split: Judged on; ``data.val_split`` by default.
+        objective: Judged by; ``eval.objective`` by default.
+        fresh: Whether it starts from ``model.weights``, which must be at hand then.
+
+    Returns:
+        The objective by its real name.
+
+    Raises:
+        DataError: A split is missing or empty, has too few rows for a batch, or shows no class; no mask has a pixel
+            that counts.
+        ConfigError: The split cannot supply the objective.
+        CheckpointError: The weights cannot be had.
+    """
+    split = split or cfg.data.val_split
+    train = cfg.data.train_split
+    steps_per_epoch(manifest.split(train).rows, cfg.train.global_batch)
+    if not any(manifest.tags(train)):
+        raise DataError(f"{manifest.root}: split '{train}': no image has a tag; expected images tagged with classes")
+    if manifest.split(split).rows == 0:
+        raise DataError(f"{manifest.root}: split '{split}' is empty; expected at least one image")
+    name = resolve_objective(cfg, manifest, split, objective)
+    if name in NEEDS_MASKS and not _any_label(cfg, manifest, split):
+        raise DataError(
+            f"{manifest.root}: split '{split}': every pixel of every mask is {IGNORE} (ignored); expected labels, "
+            "or eval.objective=tag_map"
+        )
+    if fresh and cfg.model.weights:
+        from ugrl.model.weights import locate
+
+        locate(cfg.model.weights)
+    return name
+
+
+def _any_label(cfg: Config, manifest: Manifest, split: str) -> bool:
+    """Whether a mask has a pixel that counts: mostly the first one has."""
+    reader = ShardReader(manifest, split, patience_s=cfg.data.storage_patience_s)
+    rows = (reader[i] for i in range(judged_rows(cfg, manifest, split)))
+    return any(bool((np.asarray(decode_labels(r.mask or b"", f"row {r.id}")) != IGNORE).any()) for r in rows)
+
+
+def judged_rows(cfg: Config, manifest: Manifest, split: str) -> int:
+    """Rows of a split that a validation looks at."""
+    rows = manifest.rows(split)
+    return min(cfg.eval.limit or rows, rows)
