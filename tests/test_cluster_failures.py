@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.raycluster import check_same, curve, kill_raylet, raylets, training_workers, wait_for, when_saved
@@ -102,22 +101,6 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(small_shards: Path, a
     _, err = driver.communicate(timeout=400)
     assert driver.returncode == 0, err
     check_same(out, alone)
-
-
-@pytest.mark.long
-def test_the_drivers_own_node_dies_and_the_error_is_one_line(small_shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    driver = start(command(small_shards, out))
-    try:
-        until(driver, lambda: saved(out, 1))
-        (raylet,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() == "raylet"]
-        raylet.kill()
-        _, err = driver.communicate(timeout=400)
-    finally:
-        driver.kill()
-    assert driver.returncode == 2 and "Traceback" not in err, err
-    assert err.splitlines()[-1].startswith("error: run 'run': Ray itself failed: "), err
-    assert "continue with --resume" in err.splitlines()[-1]
 
 
 @pytest.mark.full
