@@ -254,6 +254,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.resume:  # what is resumed may have ended, and then needs no cluster
         check(args.address)
     search = plan_search(args, console)
+    from tuning.steer import remarks
+
+    for text in () if args.quiet else remarks(search):
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
@@ -465,7 +469,7 @@ def _ended(
 
 
 def run_dry(args: argparse.Namespace, console: Console) -> int:
-    """Say what a search would try and cost; needs no data and writes nothing."""
+    """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
     from cluster.launch import start_ray, stop_ray
     from tuning.dryrun import dry_run, machine
     from tuning.search import Search
@@ -477,11 +481,14 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
     quiet_optuna()
     space = read_space(args)
     search = Search(space, space.base(), place(args.data or "data"), space.objectives, Path("dry-run"))
+    if args.data:
+        search = check_data(search, fresh=False)
     if not args.address:
-        dry_run(search, machine(), console, step_s=args.step_s, where="this machine; --address asks a cluster")
+        here = "this machine; --address asks a cluster"
+        dry_run(search, machine(), console, step_s=args.step_s, where=here, data=bool(args.data))
         return 0
     try:
-        dry_run(search, start_ray(args.address), console, step_s=args.step_s)
+        dry_run(search, start_ray(args.address), console, step_s=args.step_s, data=bool(args.data))
     finally:
         stop_ray()
     return 0
