@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import threading
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--workers", type=int, metavar="N", help="train on N workers of Ray Train, fed by Ray Data")
     parser.add_argument("--address", metavar="ADDR", help="of a running Ray cluster (default: start Ray here)")
+    parser.add_argument("--wait", action="store_true", help="wait for room on it as long as it takes")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, …, for one process (default: cuda if any)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
@@ -166,7 +168,7 @@ def _stored(args: argparse.Namespace, words: dict[str, Any]) -> configs.Config |
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
-    from cluster.connect import check
+    from cluster.connect import check, head_watched
     from cluster.launch import launch, start_ray, stop_ray
     from cluster.line import Line
     from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
@@ -193,13 +195,15 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
             say(f"placement group {group[:12]} of a job that has ended: given back")
-        wait_until_free(worker_resources(plan.cfg, have), first, say=say)
+        patience_s = math.inf if args.wait else plan.cfg.cluster.busy_s
+        wait_until_free(worker_resources(plan.cfg, have), first, say=say, patience_s=patience_s)
         check_store(plan.cfg, Manifest.load(plan.shards), first, have)
         check_visible(plan.out, plan.shards)
         say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 20 s")
         line = Line.open()
         with (
             watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),
+            head_watched(plan.cfg.cluster.head_s, say),
             StopRequest() as stop,
         ):
             patiently(
@@ -264,7 +268,8 @@ def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, numb
     for name in ("data", "cluster", "workers", "address", "device"):
         value = getattr(args, name)
         words += [f"--{name}", str(value)] if value else []
-    command, note = pasted([*words, *(["--quiet"] if args.quiet else []), *args.overrides])
+    words += [f"--{name}" for name in ("wait", "quiet") if getattr(args, name)]
+    command, note = pasted([*words, *args.overrides])
     console.print(f"interrupted; continue with: {command}", soft_wrap=True)
     if note:
         console.print(note, soft_wrap=True)

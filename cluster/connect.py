@@ -12,17 +12,23 @@ import re
 import resource
 import secrets
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ugrl.errors import ConfigError
+from ugrl.command import complain
+from ugrl.errors import ClusterError, ConfigError
 from ugrl.secrets import masked
 from ugrl.text import line
 
 ANSWER_S = 10.0
+# How often a driver looks whether its cluster's head still answers.
+LOOK_S = 5.0
 # Fewer let a private cluster's processes die one by one; it is the hard limit that counts, Ray raises the other one.
 LEAST_FILES = 256
 # A Unix socket's path, and what Ray puts behind the folder for temporary files: ray/session_…/sockets/plasma_store.
@@ -100,6 +106,55 @@ def _one_try() -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+@contextmanager
+def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Leave when the connected cluster's head has not answered for a while.
+
+    A driver whose head is gone hangs in Ray, which ends it a minute later with words of its own. The process is left
+    from a thread, since the main one may be in there.
+
+    Args:
+        patience_s: How long a head may be away.
+        say: Told in one line that it is, and that it is back.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    ended = threading.Event()
+
+    def watch() -> None:
+        since: float | None = None
+        while not ended.wait(LOOK_S):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+            except OSError:
+                now = time.monotonic()
+                if since is None:
+                    since = now
+                    say(f"the cluster's head at {address} does not answer; waiting up to {patience_s:g} s for it")
+                elif now - since > patience_s:
+                    if sys.stderr.isatty():
+                        sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
+                    complain(
+                        f"the cluster was lost: its head at {address} has not answered for {patience_s:g} s "
+                        "(cluster.head_s); continue with --resume on one that runs"
+                    )
+                    os._exit(ClusterError.status)
+                continue
+            if since is not None:
+                since = None
+                say("the cluster's head answers again")
+
+    thread = threading.Thread(target=watch, name="head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=LOOK_S)
 
 
 def _running(shown: str) -> str:

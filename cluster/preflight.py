@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from ugrl.config import Config
 from ugrl.data.shards import Manifest
-from ugrl.errors import ConfigError
+from ugrl.errors import ConfigError, NoRoomError
 
 EPS = 1e-6
 # How long a cluster's other work is waited for before a run starts.
-BUSY_PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def wait_until_free(
     count: int,
     *,
     say: Callable[[str], None],
-    patience_s: float = BUSY_PATIENCE_S,
+    patience_s: float,
     every_s: float = 1.0,
 ) -> None:
     """Wait while other work holds what is needed, but not for ever.
@@ -216,12 +215,12 @@ def wait_until_free(
     Args:
         each: What one worker or trial holds, as of :func:`worker_resources`.
         count: How many of them.
-        patience_s: How long to wait.
+        patience_s: How long to wait; ``inf`` for as long as it takes.
         say: Told in one line that it waits.
         every_s: Pause between two looks.
 
     Raises:
-        ConfigError: Still not free, with the numbers.
+        NoRoomError: Still not free, with the numbers.
     """
     import ray
 
@@ -234,11 +233,12 @@ def wait_until_free(
             return
         text = " and ".join(f"{need:g} {k}s are needed, {left:g} are free" for k, (need, left) in lack.items())
         if time.monotonic() > until:
-            raise ConfigError(
-                f"{text} of the cluster's {have}: other work holds the rest, for more than {patience_s:g} s now; try "
-                "again when it has ended, or take less"
+            raise NoRoomError(
+                f"{text} of the cluster's {have}: other work holds the rest, for more than {patience_s:g} s "
+                "(cluster.busy_s) now; try again when it has ended, take less, or --wait as long as it takes"
             )
         if not told:
-            say(f"waiting up to {patience_s:g} s: {text} of the cluster's {have}")
+            limit = "as long as it takes" if math.isinf(patience_s) else f"up to {patience_s:g} s (cluster.busy_s)"
+            say(f"waiting {limit}: {text} of the cluster's {have}")
             told = True
         time.sleep(every_s)

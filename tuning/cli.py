@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="say what would be tried and what it would cost")
     parser.add_argument("--step-s", type=float, metavar="S", help="seconds of a training step, for --dry-run")
     parser.add_argument("--address", metavar="ADDR", help="of a running Ray cluster (default: start Ray here)")
+    parser.add_argument("--wait", action="store_true", help="wait for room on it as long as it takes")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the base configuration")
     return parser
@@ -358,6 +360,7 @@ def _run_parts(
     console: Console,
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
+    from cluster.connect import head_watched
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease
     from tuning.progress import TrialProgress
@@ -371,19 +374,22 @@ def _run_parts(
             f"{shown}time on {have}, objective {names} on '{search.space.split}'", highlight=False, soft_wrap=True
         )
     with ExitStack() as stack:
-        got = stack.enter_context(sigterm_is_an_interrupt())
-        lease = stack.enter_context(Lease(study, slots=slots))
-        lease.one_by_one(
-            lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
-        )
         enabled = not args.quiet
 
         def say(text: str) -> None:
             if enabled:
                 console.print(text, highlight=False, soft_wrap=True)
 
+        got = stack.enter_context(sigterm_is_an_interrupt())
+        stack.enter_context(head_watched(search.base.cluster.head_s, say))
+        patience_s = math.inf if args.wait else search.base.cluster.busy_s
+        lease = stack.enter_context(Lease(study, slots=slots))
+        lease.one_by_one(
+            lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
+        )
+        more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], say=say), bar)
+            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar)
         if searcher is None or search.space.final.best == 0:
             return (0, searcher.halted) if searcher is not None else (got[-1], "")
         if (halted := searcher.halted) and not halted.startswith("budget."):
@@ -394,7 +400,7 @@ def _run_parts(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
             again = _until_interrupted(
-                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], say=say), bar
+                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], **more), bar
             )
         return (0, halted or again.halted) if again is not None else (got[-1], halted)
 

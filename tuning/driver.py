@@ -7,6 +7,7 @@ measured on the untouched split too.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -49,6 +50,7 @@ def run_search(
     *,
     callbacks: Sequence[tune.Callback] = (),
     reuse: bool = True,
+    patience_s: float = math.inf,
     say: Callable[[str], None] = _silent,
 ) -> StudySearch:
     """Run what is left of a search's budget; returns when it is spent or the user interrupts.
@@ -60,6 +62,7 @@ def run_search(
         lease: This driver's.
         callbacks: Tune callbacks; one with an attribute ``searcher`` is given the searcher.
         reuse: Whether a process is used again for the next trial.
+        patience_s: Of :func:`wait_for_work`.
         say: Told in one line what is waited for.
 
     Returns:
@@ -67,7 +70,7 @@ def run_search(
     """
     cpus, gpus = held(search, have)
     searcher = StudySearch(study, search, lease, cpus=cpus, gpus=gpus)
-    run(searcher, have, callbacks=callbacks, reuse=reuse, say=say)
+    run(searcher, have, callbacks=callbacks, reuse=reuse, patience_s=patience_s, say=say)
     return searcher
 
 
@@ -77,6 +80,7 @@ def run(
     *,
     callbacks: Sequence[tune.Callback] = (),
     reuse: bool = True,
+    patience_s: float = math.inf,
     say: Callable[[str], None] = _silent,
 ) -> None:
     """Let Ray Tune run what a searcher hands out.
@@ -93,28 +97,29 @@ def run(
             callback.searcher = searcher
     searcher.room = Room(search, have)
     with _Stop(searcher, search.base.cluster.stop_s) as stop:
-        while wait_for_work(searcher, say=say):
+        while wait_for_work(searcher, patience_s=patience_s, say=say):
             _session(searcher, side_by_side, callbacks, reuse)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
 
 
-def wait_for_work(searcher: StudySearch, *, say: Callable[[str], None]) -> bool:
+def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[str], None]) -> bool:
     """Wait until this driver can begin a trial, or nothing is left that it might have to begin.
 
     Outside of Tune, which would hold processes, and hear no signal, while it waits.
 
     Args:
         searcher: Over the study.
+        patience_s: How long room is waited for while no driver gets on with the search; ``inf`` for as long as it takes.
         say: Told in one line what is waited for.
 
     Returns:
         Whether there is something to begin.
 
     Raises:
-        NoRoomError: Other work has held the cluster for ``cluster.busy_s``, and no driver gets on with the search.
+        NoRoomError: It was not there by then.
     """
-    told, since, patience_s = "", time.monotonic(), searcher.search.base.cluster.busy_s
+    told, since = "", time.monotonic()
     while not searcher.closing:
         waiting, running = patiently(searcher.outlook)
         if not waiting and not running:
@@ -133,7 +138,8 @@ def wait_for_work(searcher: StudySearch, *, say: Callable[[str], None]) -> bool:
                     "--resume, or wait as long as it takes with --wait"
                 )
             else:
-                text += f"; waiting up to {patience_s:g} s (cluster.busy_s)"
+                limit = "as long as it takes" if math.isinf(patience_s) else f"up to {patience_s:g} s (cluster.busy_s)"
+                text += f"; waiting {limit}"
         if text != told:
             say(text)
             told = text

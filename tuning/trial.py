@@ -266,7 +266,8 @@ def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[s
     from cluster.preflight import capacity, wait_until_free, worker_resources
 
     each = worker_resources(cfg, capacity())
-    wait_until_free(each, 1, say=lambda _: None)  # a task that finds no room would wait without end
+    # A task that finds no room would wait without end.
+    wait_until_free(each, 1, say=lambda _: None, patience_s=cfg.cluster.busy_s)
     share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
     # Tune's own placement group, in which this driver runs, has no room for it.
     remote = ray.remote(**share, scheduling_strategy="DEFAULT")(measure_run)

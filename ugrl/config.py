@@ -235,6 +235,7 @@ class ClusterConfig:
     start_timeout_s: float = _num(60.0, gt=0)
     stop_s: float = _num(25.0, ge=0)
     busy_s: float = _num(300.0, ge=0)
+    head_s: float = _num(45.0, gt=0)
     address: str | None = None
 
 
