@@ -26,7 +26,7 @@ from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
-from ugrl.errors import UgrlError
+from ugrl.errors import ConfigError, UgrlError
 
 pytest.importorskip("ray")
 
@@ -517,3 +517,41 @@ def test_a_database_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_storage("postgresql+nodriver://ann:secret@127.0.0.1:1/ugrl", tmp_path)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_a_line_before_a_record_of_another_driver_is_taken_out(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    path = tmp_path / "study.journal"
+    *lines, last = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines, b'{"op_code":8,"worker_id":"x","us' + last, b""]))
+    assert states(load(search))[0] == "COMPLETE"
+    assert path.read_bytes().splitlines() == [*lines, last]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x00\xff\x00",
+        b'["op_code"]',
+        b'{"op_code":4}',
+        b'{"op_code":"four","worker_id":"x"}',
+        b'{"op_code":4,"worker_id":"x","study_id":0,"state":77}',
+        b'{"op_code":6,"worker_id":"x","trial_id":[],"state":1}',
+        b'{"op_code":8,"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=range(7),
+)
+def test_a_spoiled_line_of_the_journal_is_named(text: bytes, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    path = tmp_path / "study.journal"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:7], text, *lines[7:], b""]))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"study\.journal: line 8: no record of a study \(") as caught:
+        load(search)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+    assert path.read_bytes() == before  # nothing is thrown away

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
 from ugrl.secrets import HIDDEN, masked
+from ugrl.text import brief
 from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ COSTS = {
 SAMPLERS = ("tpe", "random", "grid", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
+# Each of them is in the storage from the beginning.
+MOST_TRIALS = 100_000
 
 
 def public(storage: str) -> str:
@@ -162,7 +165,7 @@ def build_options(tree: Mapping[str, Any], base: Config) -> dict[str, Any]:
     made["budget"] = _budget(tree)
     if "sampler" in tree:
         made["sampler"] = _sampler(tree["sampler"])
-    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", _default_scheduler(made))), base)
+    made["scheduler"] = _scheduler(tree.get("scheduler", _default_scheduler(made)), base)
     made["resources"] = _resources(mapping("resources", tree.get("resources", {})))
     made["repeats"] = _repeats(mapping("repeats", tree.get("repeats", {})))
     made["final"] = _final(mapping("final", tree.get("final", {})))
@@ -175,7 +178,7 @@ def build_options(tree: Mapping[str, Any], base: Config) -> dict[str, Any]:
             made[key] = integer(key, tree[key], lowest)
     if made.get("storage", "journal") != "journal" and "://" not in made["storage"]:
         raise ConfigError(
-            f"space key 'storage' is {made['storage']!r}; expected journal or a URL like sqlite:///study.db"
+            f"space key 'storage' is {brief(made['storage'])}; expected journal or a URL like sqlite:///study.db"
         )
     if tree.get("paper"):
         made["paper"] = _one_of("paper", tree["paper"], PAPERS)
@@ -224,21 +227,21 @@ def mapping(key: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"space key '{key}' is {value!r}; expected keys and values")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected keys and values")
     return {str(k): v for k, v in value.items()}
 
 
 def text(key: str, value: Any) -> str:
     """Text, or a refusal."""
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected text")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected text")
     return value
 
 
 def integer(key: str, value: Any, lowest: int) -> int:
     """An integer that is large enough, or a refusal."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected an integer ≥ {lowest}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected an integer ≥ {lowest}")
     return value
 
 
@@ -246,7 +249,7 @@ def number(key: str, value: Any, lowest: float) -> float:
     """A finite number that is large enough, or a refusal."""
     found = as_float(value)
     if found is None or found < lowest:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected a number ≥ {lowest:g}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected a number ≥ {lowest:g}")
     return found
 
 
@@ -270,26 +273,28 @@ def _known(key: str, tree: Mapping[str, Any], cls: type) -> None:
 
 def _one_of(key: str, value: Any, names: tuple[str, ...]) -> str:
     if value not in names:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected one of {', '.join(names)}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected one of {', '.join(names)}")
     return str(value)
 
 
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"space key '{key}' is {value!r}; expected true or false")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected true or false")
     return value
 
 
 def _objectives(value: Any) -> tuple[Objective, ...]:
     names = value if isinstance(value, list) else [value]
     if not names or len(set(map(str, names))) != len(names):
-        raise ConfigError(f"space key 'objective' is {value!r}; expected a name, or a list of different ones")
+        raise ConfigError(f"space key 'objective' is {brief(value)}; expected a name, or a list of different ones")
     known = ("auto", *METRICS, *COSTS)
     for name in names:
         if name not in known:
             raise ConfigError(f"space key 'objective': '{name}' is measured by nothing{nearest(str(name), known)}")
     if names[0] in COSTS:
-        raise ConfigError(f"space key 'objective' is {value!r}; expected a metric first: {', '.join(METRICS)} or auto")
+        raise ConfigError(
+            f"space key 'objective' is {brief(value)}; expected a metric first: {', '.join(METRICS)} or auto"
+        )
     return tuple(Objective(str(name)) for name in names)
 
 
@@ -299,7 +304,10 @@ def _budget(tree: Mapping[str, Any]) -> Budget:
     if "trials" in tree:
         given["trials"] = integer("trials", tree["trials"], 1)
     hours = {k: number(f"budget.{k}", v, 0.0) for k, v in given.items() if k != "trials"}
-    return Budget(integer("budget.trials", given.get("trials", Budget.trials), 1), **hours)
+    trials = integer("budget.trials", given.get("trials", Budget.trials), 1)
+    if trials > MOST_TRIALS:
+        raise ConfigError(f"space key 'trials' is {brief(trials)}; expected at most {MOST_TRIALS:,}")
+    return Budget(trials, **hours)
 
 
 def _sampler(value: Any) -> Sampler:
@@ -315,7 +323,8 @@ def _default_scheduler(made: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": "asha" if alone else "none"}
 
 
-def _scheduler(tree: Mapping[str, Any], base: Config) -> Scheduler:
+def _scheduler(value: Any, base: Config) -> Scheduler:
+    tree = {"name": value} if isinstance(value, str) else mapping("scheduler", value)
     _known("scheduler", tree, Scheduler)
     name = _one_of("scheduler.name", tree.get("name", "asha"), SCHEDULERS)
     factor = number("scheduler.reduction_factor", tree.get("reduction_factor", 3.0), 0.0)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.options import (
+    MOST_TRIALS,
     Budget,
     Constraint,
     Final,
@@ -49,6 +50,7 @@ from tuning.options import (
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.text import brief, line
 
 KINDS = {
     "uniform": "any number between two",
@@ -57,6 +59,8 @@ KINDS = {
     "logint": "any integer from one to another, both included, even on a log scale",
     "choice": "one of a list",
 }
+# Floats, in which a range is kept, hold every integer up to it.
+MOST_INTEGER = 2**53
 # Keys that a search must not vary: trials would not be comparable, or it is the harness that sets them.
 FIXED = {
     "train.steps": "makes trials that cannot be compared",
@@ -147,6 +151,10 @@ class Axis:
             )
         step = self.step or 1
         count = int(round((self.high - self.low) / step)) + 1
+        if count > MOST_TRIALS:
+            raise ConfigError(
+                f"space key 'search.{self.path}' has {count:,} values; a grid has at most {MOST_TRIALS:,}"
+            )
         made = [self.low + k * step for k in range(count)]
         return tuple(int(v) for v in made) if self.integer else tuple(round(v, 12) for v in made)
 
@@ -234,7 +242,7 @@ class SearchSpace:
         """All points of a finite space, the last axis moving fastest; an axis that does not count is left out.
 
         Raises:
-            ConfigError: An axis is not finite.
+            ConfigError: An axis is not finite, or there are too many points.
         """
         points: list[dict[str, Any]] = [{}]
         for axis in self.search:
@@ -244,6 +252,10 @@ class SearchSpace:
                     [{**p, axis.path: v} for v in values] if axis.active(p) else [p] for p in points
                 )
             )
+            if len(points) > MOST_TRIALS:
+                raise ConfigError(
+                    f"space key 'search' is a grid of {len(points):,} points or more; expected at most {MOST_TRIALS:,}"
+                )
         return points
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,7 +299,7 @@ def load_space(
     try:
         return build_space(tree, overrides=overrides, **changes)
     except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
+        raise ConfigError(f"{line(path.name)}: {line(error, 400)}") from None
 
 
 def build_space(
@@ -308,7 +320,7 @@ def build_space(
     }
     points = values.pop("first", None) or []
     if not isinstance(points, list | tuple):
-        raise ConfigError(f"space key 'first' is {points!r}; expected a list of points")
+        raise ConfigError(f"space key 'first' is {brief(points)}; expected a list of points")
     axes = mapping("search", values.pop("search"))
     base = configs.load(made["config"], made["overrides"])
     made.update(build_options(values, base))
@@ -375,10 +387,13 @@ def _axes(tree: Mapping[str, Any], base: Config) -> Iterator[Axis]:
             why = FIXED.get(path, "says where a run runs, not what it is")
             raise ConfigError(f"space key 'search.{path}' {why}; expected another path")
         kinds = [k for k in spec if k not in ("step", "when")] if isinstance(spec, Mapping) else []
+        if len(kinds) > 1 and (wrong := [k for k in kinds if k not in KINDS]):
+            names = [*KINDS, "step", "when"]
+            raise ConfigError(f"unknown space key 'search.{path}.{wrong[0]}'{nearest(str(wrong[0]), names)}")
         if len(kinds) != 1:
             raise ConfigError(
-                f"space key 'search.{path}' is {spec!r}; expected one of {', '.join(KINDS)}, as {{uniform: [0, 1]}} "
-                "(a constant belongs to 'overrides')"
+                f"space key 'search.{path}' is {brief(spec)}; expected one of {', '.join(KINDS)}, as "
+                "{uniform: [0, 1]} (a constant belongs to 'overrides')"
             )
         if kinds[0] not in KINDS:
             raise ConfigError(f"space key 'search.{path}': unknown kind '{kinds[0]}'{nearest(str(kinds[0]), KINDS)}")
@@ -399,20 +414,22 @@ def _axis(path: str, kind: str, value: Any, step: Any) -> Axis:
     if kind == "choice":
         scalars = isinstance(value, list) and all(isinstance(v, str | int | float | bool) for v in value)
         if not scalars or len(value) < 2 or len(set(value)) != len(value):
-            raise ConfigError(f"space key '{key}' is {value!r}; expected a list of two or more different values")
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected a list of two or more different values")
         if step is not None:
-            raise ConfigError(f"space key 'search.{path}.step' is {step!r}; a choice has no step")
+            raise ConfigError(f"space key 'search.{path}.step' is {brief(step)}; a choice has no step")
         return Axis(path, kind, options=tuple(value))
     numbers = [as_float(v) for v in value] if isinstance(value, list) and len(value) == 2 else []
     low, high = (numbers + [None, None])[:2]
     if low is None or high is None or low >= high:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected [low, high] with low < high")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected [low, high] with low < high")
     if kind in ("loguniform", "logint") and low <= 0:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected low > 0 on a log scale")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected low > 0 on a log scale")
     if kind in ("int", "logint"):
         if not (low.is_integer() and high.is_integer()):
-            raise ConfigError(f"space key '{key}' is {value!r}; expected integers")
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected integers")
         low, high = int(low), int(high)
+        if max(-low, high) > MOST_INTEGER:
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected integers up to {MOST_INTEGER}")
     return Axis(path, kind, low, high, step=_step(path, kind, low, high, step))
 
 
@@ -422,12 +439,16 @@ def _step(path: str, kind: str, low: float, high: float, step: Any) -> float:
     number = as_float(step)
     if number is None or number <= 0 or number > high - low or (kind == "int" and not number.is_integer()):
         expected = "an integer" if kind == "int" else "a number"
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; expected {expected} > 0 and ≤ {high - low:g}")
+        raise ConfigError(
+            f"space key 'search.{path}.step' is {brief(step)}; expected {expected} > 0 and ≤ {high - low:g}"
+        )
     if kind in ("loguniform", "logint"):
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; a log scale has no step")
+        raise ConfigError(f"space key 'search.{path}.step' is {brief(step)}; a log scale has no step")
     count = (high - low) / number
     if abs(count - round(count)) > 1e-6:
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; {high:g} is not a whole number of steps away")
+        raise ConfigError(
+            f"space key 'search.{path}.step' is {brief(step)}; {high:g} is not a whole number of steps away"
+        )
     return int(number) if kind == "int" else number
 
 
@@ -444,7 +465,7 @@ def _conditions(path: str, when: Any, tree: Mapping[str, Any]) -> tuple[tuple[st
         wanted = tuple(values) if isinstance(values, list) else (values,)
         if not isinstance(options, list) or not all(v in options for v in wanted):
             raise ConfigError(
-                f"space key 'search.{path}.when.{other}' is {values!r}; expected values of a choice"
+                f"space key 'search.{path}.when.{other}' is {brief(values)}; expected values of a choice"
                 + (f" among {', '.join(map(str, options))}" if isinstance(options, list) else "")
             )
         made.append((other, wanted))
@@ -550,7 +571,7 @@ def complete_point(space: SearchSpace, key: str, point: Any, base: Config | None
         if not axis.contains(value):
             origin = "" if axis.path in given else " (from the base configuration)"
             raise ConfigError(
-                f"space key '{key}.{axis.path}' is {value!r}{origin}; expected it within {axis.describe()}"
+                f"space key '{key}.{axis.path}' is {brief(value)}{origin}; expected it within {axis.describe()}"
             )
         made[axis.path] = value
     try:
