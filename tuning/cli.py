@@ -239,9 +239,6 @@ def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
-    for name in ("space", "config", "data", "storage", "warm_start", "address"):
-        if getattr(args, name) == "":  # of a variable of the shell that is not set
-            raise ConfigError(f"--{name.replace('_', '-')} is empty; expected a value, or none of it")
     if args.dry_run:
         from ugrl.terminal import Terminal
 
