@@ -92,9 +92,6 @@ def load_place(name: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check everything, then train."""
-    for name in ("config", "cluster", "data", "out", "address", "device"):
-        if getattr(args, name) == "":  # of a variable of the shell that is not set
-            raise ConfigError(f"--{name} is empty; expected a value, or no --{name}")
     if args.workers is not None and args.workers < 1:
         raise UgrlError(f"--workers is {args.workers}; expected at least 1")
     cfg = load_config(args)

@@ -164,7 +164,7 @@ def test_predict_leaves_everybodys_files_alone(
         ("predict {run} {tmp}/wide.png {tmp}/other/wide.jpg --out {tmp}/m", "would both be written as wide.png"),
         ("predict {run} {tmp}/wide.png --out {tmp}/text.jpg", "text.jpg: is a file"),
         ("predict {run} {tmp}/wide.png --out {tmp}/text.jpg/m", "text.jpg is a file"),
-        ("predict {run} {tmp}/wide.png --out ", "--out is ''"),
+        ("predict {run} {tmp}/wide.png --out ", "--out is empty"),
         ("predict {tmp}/empty {tmp}/wide.png --out {tmp}/m", "no checkpoint there"),
         ("predict {run} {tmp}/wide.png --out {tmp}/m --device xyz", "--device 'xyz' is unknown; expected cpu, cuda"),
         ("predict {run} {tmp}/wide.png --out {tmp}/m --device gpu", "--device 'gpu' is unknown; expected cpu, cuda"),

@@ -166,6 +166,8 @@ def test_continue_with_is_what_was_typed(
         ("--data {shards}", "--config is missing, which says what is trained on it; shipped: "),
         ("data.shards={shards}", "--config is missing"),
         ("--config shapes --data ", "--data is empty"),
+        ("--config shapes --out=", "--out is empty"),
+        ("--config shapes --data s3:///x", "names no bucket"),
         ("--config shapes --workers 2 --device cpu --data {shards}", "--device cpu: is for one process"),
         ("--config nowhere/shapes.yaml", "no file 'nowhere/shapes.yaml', and no shipped one"),
         ("--config shapes --device gpu", "--device 'gpu' is unknown"),

@@ -98,7 +98,7 @@ def test_other_sizes():
 
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
-    [("train", 0, "≥ 1"), ("val", 0, "≥ 1"), ("size", 16, "≥ 32"), ("difficulty", 1.5, "0…1"), ("seed", -1, "≥ 0")],
+    [("train", 0, "≥ 1"), ("val", 0, "≥ 1"), ("size", 16, "32…4096"), ("difficulty", 1.5, "0…1"), ("seed", -1, "≥ 0")],
 )
 def test_values_out_of_bounds_are_named(key, value, wanted):
     with pytest.raises(DataError, match=f"^shapes: {key} is {value}; expected {wanted}$"):

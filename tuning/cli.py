@@ -28,10 +28,23 @@ if TYPE_CHECKING:
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
+<<<<<<< HEAD
 MAY_CHANGE = (
     *("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures"),
     "overrides.train.mlflow",
 )
+=======
+MAY_CHANGE: tuple[str, ...] = (
+    "budget",
+    "concurrent",
+    "resources",
+    "workers",
+    "final.best",
+    "final.seeds",
+    "max_failures",
+)
+MAY_CHANGE += ("overrides.train.mlflow",)
+>>>>>>> command
 
 SUMMARY = """\
 examples:
@@ -243,9 +256,6 @@ def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
-    for name in ("space", "config", "data", "storage", "warm_start", "address"):
-        if getattr(args, name) == "":  # of a variable of the shell that is not set
-            raise ConfigError(f"--{name.replace('_', '-')} is empty; expected a value, or none of it")
     if args.dry_run:
         from ugrl.terminal import Terminal
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ugrl.command import Parser, folder_for, guarded, pasted
+from ugrl.command import Parser, check_words, folder_for, guarded, pasted
 from ugrl.config import SCALES
 from ugrl.data import cli as prepare_cli
 from ugrl.errors import CheckpointError, DataError, UgrlError
@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         if words and words[0] in ELSEWHERE:
             command, _ = pasted([*ELSEWHERE[words[0]].split(), *words[1:]])
             raise UgrlError(f"ugrl {words[0]} is a command of its own: {command}")
+        check_words(words)
         parser = build_parser()
         args: Any = parser.parse_args(words)
         if args.command is None:

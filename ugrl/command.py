@@ -69,12 +69,25 @@ def enter(
         if not words:
             parser.print_help()
             return 0
+        check_words(words)
         args = parser.parse_intermixed_args(words)
         from ugrl.terminal import Terminal
 
         return run(args, Terminal(stderr=True))
 
     return guarded(body, interrupted)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse an empty word: it is of a shell's variable that is not set, and would stand for some default.
+
+    Raises:
+        ConfigError: Names the option.
+    """
+    for i, word in enumerate(words):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            option = word.rstrip("=") or (words[i - 1] if i and words[i - 1].startswith("-") else f"word {i + 1}")
+            raise ConfigError(f"{option} is empty; expected a value (is it a variable of the shell that is not set?)")
 
 
 def pasted(words: Sequence[str]) -> tuple[str, str]:

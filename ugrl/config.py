@@ -52,10 +52,10 @@ Steps = int | float
 class ShapesConfig:
     """The generated data set, used when ``data.source`` is ``shapes`` and no shards are given."""
 
-    train: int = _num(1200, ge=1)
-    val: int = _num(200, ge=1)
+    train: int = _num(1200, ge=1, le=10**7)
+    val: int = _num(200, ge=1, le=10**7)
     tune_val: float = _num(0.15, gt=0, lt=1)
-    size: int = _num(64, ge=32)
+    size: int = _num(64, ge=32, le=4096)
     difficulty: float = _num(0.5, ge=0, le=1)
     seed: int = _num(0, ge=0)
 

@@ -374,6 +374,8 @@ def place(where: str | Path | Place) -> Place:
             raise StorageError(
                 f"{line(secrets.public(text))}: # and ? mean something in a URI; write %23, %3F", lasting=True
             )
+        if not u.netloc and u.scheme != "file":
+            raise StorageError(f"{line(text)}: names no bucket or host; expected {u.scheme}://NAME/…", lasting=True)
         if u.scheme == "file":
             return Place(str(Path(unquote(u.path)).absolute()))
         return Place(urlunsplit((u.scheme, u.netloc, u.path.rstrip("/"), u.query, "")))

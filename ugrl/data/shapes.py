@@ -83,7 +83,7 @@ class ShapesSource:
         for key, ok, wanted in (
             ("train", s.train >= 1, "≥ 1"),
             ("val", s.val >= 1, "≥ 1"),
-            ("size", s.size >= 32, "≥ 32"),
+            ("size", 32 <= s.size <= 4096, "32…4096"),
             ("difficulty", 0 <= s.difficulty <= 1, "0…1"),
             ("seed", s.seed >= 0, "≥ 0"),
         ):
