@@ -72,7 +72,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any] | str) -> None:
         (lambda s: s.update(class_names=[[1]]), "class_names: .*; expected a text"),
         (lambda s: s.update(class_names=[]), "an empty list of class_names"),
         (lambda s: s.update(metrics=[]), r"metrics: \[\]; expected keys"),
-        (lambda s: s.update(metrics={"x": "high"}), "metrics: 'x': 'high'; expected a number"),
+        (lambda s: s.update(metrics={"x": "high"}), "metrics: 'x': 'high'; expected a finite number"),
         (lambda s: s.update(config=[]), r"config: \[\]; expected keys"),
         (lambda s: s.update(config={}), "an empty config"),
         (lambda s: s["config"].update(sheep={}), "state.json: .*sheep"),
