@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ugrl import config as configs
-from ugrl.cli import enter
-from ugrl.data.shards import Manifest
+from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError, UgrlError
-from ugrl.storage import is_uri, place
-from ugrl.train.interrupt import StopRequest
-from ugrl.train.run import RunPlan, plan_run, stored_config
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cluster.line import Line
+    from ugrl.train.interrupt import StopRequest
+    from ugrl.train.run import RunPlan
 
 SUMMARY = """\
 examples:
@@ -36,23 +33,17 @@ examples:
 """
 
 
-def shipped(package: str) -> list[str]:
-    """Names of the YAML files in a package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``ugrl-train``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ugrl-train",
         description="Train one model. Shipped configurations: " + ", ".join(shipped("ugrl.configs")) + ".",
         epilog=SUMMARY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help="what is trained: a shipped configuration or a YAML file (default: shapes; with --resume the run's own)",
+        help="what is trained: a shipped configuration or a YAML file (with --resume the run's; shapes without data)",
     )
     parser.add_argument(
         "--cluster",
@@ -89,9 +80,7 @@ def load_place(name: str) -> dict[str, Any]:
         file = Path(name)
         if not file.is_file():
             raise ConfigError(f"--cluster {name}: no such file{configs.nearest(name, known)}")
-    tree = configs.read_yaml(file) or {}
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{file}: expected keys and values of the section 'cluster'")
+    tree = configs.read_yaml(file)
     fields = [p.removeprefix("cluster.") for p in configs.paths() if p.startswith("cluster.")]
     for key in tree:
         if key not in fields:
@@ -101,27 +90,43 @@ def load_place(name: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check everything, then train."""
+    for name in ("config", "cluster", "data", "out", "address", "device"):
+        if getattr(args, name) == "":  # of a variable of the shell that is not set
+            raise ConfigError(f"--{name} is empty; expected a value, or no --{name}")
     if args.workers is not None and args.workers < 1:
         raise UgrlError(f"--workers is {args.workers}; expected at least 1")
     cfg = load_config(args)
-    if cfg.cluster.workers >= 1 or cfg.cluster.address:
-        return _on_ray(args, cfg, console)
-    plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
-    from ugrl.train.loop import Trainer
+    from ugrl.storage import is_uri
 
-    trainer = Trainer(
-        plan.cfg,
-        shards=plan.shards,
-        out=plan.out,
-        resume_from=plan.checkpoint,
-        console=console,
-        quiet=args.quiet,
-        device=args.device,
-    )
-    try:
-        trainer.fit()
-    except KeyboardInterrupt as stopped:
-        return _interrupted(args, plan, console, getattr(stopped, "number", None))
+    if args.out is not None and not is_uri(args.out):
+        folder_for(args.out)
+    if cfg.cluster.workers >= 1 or cfg.cluster.address:
+        if args.device is not None:
+            raise ConfigError(f"--device {args.device}: is for one process; workers take the GPUs that Ray gives them")
+        return _on_ray(args, cfg, console)
+    from ugrl.device import resolve
+    from ugrl.train.run import plan_run
+
+    resolve(args.device)
+    plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
+    from ugrl.ownership import own
+    from ugrl.train.loop import Hooks, Trainer
+
+    with own(plan.out) as held:
+        trainer = Trainer(
+            plan.cfg,
+            shards=plan.shards,
+            out=plan.out,
+            hooks=Hooks(before_write=held.check),
+            resume_from=plan.checkpoint,
+            console=console,
+            quiet=args.quiet,
+            device=args.device,
+        )
+        try:
+            trainer.fit()
+        except KeyboardInterrupt as stopped:
+            return _interrupted(args, plan, console, getattr(stopped, "number", None))
     _ended(plan, console)
     return 0
 
@@ -134,16 +139,30 @@ def load_config(args: argparse.Namespace) -> configs.Config:
         words["cluster.workers"] = args.workers
     if args.address:
         words["cluster.address"] = args.address
-    if args.config is None and args.resume and args.out:
-        stored = place(args.out) / "config.yaml"
-        if stored.exists():
-            args.config = str(stored)
-            tree = configs.to_dict(stored_config(place(args.out)))
-            if args.workers is None and not args.cluster:  # a run is continued where one says, not where it was
-                words.setdefault("cluster.workers", 0)
-            return configs.build(configs.override(tree, {**where, **words}))
-    args.config = args.config or "shapes"
-    return configs.load(args.config, {**where, **words})
+    cfg = _stored(args, {**where, **words}) if args.config is None and args.resume and args.out else None
+    if cfg is None:
+        if args.config is None and (args.data or words.get("data.shards")):
+            raise ConfigError(
+                f"--data {args.data or words['data.shards']}: --config is missing, which says what is trained on it; "
+                f"shipped: {', '.join(shipped('ugrl.configs'))} (own: photographs of your own)"
+            )
+        args.config = args.config or "shapes"
+        cfg = configs.load(args.config, {**where, **words})
+    configs.check_revealed(cfg, args.config or args.out)
+    return cfg
+
+
+def _stored(args: argparse.Namespace, words: dict[str, Any]) -> configs.Config | None:
+    """The configuration of the run that is continued, if it has begun."""
+    from ugrl.storage import place
+    from ugrl.train.run import stored_config
+
+    out = place(args.out)
+    if not (out / "config.yaml").exists():
+        return None
+    if args.workers is None and not args.cluster:  # a run is continued where one says, not where it was
+        words = {"cluster.workers": 0, **words}
+    return configs.build(configs.override(configs.to_dict(stored_config(out)), words))
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
@@ -151,8 +170,12 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
     from cluster.launch import launch, start_ray, stop_ray
     from cluster.line import Line
     from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
-    from cluster.sweep import check_visible, owned, sweep_placement_groups
+    from cluster.sweep import check_visible, sweep_placement_groups
     from cluster.watch import watch
+    from ugrl.data.shards import Manifest
+    from ugrl.ownership import own
+    from ugrl.train.interrupt import StopRequest
+    from ugrl.train.run import plan_run
 
     workers, origin = cfg.cluster.workers or 1, "--address" if args.address else "cluster.address"
     check(cfg.cluster.address, origin)
@@ -160,12 +183,12 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
 
     def say(text: str) -> None:
         if not args.quiet:
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
     stop: StopRequest | None = None
     lease = ExitStack()
     try:
-        lease.enter_context(owned(plan.out))
+        held = lease.enter_context(own(plan.out))
         have = start_ray(cfg.cluster.address, origin)
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
@@ -180,7 +203,15 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
             StopRequest() as stop,
         ):
             patiently(
-                lambda: launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, line=line, say=say),
+                lambda: launch(
+                    plan.cfg,
+                    shards=plan.shards,
+                    out=plan.out,
+                    workers=workers,
+                    line=line,
+                    say=say,
+                    owner=held.id,
+                ),
                 stop,
                 line,
                 say,
@@ -223,17 +254,20 @@ def patiently(work: Callable[[], object], stop: StopRequest, line: Line, say: Ca
 
 
 def _ended(plan: RunPlan, console: Console) -> None:
-    console.print(f"run: {plan.out}", highlight=False, soft_wrap=True)
+    console.print(f"run: {plan.out}", soft_wrap=True)
     words = ["ugrl", "eval", plan.out.public, "--data", plan.shards.public, "--split", plan.cfg.data.val_split]
-    console.print(f"next: {shlex.join(words)}", highlight=False, soft_wrap=True)
+    console.print(f"next: {pasted(words)[0]}", soft_wrap=True)
 
 
 def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, number: int | None) -> int:
-    words = ["ugrl-train", "--config", args.config, "--out", plan.out.public, "--resume", *args.overrides]
-    for name in ("data", "cluster", "workers", "address"):
+    words = ["ugrl-train", *(["--config", args.config] if args.config else []), "--out", plan.out.where, "--resume"]
+    for name in ("data", "cluster", "workers", "address", "device"):
         value = getattr(args, name)
-        words += [f"--{name}", place(value).public if is_uri(value) else str(value)] if value else []
-    console.print(f"interrupted; continue with: {shlex.join(words)}", highlight=False, soft_wrap=True)
+        words += [f"--{name}", str(value)] if value else []
+    command, note = pasted([*words, *(["--quiet"] if args.quiet else []), *args.overrides])
+    console.print(f"interrupted; continue with: {command}", soft_wrap=True)
+    if note:
+        console.print(note, soft_wrap=True)
     return 128 + (number if number == signal.SIGTERM else signal.SIGINT)
 
 

@@ -31,7 +31,7 @@ def test_shipped_configs_load_and_round_trip(name: str) -> None:
         (["data.scale_min=3"], "expected ≤ data.scale_max"),
         (["train.lr=.nan"], "expected a number"),
         (["nonsense"], "is not section.key=value"),
-        (["train.steps=[1"], "the value is not YAML"),
+        (["train.steps=[1"], "override 'train.steps=[1': line 1, column 3: not valid YAML"),
     ],
 )
 def test_bad_values_are_named(words: list[str], message: str) -> None:

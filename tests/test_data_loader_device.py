@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.test_data_augment import Draws
+from tests.tiny import tiny_tree
 from ugrl import config as configs
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.device import PixelBatch, RawBatch, triangles
@@ -21,8 +22,6 @@ from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import ConfigError
 from ugrl.train.loop import Trainer
 from ugrl.types import Row
-
-from .tiny import tiny_tree
 
 MODES = ("none", "normalize", "augment")
 

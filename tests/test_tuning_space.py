@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,23 @@ def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: st
         ("storage", "study.db", "expected journal or a URL"),
         ("config", "shaeps", "no file 'shaeps', and no shipped one of that name; did you mean 'shapes'?"),
         ("search", {}, "space key 'search' is empty"),
+        ("search", [], "space key 'search' is []; expected keys and values"),
+        ("search/method.contrast.keep", {"uniform": [0.1, 0.8], "stpe": 0.1}, "keep.stpe'; did you mean 'step'?"),
+        ("search/method.contrast.keep", {"uniform": [math.nan, 0.8]}, "is [nan, 0.8]; expected [low, high]"),
+        ("search/method.contrast.keep", {"loguniform": [0.8, 0.1]}, "expected [low, high] with low < high"),
+        ("search/method.contrast.keep", {"choice": [[0.1], [0.2]]}, "two or more different values"),
+        ("search/method.contrast.keep", {"choice": list(range(10**5)) + [[]]}, "is [0, 1, 2, 3, ...]; expected a list"),
+        ("search/method.uncertainty.radius", {"int": [4, 1e300]}, "expected integers up to 9007199254740992"),
+        ("trials", "many", "'trials' is 'many'; expected an integer ≥ 1"),
+        ("trials", 10**9, "'trials' is 1000000000; expected at most 100,000"),
+        ("scheduler", "asah", "'scheduler.name' is 'asah'; expected one of asha"),
+        ("scheduler", 3, "'scheduler' is 3; expected keys and values"),
+        ("scheduler/grace_steps", 50.5, "expected an integer, or a share of the run below 1"),
+        ("scheduler/grace_steps", 0.1, "'scheduler.grace_steps' is 25; expected > both warm-ups"),
+        ("first", {"train.lr": 1}, "'first' is {'train.lr': 1}; expected a list of points"),
+        ("overrides", [1], "'overrides' is [1]; expected keys and values"),
+        ("objective", {"seg_miou": 1}, "is measured by nothing"),
+        ("config", 3, "'config' is 3; expected text"),
     ],
 )
 def test_a_bad_space_is_refused_in_one_line(path: str, value: Any, words: str) -> None:
@@ -308,3 +326,24 @@ def test_a_rung_where_nothing_is_learned_yet_is_named(steps: int, grace: float, 
     space = build_space({**MINIMAL, "overrides": overrides, "scheduler": {"grace_steps": grace}})
     found = weak_rung(space, space.base())
     assert found is None if words is None else words in str(found)
+
+
+def test_a_grid_without_end_is_refused_at_once() -> None:
+    wide = {"train.global_batch": {"int": [1, 10**6]}}
+    with pytest.raises(ConfigError, match=r"has 1,000,000 values; a grid has at most 100,000"):
+        build_space({**MINIMAL, "sampler": "grid", "search": wide})
+    axes = {path: {"int": [1, 1000]} for path in ("train.global_batch", "method.uncertainty.radius")}
+    with pytest.raises(ConfigError, match=r"'search' is a grid of 1,000,000 points or more"):
+        build_space({**MINIMAL, "sampler": "grid", "search": axes})
+
+
+def test_a_file_with_odd_keys_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text('config: shapes\nsearch:\n  "train.\\x1b[31mlr\\nx": {uniform: [0, 1]}\n')
+    with pytest.raises(ConfigError) as caught:
+        load_space(file)
+    assert str(caught.value).startswith("mine.yaml: space key 'search.train.\\x1b[31mlr x': unknown config key")
+    assert str(caught.value).isprintable()
+    file.write_text("config: shapes\ntrials: 4\ntrials: 5\nsearch: {train.lr: {uniform: [0.1, 1]}}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*trials"):
+        load_space(file)

@@ -7,21 +7,26 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from cluster.preflight import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, load, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals
 from tuning.lease import Lease
+from tuning.placement import Room
 from tuning.record import read_trials
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
-from ugrl.errors import UgrlError
+from ugrl.errors import ConfigError, UgrlError
 
 pytest.importorskip("ray")
 
@@ -265,6 +270,87 @@ def test_what_was_put_back_has_one_owner_though_it_had_another(tmp_path: Path) -
         assert other.orphans(found.study) == []
 
 
+def test_a_trial_is_begun_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuning.searcher.IDLE_S", 0.0)
+    free = 0
+    with searcher(search_of(SOUND, tmp_path)) as found:
+        found.room = SimpleNamespace(trials=lambda: free)
+        assert found.suggest("a") == "FINISHED"  # and not None, at which Tune would wait and hear no signal
+        free = 1
+        first = found.suggest("a")
+        assert found.suggest("b") is None  # the room is meant for the first one, which has not got it yet
+        found.placed("a")
+        free = 0
+        assert found.suggest("b") is None
+        found.on_trial_complete("a", {"done": True})
+        second = found.suggest("b")  # in the process of the first one
+        assert (first["number"], second["number"]) == (0, 1)
+        assert found.suggest("c") is None
+
+
+def test_a_trial_that_finds_no_place_is_given_back(tmp_path: Path) -> None:
+    with searcher(search_of(SOUND, tmp_path)) as found:
+        found.room = SimpleNamespace(trials=lambda: 2)
+        found.suggest("a")
+        found.suggest("b")
+        found.placed("b")
+        assert found.unplaced() == []
+        for job in found.jobs.values():
+            job.since -= 31
+        assert found.unplaced() == ["a"]
+        found.give_back("a")
+        assert states(found.study) == ["WAITING", "RUNNING", "WAITING", "WAITING", "WAITING"]
+
+
+def test_processes_without_work_are_ended_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuning.searcher.IDLE_S", 0.0)
+    monkeypatch.setattr("tuning.searcher.REST_S", 0.0)
+    with searcher(search_of(SOUND, tmp_path, trials=3)) as found:
+        for name in "abc":
+            found.suggest(name)
+            found.placed(name)
+        found.on_trial_complete("a", {"done": True})
+        assert not found.rests()
+        assert found.suggest("d") is None  # nothing waits
+        assert found.rests()
+        assert not found.rests()
+
+
+def test_workers_are_placed_node_by_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.state
+
+    def trials(workers: int, *nodes: float) -> int:
+        free = {str(k): {"CPU": cpus} for k, cpus in enumerate(nodes)}
+        monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: free)
+        whole = {"cluster.cpus_per_worker": 1.0, "cluster.data_cpus": 1.0}
+        search = search_of(SOUND, tmp_path, overrides={**SOUND["overrides"], **whole})
+        return Room(replace(search, space=replace(search.space, workers=workers)), Capacity(8, 0, 4)).trials()
+
+    assert trials(1, 1.0, 1.0) == 2
+    assert trials(1, 0.5, 0.5) == 0  # a trial is not split over nodes
+    assert trials(2, 1.0, 1.0, 1.0) == 1
+    assert trials(2, 1.0, 1.0) == 0  # one CPU is left for those who read
+    assert trials(2, 2.0, 0.5, 2.5) == 2
+
+
+def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuning import searcher as module
+
+    file = tmp_path / "site-packages" / "searcher.py"
+    file.parent.mkdir()
+    file.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "around"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(module, "__file__", str(file))
+    assert module.code_commit() == ""
+    for words in (["add", "."], ["commit", "-q", "-m", "within"]):
+        subprocess.run([*git, *words], check=True)
+    assert len(module.code_commit()) == 10
+
+
 def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=3, first=[{"train.global_batch": 4, "train.lr": 1e-3}] * 2)
     with searcher(search) as found:
@@ -431,3 +517,41 @@ def test_a_database_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_storage("postgresql+nodriver://ann:secret@127.0.0.1:1/ugrl", tmp_path)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_a_line_before_a_record_of_another_driver_is_taken_out(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    path = tmp_path / "study.journal"
+    *lines, last = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines, b'{"op_code":8,"worker_id":"x","us' + last, b""]))
+    assert states(load(search))[0] == "COMPLETE"
+    assert path.read_bytes().splitlines() == [*lines, last]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x00\xff\x00",
+        b'["op_code"]',
+        b'{"op_code":4}',
+        b'{"op_code":"four","worker_id":"x"}',
+        b'{"op_code":4,"worker_id":"x","study_id":0,"state":77}',
+        b'{"op_code":6,"worker_id":"x","trial_id":[],"state":1}',
+        b'{"op_code":8,"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=range(7),
+)
+def test_a_spoiled_line_of_the_journal_is_named(text: bytes, tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    path = tmp_path / "study.journal"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:7], text, *lines[7:], b""]))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"study\.journal: line 8: no record of a study \(") as caught:
+        load(search)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+    assert path.read_bytes() == before  # nothing is thrown away

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -14,26 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from rich.console import Console
-
-from cluster.cli import shipped
-from cluster.connect import check
-from tuning.options import COSTS, Objective
-from tuning.search import Findings, Search, read_finalists, read_sessions
-from tuning.space import SearchSpace, differences, load_space
 from ugrl import config as configs
-from ugrl.cli import enter
-from ugrl.data.shards import Manifest
+from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError
-from ugrl.storage import place
-from ugrl.train.check import check_run
-from ugrl.train.run import ensure_shards
 
 if TYPE_CHECKING:
     import optuna
+    from rich.console import Console
 
     from cluster.preflight import Capacity
+    from tuning.search import Findings, Search
+    from tuning.space import SearchSpace
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
@@ -54,17 +44,16 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``ugrl-tune``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ugrl-tune",
         description="Search hyperparameters. Shipped spaces: " + ", ".join(shipped("tuning")) + ".",
         epilog=SUMMARY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="NAME|FILE", help="a shipped search space or a YAML file (default: shapes)")
     parser.add_argument("--config", metavar="NAME|FILE", help="another base configuration than the space names")
     parser.add_argument("--data", metavar="DIR|URI", help="prepared shards; shapes are generated without it")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
+        "--out", type=folder_for, metavar="DIR", help="names the search (default: runs/tune-<name of the space>)"
     )
     parser.add_argument("--trials", type=int, metavar="N", help="trials that are to end")
     parser.add_argument("--workers", type=int, metavar="N", help="training workers of one trial")
@@ -83,10 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_report_parser() -> argparse.ArgumentParser:
     """The parser of ``ugrl-tune report``."""
-    parser = argparse.ArgumentParser(
-        prog="ugrl-tune report", description="Write the report of a search, running or not, from its storage."
+    parser = Parser(
+        prog="ugrl-tune report",
+        description="Write the report of a search, running or not, from its storage.",
+        epilog="example:\n  ugrl-tune report runs/voc      report.html, report.md, plots, best.yaml in runs/voc\n",
     )
     parser.add_argument("study", type=Path, metavar="DIR", help="the search's folder")
+    parser.add_argument("--storage", metavar="URL", help="the study's database, where its URL has a password")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -96,6 +88,8 @@ def build_report_parser() -> argparse.ArgumentParser:
 
 def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
     """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
+    from tuning.space import load_space
+
     name = args.space or (known if known is not None else "shapes")
     return load_space(
         name,
@@ -114,11 +108,12 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     Raises:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
+    from tuning.search import Search
+    from ugrl.train.run import ensure_shards
+
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
-    out = out.absolute()
+    out = folder_for(out.absolute())
     known = out / SPACE
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; expected a folder to write the search to")
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
             raise ConfigError(
@@ -129,6 +124,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     resumed = args.resume and known.is_file()
     space = read_space(args, known if resumed else None)
     base = space.base()
+    configs.check_revealed(base, args.space or known)
     if resumed:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
@@ -146,6 +142,10 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
+    from tuning.options import COSTS, Objective
+    from ugrl.data.shards import Manifest
+    from ugrl.train.check import check_run
+
     space, base = search.space, search.base
     manifest = Manifest.load(search.shards)
     found = []
@@ -160,9 +160,12 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
     """Refuse to continue a search as another one, naming the first difference."""
+    from tuning.space import differences, load_space
+
     for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
         raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
     stored = configs.build(configs.read_yaml(out / BASE))
+    base = configs.build(configs.public_dict(base))
     for path in configs.paths():
         if configs.get(stored, path) != configs.get(base, path):
             raise ConfigError(
@@ -171,20 +174,24 @@ def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
             )
 
 
-def stored_search(out: Path) -> tuple[Search, optuna.Study]:
-    """A search and its study from its folder.
+def stored_search(out: Path, storage_url: str | None = None) -> tuple[Search, optuna.Study]:
+    """A search and its study from its folder, and from a database whose URL is not wholly written down there.
 
     Raises:
         ConfigError: The folder holds none.
     """
     import optuna as library
 
+    from tuning.options import Objective
+    from tuning.search import Search
+    from tuning.space import load_space
     from tuning.study import OBJECTIVES, WHERE, open_storage, study_name
+    from ugrl.storage import place
 
     out = out.absolute()
     if not (out / SPACE).is_file() or not (out / BASE).is_file():
         raise ConfigError(f"{out}: holds no search; expected {SPACE} and {BASE} in it")
-    space = load_space(out / SPACE)
+    space = load_space(out / SPACE, storage=storage_url)
     base = configs.build(configs.read_yaml(out / BASE))
     storage, name = open_storage(space.storage, out), study_name(space.storage, out)
     if name not in library.get_all_study_names(storage):
@@ -231,15 +238,26 @@ def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
+    for name in ("space", "config", "data", "storage", "warm_start", "address"):
+        if getattr(args, name) == "":  # of a variable of the shell that is not set
+            raise ConfigError(f"--{name.replace('_', '-')} is empty; expected a value, or none of it")
     if args.dry_run:
-        return run_dry(args, Console())
+        from ugrl.terminal import Terminal
+
+        return run_dry(args, Terminal())
     if args.warm_best < 1:
         raise ConfigError(f"--warm-best is {args.warm_best}; expected at least 1")
     if args.warm_start and args.resume:
         raise ConfigError("--warm-start is for a new search; with --resume its points are there already")
+    from cluster.connect import check
+
     if not args.resume:  # what is resumed may have ended, and then needs no cluster
         check(args.address)
     search = plan_search(args, console)
+    from tuning.steer import remarks
+
+    for text in () if args.quiet else remarks(search):
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
@@ -260,7 +278,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def ended_search(search: Search) -> optuna.Study | None:
     """The study of a search that is resumed, where there is one and it may have ended."""
     try:
-        return stored_search(search.out)[1]
+        return stored_search(search.out, search.space.storage)[1]
     except ConfigError:
         return None
 
@@ -291,7 +309,8 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     """
     import optuna as library
 
-    from tuning.study import WHERE, open_storage, open_study, public, study_name
+    from tuning.options import public
+    from tuning.study import WHERE, open_storage, open_study, study_name
 
     space, out = search.space, search.out
     storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None
@@ -304,8 +323,8 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
                 "choose another name for --out, or continue that one with --resume"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / BASE, yaml.safe_dump(configs.to_dict(search.base), sort_keys=False))
-    write_whole(out / SPACE, space.to_yaml(), mode=0o600 if "@" in space.storage else 0o644)
+    write_whole(out / BASE, configs.dump(configs.public_dict(search.base)))
+    write_whole(out / SPACE, space.to_yaml())
     study = open_study(
         space,
         out,
@@ -319,11 +338,10 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     return study
 
 
-def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(mode)
     os.replace(temporary, path)
 
 
@@ -410,6 +428,7 @@ def sigterm_is_an_interrupt() -> Iterator[list[int]]:
 def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
     """All that the storage tells of a search."""
     from tuning.record import read_trials
+    from tuning.search import Findings, read_finalists, read_sessions
 
     rows = tuple(read_trials(study, search.objectives))
     return Findings(search, study, rows, read_finalists(rows, finals, search), read_sessions(study))
@@ -437,34 +456,39 @@ def _ended(
             console.print(f"{left} trials were not run; --resume runs them", highlight=False)
         return 0
     words = ["ugrl-tune", "--out", str(search.out), "--resume"]
-    words += ["--data", str(args.data)] if args.data else []
+    for name in ("data", "storage", "address"):
+        words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    command, note = pasted([*words, *(["--quiet"] if args.quiet else [])])
     more = f" and {again} final runs" if again else ""
-    console.print(
-        f"interrupted with {left} trials{more} left; continue with: {shlex.join(words)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for text in (f"interrupted with {left} trials{more} left; continue with: {command}", note):
+        if text:
+            console.print(text, soft_wrap=True)
     if interrupted == signal.SIGTERM:
-        console.print(f"the report so far: ugrl-tune report {shlex.quote(str(search.out))}", soft_wrap=True)
+        console.print(f"the report so far: {pasted(['ugrl-tune', 'report', str(search.out)])[0]}", soft_wrap=True)
     return 128 + interrupted
 
 
 def run_dry(args: argparse.Namespace, console: Console) -> int:
-    """Say what a search would try and cost; needs no data and writes nothing."""
+    """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
     from cluster.launch import start_ray, stop_ray
     from tuning.dryrun import dry_run, machine
+    from tuning.search import Search
     from tuning.study import quiet_optuna
+    from ugrl.storage import place
 
     if args.step_s is not None and not 0 < args.step_s < float("inf"):
         raise ConfigError(f"--step-s is {args.step_s:g}; expected a number > 0")
     quiet_optuna()
     space = read_space(args)
     search = Search(space, space.base(), place(args.data or "data"), space.objectives, Path("dry-run"))
+    if args.data:
+        search = check_data(search, fresh=False)
     if not args.address:
-        dry_run(search, machine(), console, step_s=args.step_s, where="this machine; --address asks a cluster")
+        here = "this machine; --address asks a cluster"
+        dry_run(search, machine(), console, step_s=args.step_s, where=here, data=bool(args.data))
         return 0
     try:
-        dry_run(search, start_ray(args.address), console, step_s=args.step_s)
+        dry_run(search, start_ray(args.address), console, step_s=args.step_s, data=bool(args.data))
     finally:
         stop_ray()
     return 0
@@ -477,7 +501,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from tuning.study import quiet_optuna
 
     quiet_optuna()
-    search, study = stored_search(args.study)
+    search, study = stored_search(args.study, args.storage)
     write_report(findings(search, study, open_finals(search, study._storage, create=False)), console)
     return 0
 

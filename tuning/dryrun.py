@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import optuna
 from rich import box
@@ -14,15 +17,25 @@ from rich.table import Table
 from cluster.preflight import Capacity
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
-from tuning.plain import clock, short
+from tuning.plain import hours, short, span
 from tuning.search import Search
-from tuning.space import SearchSpace
+from tuning.space import SearchSpace, weak_rung
+from tuning.steer import remarks
 from tuning.study import make_pruner, make_sampler, plan, suggest_point, take_waiting
+from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
 # Classes that a step is measured with where no data tell: they hardly matter.
 CLASSES = 20
 FIRST = 5
+# Trials that the median rule never stops.
+STARTUP = 5
+# Trials that are played through to know what a scheduler lets through.
+PLAYED = 5_000
+# What a GPU is taken to reach on this network, where there is none to ask.
+GPU_TFLOPS = 10.0
+# Nobody waits longer for one machine.
+ABSURD_S = 14 * 86400.0
 
 
 def machine() -> Capacity:
@@ -33,7 +46,15 @@ def machine() -> Capacity:
     return Capacity(cpus, float(torch.cuda.device_count()), cpus)
 
 
-def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float | None = None, where: str = "") -> None:
+def dry_run(
+    search: Search,
+    have: Capacity,
+    console: Console,
+    *,
+    step_s: float | None = None,
+    where: str = "",
+    data: bool = False,
+) -> None:
     """Print the resolved space, the first suggestions, how many trials fit at once, and what it would cost.
 
     Args:
@@ -42,10 +63,11 @@ def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float |
         console: Where to print.
         step_s: Seconds of a training step; measured here without it.
         where: What ``have`` is, in words.
+        data: Whether the shards are there to be looked at.
     """
     space = search.space
     console.print(_space_table(search))
-    for text in _words(search):
+    for text in [*_words(search), *(f"warning: {text}" for text in _weak(search, data))]:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(_suggestions(space, search.objectives, search.steps))
     cpus, gpus = held(search, have)
@@ -55,9 +77,9 @@ def dry_run(search: Search, have: Capacity, console: Console, *, step_s: float |
         fits = concurrent_trials(search, have)
         console.print(f"side by side: {fits} trials of {each} each on {on}", highlight=False, soft_wrap=True)
     except ConfigError as error:  # the search may be meant for another machine
-        fits = 1
+        fits = 0
         console.print(f"side by side: none on {on}: {error}", highlight=False, soft_wrap=True)
-    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s):
+    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s, data):
         console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -95,19 +117,28 @@ def _words(search: Search) -> list[str]:
     return [*rows, *([f"at the end: {again}"] if again else [])]
 
 
+def _weak(search: Search, data: bool) -> list[str]:
+    if data:
+        return remarks(search)
+    weak = weak_rung(search.space, search.base)
+    return [weak] if weak else []
+
+
 def _fidelity(search: Search) -> str:
-    asked = search.space.scheduler
-    if asked.name == "none":
+    asked, rungs = search.space.scheduler, rung_steps(search.space, search.steps)
+    if asked.name == "none" or not rungs:
         return "every trial runs to its end"
-    rungs = ", ".join(str(r) for r in rung_steps(search.space, search.steps))
-    return f"{asked.name}, rungs at {rungs} of {search.steps} steps, 1 in {asked.reduction_factor:g} goes on"
+    if asked.name == "median":
+        return f"median, from step {asked.grace_steps:g} of {search.steps} on, what is below the median is stopped"
+    shown = ", ".join(map(str, rungs))
+    return f"{asked.name}, rungs at {shown} of {search.steps} steps, 1 in {asked.reduction_factor:g} goes on"
 
 
 def rung_steps(space: SearchSpace, steps: int) -> list[int]:
     """The steps at which weak trials are stopped.
 
     >>> from tuning.options import Scheduler
-    >>> from tuning.space import SearchSpace
+    >>> from tuning.space import SearchSpace, weak_rung
     >>> rung_steps(SearchSpace("shapes", (), scheduler=Scheduler("asha", 100, 3)), 1000)
     [100, 300, 900]
     """
@@ -118,21 +149,55 @@ def rung_steps(space: SearchSpace, steps: int) -> list[int]:
     return found
 
 
-def expected_share(space: SearchSpace, steps: int) -> float:
-    """Which share of a whole run a trial takes on average.
+@dataclass(frozen=True)
+class Expected:
+    """How much of its budget a search is expected to spend.
 
-    Of the trials that reach a rung, one in ``reduction_factor`` goes on; a median stops half of them once.
+    Attributes:
+        share: Of a whole run that a trial takes with its first seed.
+        whole: Trials that come to the end with it; the others are stopped and have no further seed.
     """
-    name, factor = space.scheduler.name, space.scheduler.reduction_factor
-    if name == "none":
-        return 1.0
-    if name == "median":
-        return 0.5 * (1 + space.scheduler.grace_steps / steps)
-    share, alive, last = 0.0, 1.0, 0
-    for rung in [*rung_steps(space, steps), steps]:
-        share += alive * (rung - last) / steps
-        alive, last = alive / factor, rung
-    return share
+
+    share: float
+    whole: float
+
+
+def expected(space: SearchSpace, steps: int) -> Expected:
+    """What the scheduler is expected to let through: the mean of searches whose trials have a random merit each.
+
+    In a small search that is far more than one in ``reduction_factor``: each trial is compared with those that were
+    there before it, the first one with nobody.
+    """
+    rng, played = random.Random(0), math.ceil(PLAYED / space.trials)
+    spent = whole = 0
+    for _ in range(played):
+        for end in _ends([rng.random() for _ in range(space.trials)], space, steps, rng):
+            spent, whole = spent + end, whole + (end == steps)
+    return Expected(spent / played / space.trials / steps, whole / played)
+
+
+def _ends(merits: list[float], space: SearchSpace, steps: int, rng: random.Random) -> Iterator[int]:
+    """The last step of each trial with its first seed."""
+    name, factor, rungs = space.scheduler.name, int(space.scheduler.reduction_factor), rung_steps(space, steps)
+    complete: list[float] = []
+    # Hyperband: one ladder begins at each rung, and those that begin early get more of the trials.
+    first = range(len(rungs) + 1 if name == "hyperband" else 1)
+    weights = [math.ceil(len(first) * factor**k / (k + 1)) for k in reversed(first)]
+    seen: dict[tuple[int, int], list[float]] = {}
+    for merit in merits:
+        if name == "median" and len(complete) >= STARTUP and merit < statistics.median(complete):
+            yield space.scheduler.grace_steps
+            continue
+        (ladder,) = rng.choices(first, weights)
+        for rung in rungs[ladder:] if name in ("asha", "hyperband") else ():
+            there = seen.setdefault((ladder, rung), [])
+            there.append(merit)
+            if sum(other > merit for other in there) >= max(1, len(there) // factor):
+                yield rung
+                break
+        else:
+            complete.append(merit)
+            yield steps
 
 
 def _suggestions(space: SearchSpace, objectives: tuple[Objective, ...], steps: int) -> Table:
@@ -140,43 +205,94 @@ def _suggestions(space: SearchSpace, objectives: tuple[Objective, ...], steps: i
     few = replace(space, budget=replace(space.budget, trials=min(FIRST, space.trials)))
     study.sampler, study.pruner = make_sampler(space, 0), make_pruner(space, steps)
     plan(study, few)
-    table = Table(title="first suggestions", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("trial", justify="right")
-    for axis in space.search:
-        table.add_column(axis.name, justify="right")
+    points = []
     while (trial := take_waiting(study, few.trials)) is not None:
-        point = suggest_point(trial, space.search)
-        table.add_row(str(trial.number), *(short(point[a.path]) if a.path in point else "" for a in space.search))
+        points.append(suggest_point(trial, space.search))
+    table = Table(title="first suggestions", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial")
+    for k in range(len(points)):
+        table.add_column(str(k), justify="right", no_wrap=True)
+    for axis in space.search:
+        table.add_row(axis.name, *(short(p[axis.path]) if axis.path in p else "" for p in points))
     return table
 
 
-def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | None) -> list[str]:
+@dataclass(frozen=True)
+class Cost:
+    """What a search takes.
+
+    Attributes:
+        share: Of a whole run that a trial takes with its first seed.
+        runs: Whole runs of the search itself, in steps.
+        finals: Whole runs afterwards.
+        seconds: Of all of them, one after the other.
+    """
+
+    share: float
+    runs: float
+    finals: int
+    seconds: float
+
+
+def cost_of(space: SearchSpace, steps: int, step_s: float) -> Cost:
+    """The cost of a search whose step takes ``step_s``, without validations."""
+    found = expected(space, steps)
+    runs = space.trials * found.share + found.whole * (space.repeats.seeds - 1)
+    finals = space.final.best * space.final.seeds
+    return Cost(found.share, runs, finals, (runs + finals) * steps * step_s)
+
+
+def wanted_gpus(search: Search) -> float:
+    """GPUs that a trial is meant to have, wherever this is asked; 0 where the space says nothing of them."""
+    space = search.space
+    if space.workers > 1:
+        return space.workers * search.base.cluster.gpus_per_worker
+    return space.resources.gpus_per_trial or 0.0
+
+
+def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | None, data: bool) -> list[str]:
     import torch
 
     from ugrl.train.flops import step_gflop, step_seconds
 
-    space = search.space
-    classes = {"voc": 20, "coco": 80}.get(space.config, CLASSES)
+    space, steps, batch = search.space, search.steps, search.base.train.global_batch
+    classes = len(Manifest.load(search.shards).class_names) if data else {"coco": 80}.get(space.config, CLASSES)
     gflop = step_gflop(search.base, classes)
-    measured = ""
+    where = "with --step-s"
     if step_s is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.set_num_threads(max(1, int(cpus)))
-        step_s = step_seconds(search.base, classes, device, gflop)
-        measured = f", measured on one image on this machine's {device.type.upper()}: --step-s says otherwise"
-    share = expected_share(space, search.steps)
-    runs = space.trials * (share if space.repeats.seeds == 1 else share + space.repeats.seeds - 1)
-    finals = space.final.best * space.final.seeds
-    total = (runs + finals) * search.steps * step_s
-    batch = search.base.train.global_batch
+        threads = 1 if device.type == "cuda" else max(1, min(int(cpus), os.cpu_count() or 1))
+        step_s = step_seconds(search.base, classes, device, gflop) / threads
+        where = f"on this machine's {device.type.upper()}"
+    found = cost_of(space, steps, step_s)
+    wall = found.seconds / max(1, fits)
     lines = [
-        f"a step: {gflop:.3g} GFLOP an image, {batch * gflop:.3g} a batch of {batch}; {step_s:.3g} s{measured}",
-        f"a whole run: {clock(search.steps * step_s)} without validations; a trial takes {100 * share:.0f} % of it on "
-        f"average, by what {space.scheduler.name} lets through",
-        f"the search: about {runs:.1f} whole runs"
-        + (f" and {finals} final ones" if finals else "")
-        + f", {total * cpus / 3600:.3g} CPU-hours"
-        + (f" and {total * gpus / 3600:.3g} GPU-hours" if gpus else "")
-        + f"; about {clock(total / max(1, fits))} with {fits} side by side (seeds that are skipped would save more)",
+        f"a step: {gflop:.3g} GFLOP an image, {batch * gflop:,.0f} a batch of {batch}",
+        f"the search: about {found.runs:.1f} whole runs"
+        + (f" and {found.finals} final ones" if found.finals else "")
+        + f"; a trial takes {100 * found.share:.0f} % of a run"
+        + (f", by what {space.scheduler.name} lets through" if found.share < 1 else "")
+        + (", and has further seeds if it comes to the end" if space.repeats.seeds > 1 else ""),
+        f"{where}: {step_s:.2g} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
+        f"{max(1, fits)} side by side",
     ]
+    if fits:
+        each = f"{hours(found.seconds * gpus)} GPU-hours, " if gpus else ""
+        lines[-1] += f" ({each}{hours(found.seconds * cpus)} CPU-hours)"
+    if (limit := space.budget.hours) and wall > 3600 * limit:
+        lines.append(f"budget.hours ends it after {limit:g} h, with what has run by then")
+    wanted = 0.0 if gpus else wanted_gpus(search)
+    if wanted:
+        gpu_s = batch * gflop / (1e3 * GPU_TFLOPS * wanted)
+        lines.append(
+            f"on {wanted:g} GPUs a trial, as the space wants: {gpu_s:.2g} s a step and {span(steps * gpu_s)} a run, if "
+            f"one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
+            f"{hours(found.seconds / step_s * gpu_s * wanted)} GPU-hours the search"
+        )
+    if wall > ABSURD_S:
+        lines.append(
+            "too much for this machine: "
+            + ("run it where the GPUs are (--address), or " if wanted else "use a GPU, or ")
+            + f"make it smaller: train.steps={max(1, steps // 10)}, data.crop, model.backbone, --trials"
+        )
     return lines

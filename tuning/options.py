@@ -9,8 +9,8 @@ key of a space file     values (the first is the default)
 ``trials``, ``budget``  ``{trials: 20, hours: 0, gpu_hours: 0, cpu_hours: 0}``; 0 is no limit. A spent budget
                         starts nothing new; what runs is finished
 ``sampler``             ``tpe | random | grid | gp | cmaes | nsga2``, or ``{name: tpe, startup: 0}``
-``scheduler``           ``{name: asha | hyperband | median | none, grace_steps: 0, reduction_factor: 3}``; ``grace_steps`` is
-                        the first rung, in steps or (below 1) as a share of the run; 0 derives it. A grid, and a
+``scheduler``           ``{name: asha | hyperband | median | none, grace_steps: 0, reduction_factor: 3}``; the
+                        first rung in steps, or (below 1) as a share of the run; 0 derives it. A grid, and a
                         search with several objectives, stop nothing unless told to
 ``repeats``             ``{seeds: 1, skip: true}``: seeds of each configuration; later ones are skipped where
                         the first already lose
@@ -33,8 +33,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ugrl.config import nearest
+from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.secrets import HIDDEN, masked
+from ugrl.text import brief
 from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
@@ -49,6 +51,20 @@ COSTS = {
 SAMPLERS = ("tpe", "random", "grid", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
+# Each of them is in the storage from the beginning.
+MOST_TRIALS = 100_000
+
+
+def public(storage: str) -> str:
+    """A database URL without its password.
+
+    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
+    'postgresql+psycopg://ann:***@db/ugrl'
+    """
+    scheme, sep, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
 
 
 @dataclass(frozen=True)
@@ -90,10 +106,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """When a weak trial is stopped: never before ``grace_steps``, a share of the run until the base is known."""
+    """When a weak trial is stopped: never before ``grace_steps``."""
 
     name: str = "asha"
-    grace_steps: float = 0
+    grace_steps: int = 0
     reduction_factor: float = 3.0
 
 
@@ -133,8 +149,12 @@ class Constraint:
     limit: float
 
 
-def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+def build_options(tree: Mapping[str, Any], base: Config) -> dict[str, Any]:
     """The typed options of a space file; keys and messages as in the module's text.
+
+    Args:
+        tree: The file's options.
+        base: The configuration that all trials share: what is a share of the run becomes steps.
 
     Raises:
         ConfigError: One line that names the key, the value and what was expected.
@@ -145,7 +165,7 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
     made["budget"] = _budget(tree)
     if "sampler" in tree:
         made["sampler"] = _sampler(tree["sampler"])
-    made["scheduler"] = _scheduler(mapping("scheduler", tree.get("scheduler", _default_scheduler(made))))
+    made["scheduler"] = _scheduler(tree.get("scheduler", _default_scheduler(made)), base)
     made["resources"] = _resources(mapping("resources", tree.get("resources", {})))
     made["repeats"] = _repeats(mapping("repeats", tree.get("repeats", {})))
     made["final"] = _final(mapping("final", tree.get("final", {})))
@@ -158,7 +178,7 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
             made[key] = integer(key, tree[key], lowest)
     if made.get("storage", "journal") != "journal" and "://" not in made["storage"]:
         raise ConfigError(
-            f"space key 'storage' is {made['storage']!r}; expected journal or a URL like sqlite:///study.db"
+            f"space key 'storage' is {brief(made['storage'])}; expected journal or a URL like sqlite:///study.db"
         )
     if tree.get("paper"):
         made["paper"] = _one_of("paper", tree["paper"], PAPERS)
@@ -167,6 +187,26 @@ def build_options(tree: Mapping[str, Any]) -> dict[str, Any]:
             f"space key 'final.split' is '{made['final'].split}', which the search sees; expected an untouched split"
         )
     return made
+
+
+def warm_steps(base: Config) -> int:
+    """When both warm-ups have ended."""
+    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
+
+
+def first_rung(grace: float, base: Config) -> int:
+    """The first rung in steps.
+
+    Args:
+        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0, which is half
+            of what follows the warm-ups.
+        base: The run.
+    """
+    if grace >= 1:
+        return int(grace)
+    steps, every = base.train.steps, base.train.at(base.train.eval_every)
+    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
+    return min(steps, math.ceil(wanted / every - 1e-9) * every)
 
 
 def options_dict(space: SearchSpace) -> dict[str, Any]:
@@ -187,21 +227,21 @@ def mapping(key: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"space key '{key}' is {value!r}; expected keys and values")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected keys and values")
     return {str(k): v for k, v in value.items()}
 
 
 def text(key: str, value: Any) -> str:
     """Text, or a refusal."""
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected text")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected text")
     return value
 
 
 def integer(key: str, value: Any, lowest: int) -> int:
     """An integer that is large enough, or a refusal."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected an integer ≥ {lowest}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected an integer ≥ {lowest}")
     return value
 
 
@@ -209,7 +249,7 @@ def number(key: str, value: Any, lowest: float) -> float:
     """A finite number that is large enough, or a refusal."""
     found = as_float(value)
     if found is None or found < lowest:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected a number ≥ {lowest:g}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected a number ≥ {lowest:g}")
     return found
 
 
@@ -233,26 +273,28 @@ def _known(key: str, tree: Mapping[str, Any], cls: type) -> None:
 
 def _one_of(key: str, value: Any, names: tuple[str, ...]) -> str:
     if value not in names:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected one of {', '.join(names)}")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected one of {', '.join(names)}")
     return str(value)
 
 
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"space key '{key}' is {value!r}; expected true or false")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected true or false")
     return value
 
 
 def _objectives(value: Any) -> tuple[Objective, ...]:
     names = value if isinstance(value, list) else [value]
     if not names or len(set(map(str, names))) != len(names):
-        raise ConfigError(f"space key 'objective' is {value!r}; expected a name, or a list of different ones")
+        raise ConfigError(f"space key 'objective' is {brief(value)}; expected a name, or a list of different ones")
     known = ("auto", *METRICS, *COSTS)
     for name in names:
         if name not in known:
             raise ConfigError(f"space key 'objective': '{name}' is measured by nothing{nearest(str(name), known)}")
     if names[0] in COSTS:
-        raise ConfigError(f"space key 'objective' is {value!r}; expected a metric first: {', '.join(METRICS)} or auto")
+        raise ConfigError(
+            f"space key 'objective' is {brief(value)}; expected a metric first: {', '.join(METRICS)} or auto"
+        )
     return tuple(Objective(str(name)) for name in names)
 
 
@@ -262,7 +304,10 @@ def _budget(tree: Mapping[str, Any]) -> Budget:
     if "trials" in tree:
         given["trials"] = integer("trials", tree["trials"], 1)
     hours = {k: number(f"budget.{k}", v, 0.0) for k, v in given.items() if k != "trials"}
-    return Budget(integer("budget.trials", given.get("trials", Budget.trials), 1), **hours)
+    trials = integer("budget.trials", given.get("trials", Budget.trials), 1)
+    if trials > MOST_TRIALS:
+        raise ConfigError(f"space key 'trials' is {brief(trials)}; expected at most {MOST_TRIALS:,}")
+    return Budget(trials, **hours)
 
 
 def _sampler(value: Any) -> Sampler:
@@ -278,7 +323,8 @@ def _default_scheduler(made: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": "asha" if alone else "none"}
 
 
-def _scheduler(tree: Mapping[str, Any]) -> Scheduler:
+def _scheduler(value: Any, base: Config) -> Scheduler:
+    tree = {"name": value} if isinstance(value, str) else mapping("scheduler", value)
     _known("scheduler", tree, Scheduler)
     name = _one_of("scheduler.name", tree.get("name", "asha"), SCHEDULERS)
     factor = number("scheduler.reduction_factor", tree.get("reduction_factor", 3.0), 0.0)
@@ -289,7 +335,7 @@ def _scheduler(tree: Mapping[str, Any]) -> Scheduler:
         raise ConfigError(
             f"space key 'scheduler.grace_steps' is {grace:g}; expected an integer, or a share of the run below 1"
         )
-    return Scheduler(name, int(grace) if grace.is_integer() else grace, factor)
+    return Scheduler(name, first_rung(grace, base) if name != "none" else int(grace), factor)
 
 
 def _resources(tree: Mapping[str, Any]) -> Resources:

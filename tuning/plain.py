@@ -38,3 +38,26 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}"
+
+
+def hours(seconds: float) -> str:
+    """Hours in few digits.
+
+    >>> hours(360), hours(3600 * 12345.6)
+    ('0.1', '12,000')
+    """
+    value = seconds / 3600
+    digits = 2 - len(str(int(value))) if value >= 100 else None
+    return f"{round(value, digits):,.0f}" if digits is not None else f"{value:.2g}"
+
+
+def span(seconds: float) -> str:
+    """A time as a person says it.
+
+    >>> [span(s) for s in (0.5, 42, 600, 9000, 86400 * 3.2, 86400 * 5000)]
+    ['1 s', '42 s', '10 min', '2.5 h', '3.2 days', 'months']
+    """
+    for size, limit, name in ((1, 99, "s"), (60, 99, "min"), (3600, 47, "h"), (86400, 60, "days")):
+        if (value := seconds / size) <= limit:
+            return f"{max(1, round(value))} {name}" if size < 3600 else f"{value:.1f} {name}"
+    return "months"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,13 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning.options import Objective
-from tuning.plain import clock, score_text, short
+from tuning.plain import clock, score_text, short, span
 from tuning.record import TrialRow, best_trial, read_trials
 from tuning.searcher import StudySearch
 from tuning.study import STEP
 
-# Off a terminal, a running trial is heard of at most so often.
-EVERY_S = 30.0
+# Off a terminal, the search is heard of at least so often; the trials' logs are looked at so often.
+EVERY_S, LOOK_S = 30.0, 2.0
+ENDED = ("COMPLETE", "PRUNED", "FAIL")
+# Widest bar of a trial, and what the other columns take.
+BAR, OTHERS = 24, 56
 
 
 @dataclass(slots=True)
@@ -31,12 +36,24 @@ class _Shown:
     """A running trial on the screen."""
 
     name: str
-    seeds: int
+    seeds: tuple[int, ...]
+    folder: Path
     since: float = field(default_factory=time.monotonic)
-    seed: int = 1
+    seed: int = 0  # which of them
     step: int = 0
     score: float | None = None
-    last: float = field(default_factory=time.monotonic)
+
+    def look(self) -> None:
+        """Where it is by the log of its run, between two validations."""
+        for k in range(len(self.seeds) - 1, self.seed - 1, -1):
+            if step := logged_step(self.folder / f"seed_{self.seeds[k]}" / "metrics.jsonl"):
+                self.step = step if k > self.seed else max(step, self.step)
+                self.seed = k
+                return
+
+    def done(self, steps: int) -> int:
+        """Steps of all its seeds so far."""
+        return self.seed * steps + self.step
 
 
 class TrialProgress(tune.Callback):
@@ -66,7 +83,9 @@ class TrialProgress(tune.Callback):
         self.title, self.word = title, word
         self.running: dict[str, _Shown] = {}
         self.rows: list[TrialRow] = []
-        self.began = time.monotonic()
+        self.began = self.said = self.looked = time.monotonic()
+        self.planned = 0  # trials; all of them are in the storage from the beginning
+        self.before = 0  # steps of the trials that ran before this session
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> TrialProgress:
@@ -90,33 +109,61 @@ class TrialProgress(tune.Callback):
 
     def render(self) -> Group:
         """The live table: a line of the whole, then a line for each running trial."""
+        self.look()
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        score = self.objective.replace("_", " ")
         for name, justify in ((self.word, "right"), ("seed", "right"), ("step", "right"), ("", "left")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        table.add_column(self.objective.replace("_", " "), justify="right")
-        table.add_column("time", justify="right")
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(score, justify="right", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
         for shown in list(self.running.values()):
             table.add_row(
                 shown.name,
-                f"{shown.seed}/{shown.seeds}",
+                f"{shown.seed + 1}/{len(shown.seeds)}",
                 f"{shown.step}/{self.steps}",
-                ProgressBar(total=self.steps, completed=shown.step, width=24),
+                ProgressBar(
+                    total=self.steps, completed=shown.step, width=max(4, min(BAR, self.console.width - OTHERS))
+                ),
                 "" if shown.score is None else score_text(self.objective, shown.score),
                 clock(time.monotonic() - shown.since),
             )
-        return Group(Text(self.headline(), style="bold"), table)
+        return Group(Text(self.headline(), style="bold", no_wrap=True, overflow="ellipsis"), table)
 
     def headline(self) -> str:
-        """How far the search is, in one line."""
+        """How far the search is, in one line, what matters most first."""
         states = Counter(r.state for r in self.rows)
         ended = states["COMPLETE"] + states["PRUNED"] + states["FAIL"]
-        words = [f"{self.title}: {ended} ended"]
-        words += [f"{states[s]} {s.lower()}" for s in ("COMPLETE", "PRUNED", "FAIL") if states[s]]
+        words = [f"{self.title}: {ended} of {self.planned} ended"]
+        left = self.left_s()
+        words += [f"about {span(left)} left"] if left is not None else []
         best = best_trial(self.rows, self.objectives[0])
         if best is not None and best.value is not None:
             words.append(f"best {score_text(self.objective, best.value)} ({self.word} {best.number})")
+        words += [f"{states[s]} {s.lower()}" for s in ("PRUNED", "FAIL") if states[s]]
         words.append(clock(time.monotonic() - self.began))
         return " · ".join(words)
+
+    def left_s(self) -> float | None:
+        """Seconds until the last trial has ended, by the steps so far; ``None`` before there is any.
+
+        A trial that has not begun takes what the ended ones have taken on average, and a whole run while none has.
+        """
+        ended = [sum(r.step for r in row.runs) for row in self.rows if row.state in ENDED]
+        now = [s.done(self.steps) for s in list(self.running.values())]
+        made = sum(ended) + sum(now) - self.before
+        if made <= 0:
+            return None
+        each = sum(ended) / len(ended) if ended else self.steps
+        waiting = max(0, self.planned - len(ended) - len(now))
+        left = waiting * each + sum(each - n if n < each else max(0, self.steps - n) for n in now)
+        return left * (time.monotonic() - self.began) / made
+
+    def look(self) -> None:
+        """Read how far the running trials are, now and then."""
+        if time.monotonic() - self.looked >= LOOK_S:
+            self.looked = time.monotonic()
+            for shown in list(self.running.values()):
+                shown.look()
 
     # -- what happens ---------------------------------------------------------------------------
 
@@ -125,9 +172,11 @@ class TrialProgress(tune.Callback):
         job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
         if job is None:
             return
+        self.planned = max(self.planned, len(self.searcher.study.get_trials(deepcopy=False)) if self.searcher else 0)
         if self.searcher is not None and not self.rows:  # of a search that was resumed
             self.rows = read_trials(self.searcher.study, self.objectives)
-        self.running[trial.trial_id] = _Shown(str(job.number), len(job.seeds))
+            self.before = sum(r.step for row in self.rows if row.state in ENDED for r in row.runs)
+        self.running[trial.trial_id] = _Shown(str(job.number), tuple(job.seeds), job.folder)
         if not self.console.is_terminal:
             point = "  ".join(f"{p.rsplit('.', 1)[-1]} {short(v)}" for p, v in job.point.items())
             self._say(f"{self.word} {job.number} starts  {point}")
@@ -140,13 +189,22 @@ class TrialProgress(tune.Callback):
         job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
         if shown is None or job is None or "seed" not in result:
             return
-        shown.seed = job.seeds.index(int(result["seed"])) + 1 if int(result["seed"]) in job.seeds else 1
+        seed = int(result["seed"])
+        shown.seed = job.seeds.index(seed) if seed in job.seeds else shown.seed
         shown.step, shown.score = int(result.get(STEP, 0)), result.get(self.objective)
-        if not self.console.is_terminal and time.monotonic() - shown.last >= EVERY_S and shown.score is not None:
-            shown.last = time.monotonic()
-            seed = f"  seed {shown.seed}/{shown.seeds}" if shown.seeds > 1 else ""
-            score = score_text(self.objective, shown.score)
-            self._say(f"{self.word} {shown.name}  step {shown.step}/{self.steps}{seed}  {self.objective} {score}")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune has looked around once more: off a terminal, the search is heard of now and then."""
+        if self.console.is_terminal or time.monotonic() - self.said < EVERY_S:
+            return
+        self.said = time.monotonic()
+        self.look()
+        seeds = {len(s.seeds) for s in self.running.values()} > {1}
+        now = [
+            f"{self.word} {s.name} {s.step}/{self.steps}" + (f" of seed {s.seed + 1}" if seeds else "")
+            for s in list(self.running.values())
+        ]
+        self._say(" · ".join([self.headline(), *now]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has ended, by itself or stopped by the scheduler."""
@@ -171,6 +229,22 @@ class TrialProgress(tune.Callback):
     def _say(self, text: str) -> None:
         if self.enabled:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def logged_step(log: Path) -> int:
+    """The last step in a run's log; 0 while there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for text in reversed(lines):
+        try:
+            return int(json.loads(text)["step"])
+        except (ValueError, KeyError, TypeError):  # half a line
+            continue
+    return 0
 
 
 def line(row: TrialRow, best: TrialRow | None, objective: str, word: str = "trial") -> str:

@@ -285,7 +285,7 @@ class StudySearch(Searcher):
             OUT: str(folder),
             HOST: socket.gethostname(),
             COMMIT: self._commit,
-            CONFIG: configs.to_dict(cfg),
+            CONFIG: configs.public_dict(cfg),
         }
         for key, value in known.items():
             if frozen.user_attrs.get(key) != value:

@@ -29,9 +29,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuning.options import (
+    MOST_TRIALS,
     Budget,
     Constraint,
     Final,
@@ -44,11 +43,14 @@ from tuning.options import (
     build_options,
     mapping,
     options_dict,
+    public,
     text,
+    warm_steps,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.text import brief, line
 
 KINDS = {
     "uniform": "any number between two",
@@ -57,6 +59,8 @@ KINDS = {
     "logint": "any integer from one to another, both included, even on a log scale",
     "choice": "one of a list",
 }
+# Floats, in which a range is kept, hold every integer up to it.
+MOST_INTEGER = 2**53
 # Keys that a search must not vary: trials would not be comparable, or it is the harness that sets them.
 FIXED = {
     "train.steps": "makes trials that cannot be compared",
@@ -147,6 +151,10 @@ class Axis:
             )
         step = self.step or 1
         count = int(round((self.high - self.low) / step)) + 1
+        if count > MOST_TRIALS:
+            raise ConfigError(
+                f"space key 'search.{self.path}' has {count:,} values; a grid has at most {MOST_TRIALS:,}"
+            )
         made = [self.low + k * step for k in range(count)]
         return tuple(int(v) for v in made) if self.integer else tuple(round(v, 12) for v in made)
 
@@ -234,7 +242,7 @@ class SearchSpace:
         """All points of a finite space, the last axis moving fastest; an axis that does not count is left out.
 
         Raises:
-            ConfigError: An axis is not finite.
+            ConfigError: An axis is not finite, or there are too many points.
         """
         points: list[dict[str, Any]] = [{}]
         for axis in self.search:
@@ -244,18 +252,23 @@ class SearchSpace:
                     [{**p, axis.path: v} for v in values] if axis.active(p) else [p] for p in points
                 )
             )
+            if len(points) > MOST_TRIALS:
+                raise ConfigError(
+                    f"space key 'search' is a grid of {len(points):,} points or more; expected at most {MOST_TRIALS:,}"
+                )
         return points
 
     def to_dict(self) -> dict[str, Any]:
-        """The space as it stands in YAML."""
-        tree: dict[str, Any] = {"config": self.config, "overrides": dict(self.overrides), **options_dict(self)}
+        """The space as it stands in YAML, without credentials."""
+        hidden = {"overrides": configs.public_tree(dict(self.overrides)), "storage": public(self.storage)}
+        tree: dict[str, Any] = {"config": self.config, "overrides": {}, **options_dict(self), **hidden}
         tree["first"] = [dict(point) for point in self.first]
         tree["search"] = {a.path: a.spec() for a in self.search}
         return tree
 
     def to_yaml(self) -> str:
-        """The space as a file that :func:`load_space` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+        """The space as a file that :func:`load_space` reads back to an equal one, but for credentials."""
+        return configs.dump(self.to_dict(), default_flow_style=None, width=100)
 
 
 def trial_config(base: Config, point: Mapping[str, Any], split: str | None = None, seed: int | None = None) -> Config:
@@ -286,7 +299,7 @@ def load_space(
     try:
         return build_space(tree, overrides=overrides, **changes)
     except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
+        raise ConfigError(f"{line(path.name)}: {line(error, 400)}") from None
 
 
 def build_space(
@@ -307,12 +320,11 @@ def build_space(
     }
     points = values.pop("first", None) or []
     if not isinstance(points, list | tuple):
-        raise ConfigError(f"space key 'first' is {points!r}; expected a list of points")
+        raise ConfigError(f"space key 'first' is {brief(points)}; expected a list of points")
     axes = mapping("search", values.pop("search"))
-    made.update(build_options(values))
     base = configs.load(made["config"], made["overrides"])
+    made.update(build_options(values, base))
     made["search"] = tuple(_ordered(list(_axes(axes, base))))
-    made["scheduler"] = replace(made["scheduler"], grace_steps=first_rung(made["scheduler"].grace_steps, base))
     space = SearchSpace(**made)
     _check_search(space, base, points)
     space = replace(space, first=tuple(complete_point(space, f"first[{i}]", p, base) for i, p in enumerate(points)))
@@ -322,26 +334,6 @@ def build_space(
         trials = min(space.trials, count) if asked else count
         space = replace(space, budget=replace(space.budget, trials=trials))
     return space
-
-
-def warm_steps(base: Config) -> int:
-    """When both warm-ups have ended."""
-    return max(base.train.at(base.train.lr_warmup_iters), base.train.at(base.train.cls_warmup_iters))
-
-
-def first_rung(grace: float, base: Config) -> int:
-    """The first rung in steps.
-
-    Args:
-        grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0: at half of what
-            follows the warm-ups.
-        base: The run.
-    """
-    if grace >= 1:
-        return int(grace)
-    steps, every = base.train.steps, base.train.at(base.train.eval_every)
-    wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
-    return min(steps, math.ceil(wanted / every - 1e-9) * every)
 
 
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
@@ -359,9 +351,9 @@ def weak_rung(space: SearchSpace, base: Config) -> str | None:
     if space.scheduler.name == "none" or grace >= least:
         return None
     return (
-        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores are hardly more than "
-        f"those of a predictor of nothing but background there; expected scheduler.grace_steps ≥ {least} of {steps}, or "
-        f"a share such as {math.ceil(100 * least / steps) / 100:g}"
+        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores there are hardly "
+        "more than those of a predictor of nothing but background; expected scheduler.grace_steps "
+        f"≥ {least} of {steps}, or a share such as {math.ceil(100 * least / steps) / 100:g}"
     )
 
 
@@ -395,10 +387,13 @@ def _axes(tree: Mapping[str, Any], base: Config) -> Iterator[Axis]:
             why = FIXED.get(path, "says where a run runs, not what it is")
             raise ConfigError(f"space key 'search.{path}' {why}; expected another path")
         kinds = [k for k in spec if k not in ("step", "when")] if isinstance(spec, Mapping) else []
+        if len(kinds) > 1 and (wrong := [k for k in kinds if k not in KINDS]):
+            names = [*KINDS, "step", "when"]
+            raise ConfigError(f"unknown space key 'search.{path}.{wrong[0]}'{nearest(str(wrong[0]), names)}")
         if len(kinds) != 1:
             raise ConfigError(
-                f"space key 'search.{path}' is {spec!r}; expected one of {', '.join(KINDS)}, as {{uniform: [0, 1]}} "
-                "(a constant belongs to 'overrides')"
+                f"space key 'search.{path}' is {brief(spec)}; expected one of {', '.join(KINDS)}, as "
+                "{uniform: [0, 1]} (a constant belongs to 'overrides')"
             )
         if kinds[0] not in KINDS:
             raise ConfigError(f"space key 'search.{path}': unknown kind '{kinds[0]}'{nearest(str(kinds[0]), KINDS)}")
@@ -419,20 +414,22 @@ def _axis(path: str, kind: str, value: Any, step: Any) -> Axis:
     if kind == "choice":
         scalars = isinstance(value, list) and all(isinstance(v, str | int | float | bool) for v in value)
         if not scalars or len(value) < 2 or len(set(value)) != len(value):
-            raise ConfigError(f"space key '{key}' is {value!r}; expected a list of two or more different values")
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected a list of two or more different values")
         if step is not None:
-            raise ConfigError(f"space key 'search.{path}.step' is {step!r}; a choice has no step")
+            raise ConfigError(f"space key 'search.{path}.step' is {brief(step)}; a choice has no step")
         return Axis(path, kind, options=tuple(value))
     numbers = [as_float(v) for v in value] if isinstance(value, list) and len(value) == 2 else []
     low, high = (numbers + [None, None])[:2]
     if low is None or high is None or low >= high:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected [low, high] with low < high")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected [low, high] with low < high")
     if kind in ("loguniform", "logint") and low <= 0:
-        raise ConfigError(f"space key '{key}' is {value!r}; expected low > 0 on a log scale")
+        raise ConfigError(f"space key '{key}' is {brief(value)}; expected low > 0 on a log scale")
     if kind in ("int", "logint"):
         if not (low.is_integer() and high.is_integer()):
-            raise ConfigError(f"space key '{key}' is {value!r}; expected integers")
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected integers")
         low, high = int(low), int(high)
+        if max(-low, high) > MOST_INTEGER:
+            raise ConfigError(f"space key '{key}' is {brief(value)}; expected integers up to {MOST_INTEGER}")
     return Axis(path, kind, low, high, step=_step(path, kind, low, high, step))
 
 
@@ -442,12 +439,16 @@ def _step(path: str, kind: str, low: float, high: float, step: Any) -> float:
     number = as_float(step)
     if number is None or number <= 0 or number > high - low or (kind == "int" and not number.is_integer()):
         expected = "an integer" if kind == "int" else "a number"
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; expected {expected} > 0 and ≤ {high - low:g}")
+        raise ConfigError(
+            f"space key 'search.{path}.step' is {brief(step)}; expected {expected} > 0 and ≤ {high - low:g}"
+        )
     if kind in ("loguniform", "logint"):
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; a log scale has no step")
+        raise ConfigError(f"space key 'search.{path}.step' is {brief(step)}; a log scale has no step")
     count = (high - low) / number
     if abs(count - round(count)) > 1e-6:
-        raise ConfigError(f"space key 'search.{path}.step' is {step!r}; {high:g} is not a whole number of steps away")
+        raise ConfigError(
+            f"space key 'search.{path}.step' is {brief(step)}; {high:g} is not a whole number of steps away"
+        )
     return int(number) if kind == "int" else number
 
 
@@ -464,7 +465,7 @@ def _conditions(path: str, when: Any, tree: Mapping[str, Any]) -> tuple[tuple[st
         wanted = tuple(values) if isinstance(values, list) else (values,)
         if not isinstance(options, list) or not all(v in options for v in wanted):
             raise ConfigError(
-                f"space key 'search.{path}.when.{other}' is {values!r}; expected values of a choice"
+                f"space key 'search.{path}.when.{other}' is {brief(values)}; expected values of a choice"
                 + (f" among {', '.join(map(str, options))}" if isinstance(options, list) else "")
             )
         made.append((other, wanted))
@@ -570,7 +571,7 @@ def complete_point(space: SearchSpace, key: str, point: Any, base: Config | None
         if not axis.contains(value):
             origin = "" if axis.path in given else " (from the base configuration)"
             raise ConfigError(
-                f"space key '{key}.{axis.path}' is {value!r}{origin}; expected it within {axis.describe()}"
+                f"space key '{key}.{axis.path}' is {brief(value)}{origin}; expected it within {axis.describe()}"
             )
         made[axis.path] = value
     try:

@@ -23,9 +23,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -35,17 +36,22 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler,
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
-from tuning.options import Objective
+from tuning.options import Objective, public
 from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.foreign import read_bytes
+from ugrl.secrets import HIDDEN
+from ugrl.text import brief, line
 
 STEP = "step"
 STUDY = "ugrl"
 FINALS = ":final"
 JOURNAL = "study.journal"
+BEGIN = b'{"op_code":'  # of every record
 # Several processes may open a new database at once, and each makes its tables.
 OPEN_TRIES = 20
 # Attributes of a study.
@@ -68,11 +74,10 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
         ConfigError: The database cannot be opened.
     """
     if storage == "journal":
-        mend_journal(out / JOURNAL)
-        return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
-    prefix = "sqlite:///"
-    if storage.startswith(prefix) and not storage.startswith(prefix + "/"):
-        storage = f"{prefix}{(out / storage.removeprefix(prefix)).absolute()}"
+        return open_journal(out / JOURNAL)
+    if HIDDEN in storage:
+        raise ConfigError(f"storage '{storage}': its password is not written down; give it again with --storage")
+    storage = _address(storage, out)
     # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
     waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
     tries = OPEN_TRIES
@@ -86,6 +91,18 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
             time.sleep(0.2)
 
 
+def _address(storage: str, out: Path) -> str:
+    """A database URL as Optuna takes it; a file of SQLite counts from ``out``, and may have any name."""
+    try:
+        url = make_url(storage)
+    except SQLAlchemyError as error:
+        raise ConfigError(f"storage {public(storage)!r}: no URL of a database ({_line(error)})") from None
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith((":", "file:")):
+        return storage
+    file = quote(str((out / url.database).absolute()))  # SQLite reads it as a URI: ?, # and % are escaped for it
+    return URL.create("sqlite", database=f"file:{file}", query={**url.query, "uri": "true"}).render_as_string()
+
+
 def _made_by_another(error: Exception) -> bool:
     """Whether another process makes the same tables at this moment: they will be there the next time."""
     words = f"{error} {error.__cause__}".lower()
@@ -94,38 +111,63 @@ def _made_by_another(error: Exception) -> bool:
     )
 
 
-def public(storage: str) -> str:
-    """A database URL without its password.
-
-    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
-    'postgresql+psycopg://ann:***@db/ugrl'
-    """
-    scheme, sep, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{sep}{user.split(':')[0]}:***@{host}" if at and ":" in user else storage
-
-
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+class _Lines(JournalFileBackend):
+    """The journal's file, and which of its lines is being read."""
+
+    line = 0
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """As its base class."""
+        for self.line, log in enumerate(super().read_logs(log_number_from), log_number_from + 1):
+            yield log
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """The storage in a journal's file, read to its end.
+
+    Raises:
+        ConfigError: A line that is no record, or says what cannot be; names it.
+    """
+    mend_journal(path)
+    backend = _Lines(str(path))
+    try:
+        return JournalStorage(backend)
+    except Exception as error:  # whatever replaying a spoiled line leads to
+        raise ConfigError(spoiled(path, backend.line, line(error))) from None
+
+
+def spoiled(path: Path, number: int, why: str) -> str:
+    """One line for a spoiled record."""
+    return f"{path}: line {number}: no record of a study ({why}); restore the file from a copy, or begin a new search"
 
 
 def mend_journal(path: Path) -> None:
     """Take out what a machine that died, or a full disk, left half written.
 
     Optuna would read no further than such a line, and what others append after it would be lost. Half a line is no
-    record: whoever wrote it was not told that it is safe.
+    record: whoever wrote it was not told that it is safe. It is the last one, or the next record follows it on the same
+    line.
+
+    Raises:
+        ConfigError: Another line is spoiled: without it, the numbers of what follows would mean something else.
     """
-    if not path.is_file() or _whole(path.read_bytes()):
+    if not path.exists() or _whole(read_bytes(path, "study's journal", error=ConfigError)):
         return
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()  # nobody is writing now
     try:
         data = path.read_bytes()
         if not _whole(data):
-            kept = [line + b"\n" for line in data.split(b"\n") if _record(line)]
+            *lines, last = data.split(b"\n")
+            kept = [_mended(path, k, text) for k, text in enumerate(lines, 1)]
+            kept += [last] if _record(last) else []
             temporary = path.with_name(path.name + ".mended")
-            temporary.write_bytes(b"".join(kept))
+            temporary.write_bytes(b"".join(text + b"\n" for text in kept))
             os.replace(temporary, path)
     finally:
         lock.release()
@@ -133,13 +175,23 @@ def mend_journal(path: Path) -> None:
 
 def _whole(data: bytes) -> bool:
     *lines, last = data.split(b"\n")
-    return not last and all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+    return not last and all(map(_record, lines))
 
 
-def _record(line: bytes) -> bool:
+def _mended(path: Path, number: int, text: bytes) -> bytes:
+    """A line, or the record after half a one."""
+    if _record(text):
+        return text
+    tail = text[text.rfind(BEGIN) :]
+    if text.rfind(BEGIN) > 0 and text.startswith(BEGIN[:1]) and _record(tail):
+        return tail
+    raise ConfigError(spoiled(path, number, f"found {brief(text, 40)}"))
+
+
+def _record(text: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
         return False
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,14 +26,21 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from ugrl import foreign
 from ugrl.errors import ConfigError
 from ugrl.model.specs import SPECS, least_crop
+from ugrl.secrets import HIDDEN, has_credentials, masked
+from ugrl.text import brief, line
 
 T = TypeVar("T")
 
 
+# Scales of an input: beyond these a picture is a blot, or does not fit any memory.
+SCALES = {"ge": 0.1, "le": 8.0}
+
+
 def _num(default: Any, **bounds: float) -> Any:
-    """A numeric field with bounds among ``ge, gt, le, lt``."""
+    """A numeric field, or a list of numbers, with bounds among ``ge, gt, le, lt``."""
     return field(default=default, metadata={"bounds": bounds})
 
 
@@ -61,8 +69,8 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     crop: int = _num(512, ge=32)
-    scale_min: float = _num(0.5, gt=0)
-    scale_max: float = _num(2.0, gt=0)
+    scale_min: float = _num(0.5, gt=0, le=64)
+    scale_max: float = _num(2.0, gt=0, le=64)
     mirror: bool = True
     threads: int = _num(4, ge=0)
     prefetch: int = _num(4, ge=1)
@@ -92,14 +100,14 @@ class ModelConfig:
 class CamConfig:
     """CAM and pseudo-labels."""
 
-    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
+    scales: tuple[float, ...] = _num((1.0, 0.5, 1.5), **SCALES)
     mirror: bool = True
     share: Literal["exact", "warmup", "always", "never"] = "exact"
     high: float = _num(0.55, gt=0, lt=1)
     low: float = _num(0.35, gt=0, lt=1)
     refine: Literal["par", "none"] = "par"
     par_iterations: int = _num(10, ge=1)
-    par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    par_dilations: tuple[int, ...] = _num((1, 2, 4, 8, 12, 24), ge=1)
     propagate: Literal["none", "affinity"] = "none"
     propagate_after: Steps = _num(0.3, ge=0)
 
@@ -202,7 +210,7 @@ class EvalConfig:
     cam_background: float = _num(0.45, gt=0, lt=1)
     cam: bool = True
     refined_cam: bool = False
-    seg_scales: tuple[float, ...] = (1.0,)
+    seg_scales: tuple[float, ...] = _num((1.0,), **SCALES)
     mirror: bool = False
     crf: bool = False
     amp: Literal["off", "auto"] = "off"
@@ -244,13 +252,16 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
+MOST_NAMED = 24
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest option, else the list of options."""
-    options = list(options)
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    options = [line(option, 60) for option in options]
+    close = difflib.get_close_matches(word[:100], options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; expected one of {', '.join(options)}"
+    return f"; expected one of {', '.join(options[:MOST_NAMED])}{', …' if len(options) > MOST_NAMED else ''}"
 
 
 def _type_name(hint: Any) -> str:
@@ -262,17 +273,23 @@ def _type_name(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else _type_name(a) for a in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list of {_type_name(get_args(hint)[0])}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text of one line"}
     return str(names.get(hint, getattr(hint, "__name__", str(hint))))
 
 
 def _number(value: Any) -> float | None:
-    """A finite float, also of text: YAML reads 6e-5 as text, since it wants 6.0e-5."""
+    """A finite float, also of text: a value may come from a shell or from a quoted word."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+# What 64 bits hold: beyond it no generator takes a seed, and no array a size.
+MOST_INT = 2**63 - 1
+MOST_LIST, MOST_CHARACTERS = 1000, 4096
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def _coerce(path: str, hint: Any, value: Any) -> Any:
@@ -289,7 +306,7 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
             return None
         inner = next(a for a in get_args(hint) if a is not type(None))
         return _coerce(path, inner, value)
-    if origin is tuple and isinstance(value, list | tuple) and len(value) > 0:
+    if origin is tuple and isinstance(value, list | tuple) and 0 < len(value) <= MOST_LIST:
         return tuple(_coerce(f"{path}[{i}]", get_args(hint)[0], v) for i, v in enumerate(value))
     if hint is bool and isinstance(value, bool):
         return value
@@ -297,11 +314,18 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         number = _number(value)
         if hint is float and number is not None:
             return number
-        if hint is int and number is not None and number.is_integer():
+        if hint is int and number is not None and number.is_integer() and abs(number) <= MOST_INT:
             return int(value) if isinstance(value, int) else int(number)
-    if hint is str and isinstance(value, str):
+    if hint is str and isinstance(value, str) and len(value) <= MOST_CHARACTERS and not _CONTROL.search(value):
         return value
-    raise ConfigError(f"config key '{path}' is {value!r}; expected {_type_name(hint)}")
+    raise ConfigError(f"config key '{path}' is {_show(value)}; expected {_type_name(hint)}")
+
+
+def _show(value: Any) -> str:
+    """A value as the file says it, bounded and without credentials."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return masked(brief(value))
 
 
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -316,19 +340,19 @@ def _check_bounds(path: str, value: Any, bounds: Mapping[str, float]) -> None:
     }
     if not all(ok[k](value, b) for k, b in bounds.items()):
         wanted = " and ".join(f"{_SIGNS[k]} {b:g}" for k, b in bounds.items())
-        raise ConfigError(f"config key '{path}' is {value!r}; expected {wanted}")
+        raise ConfigError(f"config key '{path}' is {_show(value)}; expected {wanted}")
 
 
 def _build(cls: type[T], tree: Any, prefix: str) -> T:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"config section '{prefix.rstrip('.')}' is {tree!r}; expected keys and values")
+        raise _no_section(prefix, tree)
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in known:
             hint = _elsewhere(str(key)) or nearest(str(key), known)
-            raise ConfigError(f"unknown config key '{prefix}{key}'{hint}")
+            raise ConfigError(f"unknown config key '{prefix}{line(key, 60)}'{hint}")
         path = f"{prefix}{key}"
         if is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, path + ".")
@@ -336,8 +360,15 @@ def _build(cls: type[T], tree: Any, prefix: str) -> T:
             values[key] = _coerce(path, hints[key], value)
             bounds = known[key].metadata.get("bounds")
             if bounds and values[key] is not None:
-                _check_bounds(path, values[key], bounds)
+                found = values[key] if isinstance(values[key], tuple) else (values[key],)
+                for one in found:
+                    _check_bounds(path, one, bounds)
     return cls(**values)
+
+
+def _no_section(prefix: str, found: Any) -> ConfigError:
+    name = f"config section '{prefix.rstrip('.')}'" if prefix else "the configuration"
+    return ConfigError(f"{name} is {_show(found)}; expected keys and values")
 
 
 def _elsewhere(key: str) -> str:
@@ -366,13 +397,15 @@ def _check_together(cfg: Config) -> None:
         (d.scale_min <= d.scale_max, f"data.scale_min is {d.scale_min}; expected ≤ data.scale_max {d.scale_max}"),
         (c.low <= c.high, f"method.cam.low is {c.low}; expected ≤ method.cam.high {c.high}"),
         (1.0 in c.scales, f"method.cam.scales is {list(c.scales)}; expected 1.0 among them: it carries the affinity"),
-        (all(s > 0 for s in c.scales), f"method.cam.scales is {list(c.scales)}; expected numbers > 0"),
+        (
+            bool(cfg.name) and "/" not in cfg.name and cfg.name not in (".", "..") and len(cfg.name.encode()) <= 200,
+            f"name is {_show(cfg.name)}; expected a name that a folder can have",
+        ),
         (
             d.crop >= crop,
             f"data.crop is {d.crop}: at {min(c.scales):g}, the smallest of method.cam.scales, it is smaller than the "
             f"{SPECS[backbone].min_size} px that {backbone} needs; expected data.crop ≥ {crop}",
         ),
-        (all(s > 0 for s in cfg.eval.seg_scales), f"eval.seg_scales is {list(cfg.eval.seg_scales)}; expected > 0"),
         (
             t.at(t.cls_warmup_iters) < max(2, t.steps),
             f"train.cls_warmup_iters is {t.cls_warmup_iters}; expected < train.steps {t.steps}",
@@ -394,6 +427,57 @@ def to_dict(cfg: Any) -> dict[str, Any]:
         value = getattr(cfg, f.name)
         out[f.name] = to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
     return out
+
+
+def public_dict(cfg: Config) -> dict[str, Any]:
+    """:func:`to_dict` as it may be written down or shown: credentials within it are hidden."""
+    return public_tree(to_dict(cfg))
+
+
+def public_tree(value: Any) -> Any:
+    """A tree whose texts hold no credentials."""
+    if isinstance(value, dict):
+        return {k: public_tree(v) for k, v in value.items()}
+    return masked(value) if isinstance(value, str) and has_credentials(value) else value
+
+
+def check_revealed(cfg: Config, where: object) -> None:
+    """Refuse a configuration that was read back from ``where`` without its credentials.
+
+    Raises:
+        ConfigError: Names the key to give again.
+    """
+    if cfg.train.mlflow is not None and HIDDEN in cfg.train.mlflow:
+        raise ConfigError(
+            f"{line(where)}: train.mlflow is {cfg.train.mlflow}: credentials are not written down; give it again, "
+            "train.mlflow=…, or do without, train.mlflow=null"
+        )
+
+
+class _Quoting(yaml.SafeDumper):
+    """Quotes every text that some version of YAML reads as something else (``off``, ``010``, ``1e-3``, ``y``)."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_BARE = re.compile(r"(?!(?:true|false|yes|no|on|off|null|none|y|n|inf|nan)$)[A-Za-z][\w./-]*", re.IGNORECASE | re.ASCII)
+
+
+def _quoted(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if _BARE.fullmatch(value) else '"')
+
+
+_Quoting.add_representer(str, _quoted)
+
+
+def dump(tree: Any, **layout: Any) -> str:
+    r"""YAML that versions 1.1 and 1.2 read alike: :func:`ugrl.foreign.parse_yaml` gives back the same tree.
+
+    >>> dump({"amp": "off", "shards": "/data/010", "lr": 1e-05})
+    'amp: "off"\nshards: "/data/010"\nlr: 1.0e-05\n'
+    """
+    return yaml.dump(tree, Dumper=_Quoting, sort_keys=False, allow_unicode=True, **{"width": 10**9, **layout})
 
 
 def paths(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
@@ -434,19 +518,19 @@ def check_path(path: str) -> None:
 
 def override(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested dict with the values at dotted paths replaced (paths are checked)."""
-    out = _copy(tree)
+    out = dict(tree)
     for path, value in values.items():
         check_path(path)
         node = out
         *sections, leaf = path.split(".")
-        for part in sections:
-            node = node.setdefault(part, {})
+        for i, part in enumerate(sections):
+            inner = node.get(part, {})
+            if not isinstance(inner, Mapping):
+                raise _no_section(".".join(sections[: i + 1]), inner)
+            node[part] = dict(inner)
+            node = node[part]
         node[leaf] = value
     return out
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -454,12 +538,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for word in words:
         path, eq, text = word.partition("=")
-        if not eq or not path:
-            raise ConfigError(f"override '{word}' is not section.key=value")
-        try:
-            out[path.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"override '{word}': the value is not YAML") from None
+        shown = masked(line(word, 80))
+        if not eq or not path.strip():
+            raise ConfigError(f"override '{shown}' is not section.key=value")
+        out[path.strip()] = foreign.parse_yaml(text, f"override '{shown}'")
     return out
 
 
@@ -469,32 +551,42 @@ def find_yaml(name: str | Path, package: str = "ugrl.configs") -> Path:
     ``configs/shapes.yaml``, ``shapes.yaml`` and ``shapes`` all find the shipped file when no such
     path exists.
     """
-    path = Path(name)
-    if path.is_file():
+    path, folder = Path(name), resources.files(package)
+    if _is(Path.is_file, path):
         return path
-    folder = resources.files(package)
     stem = path.name.removesuffix(".yaml")
-    shipped = Path(str(folder)) / f"{stem}.yaml"
-    if shipped.is_file():
-        return shipped
     have = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-    raise ConfigError(f"no file '{name}', and no shipped one of that name{nearest(stem, have)}")
+    # A folder that is not there is no way to spell a shipped name: somebody's own file would be another one in silence.
+    if stem in have and str(path.parent) in (".", package.rpartition(".")[2], package.replace(".", "/")):
+        return Path(str(folder)) / f"{stem}.yaml"
+    if _is(Path.exists, path):
+        return path  # no regular file: whoever reads it says so
+    raise ConfigError(f"no file '{line(name, 120)}', and no shipped one of that name{nearest(stem, have)}")
+
+
+def _is(what: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return what(path)
+    except (OSError, ValueError):  # a name too long, or with a NUL; a folder that may not be entered
+        return False
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file; one clear line where it is not one."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return as_tree(foreign.read_text(path, "configuration", error=ConfigError), line(path))
+
+
+def as_tree(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping from text.
+
+    Raises:
+        ConfigError: Not YAML, not a mapping, or empty: what is missing is not what is left at its defaults.
+    """
+    tree = foreign.parse_yaml(text, where)
     if tree is None:
-        return {}
+        raise ConfigError(f"{where}: is empty; expected keys and values")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
+        raise ConfigError(f"{where}: expected keys and values at the top level, found {_show(tree)}")
     return tree
 
 
@@ -509,4 +601,4 @@ def load(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     try:
         return build(override(tree, overrides or {}))
     except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
+        raise ConfigError(f"{line(path.name)}: {error}") from None

@@ -22,8 +22,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from ugrl import foreign
+from ugrl import foreign, secrets
 from ugrl.errors import UgrlError
+from ugrl.text import brief, line
 
 T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -100,7 +101,17 @@ def _host(netloc: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = str(error).strip()
+    return secrets.masked(line(text.splitlines()[0])) if text else type(error).__name__
+
+
+def _asked(path: Path, ask: Callable[[Path], T]) -> T:
+    """What a local path answers; one that may not be entered, or is no name at all, in one line."""
+    try:
+        return ask(path)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else _line(error)
+        raise StorageError(f"{line(path)}: {why}", lasting=lasting(error)) from None
 
 
 def lasting(error: BaseException) -> bool:
@@ -163,10 +174,7 @@ class Place:
         >>> place("s3://key:secret@bucket/runs?region=eu-west-1").public
         's3://bucket/runs?region=eu-west-1'
         """
-        if self.local is not None:
-            return self.where
-        u = urlsplit(self.where)
-        return urlunsplit((u.scheme, _host(u.netloc), u.path, u.query, ""))
+        return self.where if self.local is not None else secrets.public(self.where)
 
     def __fspath__(self) -> str:
         """The path, for what takes nothing else.
@@ -198,16 +206,20 @@ class Place:
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
-        return os.path.exists(self.local) if self.local is not None else self._info().type != pafs.FileType.NotFound
+        if self.local is not None:
+            return _asked(self.local, Path.exists)
+        return self._info().type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
         """Whether there is a folder."""
-        return os.path.isdir(self.local) if self.local is not None else self._info().type == pafs.FileType.Directory
+        if self.local is not None:
+            return _asked(self.local, Path.is_dir)
+        return self._info().type == pafs.FileType.Directory
 
     def names(self) -> list[str]:
         """Names of what the folder holds, sorted; none where there is no folder."""
         if self.local is not None:
-            return sorted(os.listdir(self.local)) if os.path.isdir(self.local) else []
+            return _asked(self.local, lambda p: sorted(q.name for q in p.iterdir()) if p.is_dir() else [])
         found, path = self.filesystem()
         try:
             infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
@@ -218,7 +230,10 @@ class Place:
     def sizes(self) -> dict[str, int]:
         """Bytes of the files that the folder holds, by name; empty where there is no folder."""
         if self.local is not None:
-            return {p.name: p.stat().st_size for p in self.local.iterdir() if p.is_file()} if self.is_dir() else {}
+            return _asked(
+                self.local,
+                lambda p: {q.name: q.stat().st_size for q in p.iterdir() if q.is_file()} if p.is_dir() else {},
+            )
         found, path = self.filesystem()
         try:
             infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
@@ -314,6 +329,14 @@ class Place:
 
     def download(self, to: Path) -> Path:
         """Copy this file or folder (files alone) to a local path, whole or not at all; returns the path."""
+        try:
+            return self._download(to)
+        except OSError as error:  # of this machine's disk: the storage's own are told apart
+            raise StorageError(
+                f"{line(error.filename or to)}: {error.strerror or _line(error)}", lasting=lasting(error)
+            ) from None
+
+    def _download(self, to: Path) -> Path:
         draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
         draft.parent.mkdir(parents=True, exist_ok=True)
         Place(str(draft)).delete()
@@ -338,10 +361,17 @@ def place(where: str | Path | Place) -> Place:
     if isinstance(where, Place):
         return where
     text = str(where)
-    if text.startswith("file://"):
-        return Place(str(Path(unquote(urlsplit(text).path)).absolute()))
     if is_uri(text):
-        u = urlsplit(text)
+        try:
+            u = urlsplit(text)
+        except ValueError as error:
+            raise StorageError(f"{secrets.masked(brief(text))}: no URI ({_line(error)})", lasting=True) from None
+        if u.fragment or (u.scheme == "file" and u.query):
+            raise StorageError(
+                f"{line(secrets.public(text))}: # and ? mean something in a URI; write %23, %3F", lasting=True
+            )
+        if u.scheme == "file":
+            return Place(str(Path(unquote(u.path)).absolute()))
         return Place(urlunsplit((u.scheme, u.netloc, u.path.rstrip("/"), u.query, "")))
     return Place(str(Path(text).absolute()))
 

@@ -6,19 +6,19 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ugrl.data.census import Census, Inventory
-from ugrl.data.prepare import inventory_of, prepare, target
-from ugrl.data.progress import Progress
-from ugrl.data.shards import MANIFEST, Manifest, partial_of, verify
+from ugrl.command import folder_for
 from ugrl.data.source import SOURCES, RowError, Source, open_source
 from ugrl.errors import ConfigError, DataError
-from ugrl.storage import place
 from ugrl.text import line, plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ugrl.data.census import Inventory
+    from ugrl.data.shards import Manifest
 
 # Option → the source it belongs to.
 _OWN = {
@@ -32,13 +32,23 @@ _OWN = {
     "difficulty": "shapes",
 }
 
+EXAMPLES = """\
+examples:
+  ugrl prepare folder --root photos --out shards --on-error skip     photos/images, photos/tags.csv, photos/masks
+  ugrl prepare voc --root VOCdevkit/VOC2012 --out shards
+  ugrl prepare coco --root coco --out shards
+  ugrl prepare shapes --out shards --train 1200 --val 200            generated images
+  ugrl prepare --verify shards                                       are its files whole?
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ugrl prepare``."""
     parser.description = "Write a data set to Parquet shards: resumable, checked, in bounded memory."
+    parser.epilog = EXAMPLES + (parser.epilog or "")
     parser.add_argument("source", metavar="SOURCE", nargs="?", help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set (not for shapes)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument("--out", type=folder_for, metavar="DIR", help="folder to write; it must not exist")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared folder's checksums and stop")
     parser.add_argument(
         "--tune-val",
@@ -78,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: Arguments that do not go together.
         DataError: Bad input, see :func:`ugrl.data.prepare.prepare`.
     """
-    console = Console()
+    from ugrl.data.prepare import inventory_of, prepare, target
+    from ugrl.data.shards import verify
+    from ugrl.terminal import Terminal
+
+    console = Terminal()
     if args.verify is not None:
         if args.source or args.out:
             raise ConfigError("--verify stands alone; expected no SOURCE and no --out beside it")
@@ -109,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ugrl check``."""
     parser.description = "Hold tags and masks of a data set against each other, and say what looks wrong."
+    parser.epilog = "examples:\n  ugrl check shards\n  ugrl check photos\n" + (parser.epilog or "")
     parser.add_argument("data", metavar="DATA", help="a prepared folder (a path or a URI), or the root of a data set")
 
 
@@ -121,7 +136,12 @@ def run_check(args: argparse.Namespace) -> int:
     Raises:
         DataError: Nothing that is known lies there, or it cannot be read.
     """
-    console = Console()
+    from ugrl.data.prepare import inventory_of
+    from ugrl.data.shards import MANIFEST, Manifest, partial_of
+    from ugrl.storage import place
+    from ugrl.terminal import Terminal
+
+    console = Terminal()
     root = Path(args.data)
     if place(args.data).local is None or os.path.lexists(root / MANIFEST) or os.path.isdir(partial_of(root.absolute())):
         manifest = Manifest.load(args.data)
@@ -138,6 +158,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def _layout(root: Path) -> str:
     """The source whose files lie in a folder."""
+    from ugrl.data.shards import MANIFEST
+
     if not os.path.isdir(root):
         raise DataError(f"{line(root)}: no such folder; expected prepared shards, or the root of a data set")
     if os.path.lexists(root / "tags.csv"):
@@ -156,6 +178,9 @@ def _layout(root: Path) -> str:
 
 def _count(source: Source) -> tuple[Inventory, dict[str, list[str]]]:
     """The census of a source, and why its unusable rows are."""
+    from ugrl.data.census import Census, Inventory
+    from ugrl.data.progress import Progress
+
     splits = source.splits()
     inventory = Inventory(tuple(source.class_names), {}, getattr(source, "stray", {}))
     unusable: dict[str, list[str]] = {}
@@ -212,6 +237,8 @@ def _share(text: str) -> float | int:
 
 def summary(manifest: Manifest) -> Table:
     """Splits, rows, masks, what was left out, shards and size."""
+    from rich.table import Table
+
     table = Table(title=plain(f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes"))
     table.add_column("split")
     for column in ("rows", "with masks", "left out", "shards", "MB"):

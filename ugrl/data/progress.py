@@ -6,7 +6,6 @@ import sys
 import time
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from ugrl.terminal import Terminal
 
 LINE_SECONDS = 30.0
 
@@ -43,7 +44,8 @@ class Progress:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                console=Console(file=self._stream),
+                console=Terminal(file=self._stream),
+                redirect_stdout=sys.stdout.isatty(),  # what goes to a file is no line of the display
             )
             self._task = self._bar.add_task(what, total=total)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ugrl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 
@@ -26,15 +28,22 @@ def voc_palette() -> np.ndarray:
 
 
 PALETTE = voc_palette()
+# Stands in the masks that are written here, so that they are known from those that somebody drew.
+WRITER = "ugrl predict"
 
 
 def write_mask(path: Path, labels_HW: np.ndarray) -> None:
     """Write uint8 labels as a palette PNG (the format of VOC's submissions)."""
     image = Image.fromarray(labels_HW.astype(np.uint8), mode="P")
     image.putpalette(PALETTE.flatten().tolist())
-    tmp = path.with_name(path.name + ".tmp")
-    image.save(tmp, format="PNG")
-    tmp.replace(path)
+    note = PngInfo()
+    note.add_text("Software", WRITER)
+    tmp = path.with_name(f".{os.getpid()}.tmp")
+    try:
+        image.save(tmp, format="PNG", pnginfo=note)
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def denormalize(image_3HW: np.ndarray) -> np.ndarray:

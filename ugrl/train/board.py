@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ugrl.eval.palette import PALETTE, denormalize
+from ugrl.secrets import public
 from ugrl.train.outlet import Outlet, Say
-from ugrl.train.tracking import MlflowSink, Scalar, public, scalars_of
+from ugrl.train.tracking import MlflowSink, Scalar, scalars_of
 from ugrl.types import Batch
 
 
@@ -75,8 +77,8 @@ class Board:
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """One point per value under ``group/``."""
         points = scalars_of(group, values, step)
-        if self.writer:
-            self.writer.put(points)
+        if self.writer:  # which warns of what is not finite, point by point
+            self.writer.put([point for point in points if math.isfinite(point.value)])
         if self.tracker:
             self.tracker.put(points)
 

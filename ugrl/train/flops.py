@@ -21,7 +21,7 @@ from ugrl.train.step import Step
 from ugrl.types import IGNORE, Batch
 
 # What a step that is timed may take, in GFLOP, and for how long it is repeated, in seconds.
-TIMED_GFLOP, TIMED_S = 30.0, 0.6
+TIMED_GFLOP, TIMED_S = 30.0, 0.3
 # Side of the contrastive loss's tiles on a CPU, where nothing else is asked for.
 TILE = 512
 
@@ -113,7 +113,7 @@ def _counted(step: Step, batch: Batch, at: int) -> float:
 
 
 def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: float) -> float:
-    """About how long a step of the global batch takes on a device.
+    """About how long a step of the global batch takes on a GPU, or on one CPU core.
 
     What is timed has fewer images, and smaller ones where one is too much already; its time is scaled by operations.
 
@@ -127,21 +127,26 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
     images = max(1, min(cfg.train.global_batch, int(TIMED_GFLOP / gflop)))
     step, batch = _made(small, num_classes, device), _batch(small, num_classes, images, device)
 
-    # What others do on a CPU at the moment is not counted.
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    threads = 1 if device.type == "cuda" else torch.get_num_threads()
+    on_gpu = device.type == "cuda"
+    # One thread's own time: what others do on the machine meanwhile does not count, nor do threads that wait.
+    clock = time.perf_counter if on_gpu else time.thread_time
+    threads = torch.get_num_threads()
 
     def once() -> float:
         start = clock()
         step(batch, cfg.train.steps - 1).loss.backward()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
-        return (clock() - start) / threads
+        return clock() - start
 
-    done = _counted(step, batch, cfg.train.steps - 1)  # also gives the class a prototype, and hence a u
-    found = [once()]
-    while sum(found) < TIMED_S:
-        found.append(once())
+    torch.set_num_threads(1)
+    try:
+        done = _counted(step, batch, cfg.train.steps - 1)  # also gives the class a prototype, and hence a u
+        found = [once()]
+        while sum(found) < TIMED_S:
+            found.append(once())
+    finally:
+        torch.set_num_threads(threads)
     return min(found) * cfg.train.global_batch * gflop / done
 
 

@@ -13,8 +13,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
@@ -81,8 +79,8 @@ class RunFolder:
         if self.mirror is not None:
             home = self.mirror
             retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
-        config = config_mod.to_dict(self.cfg)
-        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        config = config_mod.public_dict(self.cfg)
+        write_text(out / "config.yaml", config_mod.dump(config))
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):

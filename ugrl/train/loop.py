@@ -7,7 +7,6 @@ written by rank 0 alone.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,12 +29,14 @@ from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.transfer import Transfer
+from ugrl.device import resolve
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.build import build_par, build_prototypes
 from ugrl.model.build import build_net
 from ugrl.storage import Place, place
+from ugrl.terminal import Terminal
 from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
 from ugrl.train.board import Board
@@ -109,8 +110,8 @@ def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[
     )
 
 
-def _nothing(*_: Any) -> None:
-    return None
+def nothing(*_: Any) -> None:
+    """What a hook does that nobody set."""
 
 
 def _never() -> bool:
@@ -129,13 +130,15 @@ class Hooks:
         on_log: ``(steps done, values)`` every ``train.log_every`` steps: losses, statistics, speed.
         on_event: One line on what happened besides; rank 0.
         stop: Asked after each step; ranks stop together if one of them is told to.
+        before_write: Called on rank 0 before something is written to the run's folder; raises where it is another's.
     """
 
-    on_eval: Callable[[int, dict[str, float]], None] = _nothing
-    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = _nothing
-    on_log: Callable[[int, dict[str, float]], None] = _nothing
-    on_event: Callable[[str], None] = _nothing
+    on_eval: Callable[[int, dict[str, float]], None] = nothing
+    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = nothing
+    on_log: Callable[[int, dict[str, float]], None] = nothing
+    on_event: Callable[[str], None] = nothing
     stop: Callable[[], bool] = _never
+    before_write: Callable[[], None] = nothing
 
 
 class Trainer:
@@ -174,12 +177,12 @@ class Trainer:
         self.cfg, self.shards = cfg, place(shards)
         self.hooks = hooks or Hooks()
         self.loader = loader or local_loader
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.quiet = quiet or not is_main()
         self.dtype = dtype or getattr(torch, cfg.train.dtype)
         if cfg.train.cpu_threads > 0:
             torch.set_num_threads(cfg.train.cpu_threads)
-        self.device = torch.device(device or _default_device())
+        self.device = resolve(device)
         if cfg.train.deterministic:
             make_deterministic(self.device)
         if cfg.train.global_batch % world_size() != 0:
@@ -252,8 +255,13 @@ class Trainer:
 
     def save(self) -> None:
         """Have the state saved in the background (rank 0); tell the hooks what is whole by now (every rank)."""
+        self._before_write()
         self.folder.submit(self._snapshot)
         self._tell_saved(wait=False)
+
+    def _before_write(self) -> None:
+        if is_main():
+            self.hooks.before_write()
 
     def _snapshot(self) -> Snapshot:
         parts = {
@@ -284,6 +292,7 @@ class Trainer:
             CheckpointError: Checkpoints cannot be written.
             UgrlError: ``train.nan_patience`` steps in a row had no finite loss or gradients; a broken row or shard.
         """
+        self._before_write()
         self.folder.open(self.done)
         barrier()  # nobody adds to a log that rank 0 still cuts
         main = self.folder.main
@@ -291,7 +300,7 @@ class Trainer:
             main / "tb" if main is not None else None,
             mlflow=self.cfg.train.mlflow,
             name=self.cfg.name if self.folder.home is None else self.folder.home.name,
-            params=config_mod.to_dict(self.cfg),
+            params=config_mod.public_dict(self.cfg),
             step=self.done,
             say=self.say,
         )
@@ -398,6 +407,7 @@ class Trainer:
                 if guard.skipped:
                     values["skipped"] = float(guard.skipped)
                 window, good = [], []
+                self._before_write()
                 self.folder.record({"step": self.done, **values})
                 board.scalars("train", values, self.done)
                 self.hooks.on_log(self.done, values)
@@ -525,9 +535,3 @@ class Trainer:
         speed = torch.tensor(list(local.values()), dtype=torch.float64).to(self.device, non_blocking=True)
         values = mean_over_ranks(torch.cat([torch.stack(means), speed]) if means else speed).tolist()
         return dict(zip([*names, *local], values, strict=True))
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"

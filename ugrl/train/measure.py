@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ugrl.config import Config
 from ugrl.data.reader import ShardReader
+from ugrl.device import resolve
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.build import build_par
 from ugrl.method.refine import PAR
@@ -14,7 +17,13 @@ from ugrl.train.restore import Restored, restore
 
 
 def measure(
-    got: Restored, reader: ShardReader, *, device: torch.device, cfg: Config | None = None, par: PAR | None = None
+    got: Restored,
+    reader: ShardReader,
+    *,
+    device: torch.device,
+    cfg: Config | None = None,
+    par: PAR | None = None,
+    on_batch: Callable[[Sequence[str]], None] | None = None,
 ) -> EvalResult:
     """Evaluate what a checkpoint holds.
 
@@ -24,6 +33,7 @@ def measure(
         device: Where.
         cfg: Instead of the checkpoint's own configuration.
         par: Refinement of the CAM, where it is wanted.
+        on_batch: Called with the ids of each batch, once it is through.
     """
     cfg = cfg or got.cfg
     return evaluate(
@@ -34,6 +44,7 @@ def measure(
         prototypes=got.prototypes,
         affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.at(cfg.train.cls_warmup_iters),
         par=par,
+        on_batch=on_batch,
     )
 
 
@@ -48,6 +59,6 @@ def measure_run(out: str | Place, shards: str | Place, split: str) -> dict[str, 
     Raises:
         UgrlError: There is no checkpoint, or no such split.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve()
     got = restore(place(out), device=device)
     return dict(measure(got, ShardReader(place(shards), split), device=device, par=build_par(got.cfg)).metrics)

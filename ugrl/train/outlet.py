@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
+
+from ugrl.secrets import masked
+from ugrl.text import line
 
 Item = TypeVar("Item")
 Taken = TypeVar("Taken", contravariant=True)
@@ -106,9 +108,8 @@ class Outlet(Generic[Item]):
 
 
 def _first_line(error: Exception) -> str:
-    # Whoever reads a log need not learn the name and password in a server's address.
-    text = re.sub(r"://[^/@\s]+@", "://", str(error).strip())
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+    text = masked(str(error).strip())
+    return f"{type(error).__name__}: {line(text.splitlines()[0])}" if text else type(error).__name__
 
 
 def _to_stderr(text: str) -> None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ugrl.errors import ConfigError
+from ugrl import foreign
+from ugrl.errors import ConfigError, DataError
+from ugrl.secrets import masked, public
 
 EXPERIMENT = "ugrl"
 METRICS_A_CALL = 500
@@ -45,11 +47,13 @@ class Scalar:
 
 
 def check_mlflow(where: str) -> None:
-    """Refuse ``train.mlflow`` where MLflow is not installed.
+    """Refuse ``train.mlflow`` where MLflow is not installed, or cannot use the folder.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: See above.
     """
+    if "://" not in where and re.search("[?]|%[0-9a-fA-F]{2}", str(Path(where).absolute())):
+        raise ConfigError(f"train.mlflow is '{where}': MLflow takes no folder with ? or %20 in its name")
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(f"train.mlflow is '{public(where)}', but MLflow is not installed: pip install mlflow-skinny")
 
@@ -67,15 +71,6 @@ def tracking_uri(where: str) -> str:
     return f"sqlite:///{Path(where).absolute() / 'mlflow.db'}"
 
 
-def public(where: str) -> str:
-    """``where`` without a user's name and password.
-
-    >>> public("https://me:secret@mlflow.example.org/x")
-    'https://mlflow.example.org/x'
-    """
-    return re.sub(r"://[^/@\s]+@", "://", where)
-
-
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested mapping with dotted keys and values as text.
 
@@ -87,7 +82,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             out.update(flat(value, f"{prefix}{key}."))
         else:
-            out[f"{prefix}{key}"] = public(str(value))[:LONGEST_PARAM]
+            out[f"{prefix}{key}"] = masked(value)[:LONGEST_PARAM]
     return out
 
 
@@ -112,11 +107,13 @@ class MlflowSink:
         self._open = False
         self._seen: dict[str, Any] = {}
         try:
-            seen = json.loads(note.read_text(encoding="utf-8"))
-            if isinstance(seen, dict) and seen.get("uri") == public(tracking_uri(where)):
-                self._seen = seen
-        except (OSError, ValueError):
-            pass
+            seen = foreign.read_json(note)
+            if seen["uri"] == public(tracking_uri(where)):
+                sent = {str(k): foreign.as_int(v, "sent") for k, v in foreign.as_dict(seen["sent"], "sent").items()}
+                run = foreign.as_str(seen["run_id"], "run_id")
+                self._seen = {"run_id": run, "uri": seen["uri"], "params": seen["params"] is True, "sent": sent}
+        except (DataError, KeyError, TypeError):
+            pass  # none, or not one of ours: a new run is begun
 
     def send(self, items: Sequence[Scalar]) -> None:
         """Log what was not sent before; opens the run if need be."""
