@@ -40,7 +40,7 @@ STYLES = {
     "half pixels": lambda xy: np.round(2 * xy) / 2,
     "fifths": lambda xy: np.round(5 * xy) / 5 + 0.1,
     "repeated points": lambda xy: np.repeat(xy.reshape(-1, 2), 2, axis=0).ravel(),
-    "far outside": lambda xy: (xy - 30) * 500,
+    "far outside": lambda xy: (xy - 30) * 40,
     "upright": lambda xy: np.stack([np.repeat(xy[0::2], 2), np.roll(np.repeat(xy[1::2], 2), 1)], 1).ravel(),
 }
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def refusals(folder: Path) -> list[str]:
     return [
         told(lambda: manifest.ids("val")),
         told(lambda: manifest.tags("val")),
-        *(told(lambda k=k: ShardReader(manifest, "val")[k]) for k in range(11)),
+        *(told(partial(ShardReader(manifest, "val").__getitem__, k)) for k in range(11)),
     ]
 
 
