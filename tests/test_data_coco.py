@@ -40,7 +40,7 @@ STYLES = {
     "half pixels": lambda xy: np.round(2 * xy) / 2,
     "fifths": lambda xy: np.round(5 * xy) / 5 + 0.1,
     "repeated points": lambda xy: np.repeat(xy.reshape(-1, 2), 2, axis=0).ravel(),
-    "far outside": lambda xy: (xy - 30) * 500,
+    "far outside": lambda xy: (xy - 30) * 40,
     "upright": lambda xy: np.stack([np.repeat(xy[0::2], 2), np.roll(np.repeat(xy[1::2], 2), 1)], 1).ravel(),
 }
 
@@ -212,6 +212,7 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("train", "words"),
     [
+        ("[" * 3000, r"instances_train2017\.json: JSON nested too deep"),
         ('{"images": [', r"instances_train2017\.json: broken JSON at line 1, column 13"),
         ("[]", r"instances_train2017\.json: \[\]; expected keys and values"),
         (changed(annotations=None), "annotations: None; expected a list"),
@@ -265,6 +266,7 @@ def category(id, name):
         ({"categories": [category(1, "cat"), category(2, "cat")]}, "categories 1 and 2 are both called 'cat'"),
         ({"categories": [category("a4-c0", "cat")]}, "category 0: id: 'a4-c0'; expected a whole number"),
         ({"images": [{"id": "6f9-e1", "file_name": "a.jpg"}]}, "image 0: id: '6f9-e1'; expected a whole number"),
+        ({"images": [{"id": 10**400}]}, "image 0: id: a number of about 398 digits; expected .* at most 18 digits"),
         ({"images": [{"id": float("inf")}]}, "image 0: id: inf; expected a whole number"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def refusals(folder: Path) -> list[str]:
     return [
         told(lambda: manifest.ids("val")),
         told(lambda: manifest.tags("val")),
-        *(told(lambda k=k: ShardReader(manifest, "val")[k]) for k in range(11)),
+        *(told(partial(ShardReader(manifest, "val").__getitem__, k)) for k in range(11)),
     ]
 
 
@@ -238,7 +239,6 @@ def test_a_page_header_asks_for_no_more_than_its_chunk_has(header: bytes) -> Non
 
 def test_a_codec_that_nobody_knows_does_not_end_the_process(copy: Path) -> None:
     """The library's reader refuses it, its description of the footer aborts."""
-    expected = ShardReader(copy, "val").rows(range(11))
     path = copy / SHARD
     good = path.read_bytes()
     at = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
@@ -248,9 +248,8 @@ def test_a_codec_that_nobody_knows_does_not_end_the_process(copy: Path) -> None:
     for k in codecs:
         data[k + 1] = 2 * 19
     path.write_bytes(data)
-    with pytest.raises(OSError, match="codec"), pq.ParquetFile(path) as file:
-        file.read_row_group(0)
-    assert ShardReader(copy, "val").rows(range(11)) == expected  # which lie there as they are
+    ids, tags, *rows = refusals(copy)
+    assert not ids + tags and all(re.search("val-00000.parquet: row group . is unreadable", text) for text in rows)
 
 
 def test_a_footer_that_leads_out_of_the_file_is_refused(copy: Path) -> None:

@@ -37,7 +37,7 @@ YEARS = (2014, 2017)
 _SPLITS = ("train", "val")
 _MOST_JSON = 4096 * foreign.MB
 _MOST_SIDE = 1 << 16
-_MOST_ID = 1 << 62
+_MOST_ID = 10**18 - 1
 _CROWD = {"0": False, "false": False, "1": True, "true": True}
 _LOG = logging.getLogger(__name__)
 
@@ -287,7 +287,10 @@ def _read(path: Path) -> tuple[list[_Image], dict[int, str], dict[str, RowError]
 
 
 def _id(value: Any, where: str) -> int:
-    return foreign.as_int(value, where, least=-_MOST_ID, most=_MOST_ID, text=True)
+    id = foreign.as_int(value, where, text=True)
+    if abs(id) > _MOST_ID:
+        raise DataError(f"{where}: {brief(id)}; expected a whole number of at most 18 digits")
+    return id
 
 
 def _read_categories(entries: list[Any], where: str) -> dict[int, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,10 @@ from ugrl.row import Row
 SMALL = ["id", "width", "height", "tags"]
 LARGE = ("image", "mask")
 _UINT = struct.Struct("<I")
-_STOP, _INTS, _BINARY, _STRUCT = 0, (4, 5, 6), 8, 12
+_STOP, _INTS, _BINARY, _LIST, _STRUCT = 0, (4, 5, 6), 8, 9, 12
 _TRUE, _FALSE = 1, 2
-_PLAIN = _DATA_PAGE = 0
+_BYTES = {_TRUE: 1, _FALSE: 1, 3: 1, 7: 8}  # what takes a fixed number of them
+_PLAIN = _DATA_PAGE = _UNCOMPRESSED = 0
 _DEEPEST = 8
 # Of a row's image or mask: not looked up yet; there is none (nothing lies at 0, where a file's mark is).
 _UNKNOWN, _NONE = -1, 0
@@ -51,9 +52,9 @@ class MappedShard:
         self._small = [small.column(name).chunk(0) for name in SMALL]
         if any(column.null_count for column in self._small):
             raise Unusual("a row without a value")
-        self._meta: Any = file.metadata
-        self._columns = [_position(self._meta, name) for name in LARGE]
-        self._spans_RL2 = np.full((self._meta.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
+        self._columns = [_position(file.metadata, name) for name in LARGE]
+        self._groups = row_groups(self._bytes, [k for k, _ in self._columns])
+        self._spans_RL2 = np.full((file.metadata.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
 
     def row(self, index: int, group: int, first: int) -> Row:
         """A row of a row group that begins with row ``first``.
@@ -71,20 +72,49 @@ class MappedShard:
         return Row(id, bytes(self._bytes[image_start:image_end]), width, height, tuple(tags), mask)
 
     def _look_up(self, group: int, first: int) -> None:
-        meta = self._meta.row_group(group)
-        spans_nL2 = np.empty((meta.num_rows, len(LARGE), 2), np.int64)
-        for k, (column, nullable) in enumerate(self._columns):
-            chunk = meta.column(column)
-            # By its sizes: asked for a codec that it does not know, the library ends the process.
-            if chunk.total_compressed_size != chunk.total_uncompressed_size or chunk.has_dictionary_page:
+        rows, chunks = self._groups[group]
+        spans_nL2 = np.empty((rows, len(LARGE), 2), np.int64)
+        for k, (chunk, (_, nullable)) in enumerate(zip(chunks, self._columns, strict=True)):
+            if not chunk.plain:
                 raise Unusual("a compressed chunk, or one with a dictionary")
-            start, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
-            spans = value_spans(self._bytes[:end], start, chunk.num_values, nullable=nullable)
-            if len(spans) != meta.num_rows:
-                raise Unusual(f"{len(spans)} values for {meta.num_rows} rows")
+            spans = value_spans(self._bytes[: chunk.end], chunk.start, chunk.values, nullable=nullable)
+            if len(spans) != rows:
+                raise Unusual(f"{len(spans)} values for {rows} rows")
             spans_nL2[:, k] = spans
         # Threads may do this twice; all write the same.
-        self._spans_RL2[first : first + meta.num_rows] = spans_nL2
+        self._spans_RL2[first : first + rows] = spans_nL2
+
+
+class Chunk(NamedTuple):
+    """A column chunk: its first byte and the one past its last, values, and whether it is plain bytes."""
+
+    start: int
+    end: int
+    values: int
+    plain: bool
+
+
+def row_groups(data: memoryview, columns: list[int]) -> list[tuple[int, list[Chunk]]]:
+    """Rows of each row group, and where some columns of it lie, from the footer.
+
+    The library knows this, too, but ends the process where a damaged footer describes a chunk that cannot be.
+
+    Raises:
+        Unusual: It makes no sense.
+    """
+    try:
+        size = _UINT.unpack_from(data, len(data) - 8)[0]
+        footer, _ = _struct(data[:-8], len(data) - 8 - size)
+        return [(group[3], [_chunk(group[1][k][3], len(data)) for k in columns]) for group in footer[4]]
+    except (IndexError, KeyError, TypeError, struct.error) as error:
+        raise Unusual(f"a footer that makes no sense ({error})") from None
+
+
+def _chunk(column: dict[int, Any], size: int) -> Chunk:
+    start, end = column[9], column[9] + column[7]
+    if not 0 < start <= end <= size:
+        raise Unusual("a chunk outside of its file")
+    return Chunk(start, end, column[5], column[4] == _UNCOMPRESSED and 11 not in column)
 
 
 def _position(meta: Any, name: str) -> tuple[int, bool]:
@@ -178,9 +208,9 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A struct of Thrift's compact protocol: integers and structs by field number; where it ends."""
+    """A struct of Thrift's compact protocol: values by field number; where it ends."""
     if depth > _DEEPEST:
-        raise Unusual("a page header nested too deep")
+        raise Unusual("a header nested too deep")
     found: dict[int, Any] = {}
     field = 0
     while True:
@@ -193,13 +223,32 @@ def _struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], 
         else:
             number, at = _varint(data, at)
             field = number >> 1 ^ -(number & 1)
-        if kind in _INTS:
-            number, at = _varint(data, at)
-            found[field] = number >> 1 ^ -(number & 1)
-        elif kind == _STRUCT:
-            found[field], at = _struct(data, at, depth + 1)
-        elif kind == _BINARY:
-            size, at = _varint(data, at)
-            at += size
-        elif kind not in (_TRUE, _FALSE):
-            raise Unusual(f"a page header with a field of type {kind}")
+        if kind not in (_TRUE, _FALSE):  # which are their own values
+            found[field], at = _value(data, at, kind, depth)
+
+
+def _value(data: memoryview, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    """A number, struct or list; texts are stepped over."""
+    if kind in _INTS:
+        number, at = _varint(data, at)
+        return number >> 1 ^ -(number & 1), at
+    if kind == _STRUCT:
+        return _struct(data, at, depth + 1)
+    if kind == _BINARY:
+        size, at = _varint(data, at)
+        return None, at + size
+    if kind in _BYTES:
+        return None, at + _BYTES[kind]
+    if kind != _LIST:
+        raise Unusual(f"a header with a field of type {kind}")
+    byte, at = data[at], at + 1
+    count, kind = byte >> 4, byte & 15
+    if count == 15:
+        count, at = _varint(data, at)
+    if count > len(data) - at:  # each value takes a byte at least
+        raise Unusual("a list that is longer than its file")
+    values = []
+    for _ in range(count):
+        value, at = _value(data, at, kind, depth)
+        values.append(value)
+    return values, at

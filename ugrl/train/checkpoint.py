@@ -276,8 +276,8 @@ def read_state(where: str | Path | Place) -> State:
     names = [foreign.as_str(name, f"{at}: class_names", most=200, error=CheckpointError) for name in listed]
     metrics = foreign.as_dict(field("metrics"), f"{at}: metrics", error=CheckpointError)
     for key, value in metrics.items():
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"{at}: metrics: {brief(key)}: {brief(value)}; expected a number")
+        if not isinstance(value, float):  # which may be undefined
+            foreign.as_number(value, f"{at}: metrics: {brief(key)}", error=CheckpointError)
     data = None if raw.get("data") is None else foreign.as_str(raw["data"], f"{at}: data", error=CheckpointError)
     tree = foreign.as_dict(field("config"), f"{at}: config", error=CheckpointError)
     if not tree or not names:

@@ -135,8 +135,11 @@ def stored_config(out: Place) -> Config:
     file = out / "config.yaml"
     where = line(file)
     data = file.read_small("configuration", most=foreign.MOST_YAML, error=ConfigError)
+    tree = config_mod.as_tree(foreign.decode_text(data, where, error=ConfigError), where)
+    if not tree:
+        raise ConfigError(f"{where}: is empty; expected the configuration that the run was started with")
     try:
-        return config_mod.build(config_mod.as_tree(foreign.decode_text(data, where, error=ConfigError), where))
+        return config_mod.build(tree)
     except ConfigError as error:
         raise ConfigError(f"{where}: {line(error)}") from None
 
