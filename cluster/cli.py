@@ -109,21 +109,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     resolve(args.device)
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
-    from ugrl.train.loop import Trainer
+    from ugrl.ownership import own
+    from ugrl.train.loop import Hooks, Trainer
 
-    trainer = Trainer(
-        plan.cfg,
-        shards=plan.shards,
-        out=plan.out,
-        resume_from=plan.checkpoint,
-        console=console,
-        quiet=args.quiet,
-        device=args.device,
-    )
-    try:
-        trainer.fit()
-    except KeyboardInterrupt as stopped:
-        return _interrupted(args, plan, console, getattr(stopped, "number", None))
+    with own(plan.out) as held:
+        trainer = Trainer(
+            plan.cfg,
+            shards=plan.shards,
+            out=plan.out,
+            hooks=Hooks(before_write=held.check),
+            resume_from=plan.checkpoint,
+            console=console,
+            quiet=args.quiet,
+            device=args.device,
+        )
+        try:
+            trainer.fit()
+        except KeyboardInterrupt as stopped:
+            return _interrupted(args, plan, console, getattr(stopped, "number", None))
     _ended(plan, console)
     return 0
 
@@ -167,9 +170,10 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
     from cluster.launch import launch, start_ray, stop_ray
     from cluster.line import Line
     from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
-    from cluster.sweep import check_visible, owned, sweep_placement_groups
+    from cluster.sweep import check_visible, sweep_placement_groups
     from cluster.watch import watch
     from ugrl.data.shards import Manifest
+    from ugrl.ownership import own
     from ugrl.train.interrupt import StopRequest
     from ugrl.train.run import plan_run
 
@@ -184,7 +188,7 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
     stop: StopRequest | None = None
     lease = ExitStack()
     try:
-        lease.enter_context(owned(plan.out))
+        held = lease.enter_context(own(plan.out))
         have = start_ray(cfg.cluster.address, origin)
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
@@ -199,7 +203,15 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
             StopRequest() as stop,
         ):
             patiently(
-                lambda: launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, line=line, say=say),
+                lambda: launch(
+                    plan.cfg,
+                    shards=plan.shards,
+                    out=plan.out,
+                    workers=workers,
+                    line=line,
+                    say=say,
+                    owner=held.id,
+                ),
                 stop,
                 line,
                 say,

@@ -107,6 +107,7 @@ def launch(
     max_failures: int | None = None,
     line: Line | None = None,
     say: Callable[[str], None] = _silent,
+    owner: str | None = None,
 ) -> dict[str, float]:
     """Run the trainer on workers of Ray Train, fed by Ray Data.
 
@@ -126,6 +127,7 @@ def launch(
         max_failures: Instead of ``cluster.max_failures``.
         line: To the workers: what they tell, and how they are stopped; one is opened without it.
         say: Told in one line what happened to the workers.
+        owner: Of the folder (:attr:`ugrl.ownership.Ownership.id`): its workers leave once another one owns it.
 
     Returns:
         Metrics of the last validation.
@@ -144,7 +146,7 @@ def launch(
     try:
         number = check_fits(cfg, workers, capacity(), groups=groups)
         while True:
-            made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures)
+            made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures, owner)
             try:
                 _run(made, cfg, workers, groups)
             except ray.train.TrainingFailedError as error:
@@ -178,6 +180,7 @@ def _attempt(
     callbacks: Sequence[Any],
     groups: int,
     max_failures: int | None,
+    owner: str | None,
 ) -> Attempt:
     have = capacity()
     # Ray Train would continue what this file lists; what counts here is OUT/checkpoints.
@@ -194,6 +197,7 @@ def _attempt(
             "data_tasks": data_tasks(cfg, workers, have, groups=groups),
             "streams": groups * workers,
             "line": line.handle,
+            "owner": owner,
         },
         torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),

@@ -1,15 +1,8 @@
-"""What dead jobs left behind, and a second driver on the same run: both are found before a run starts."""
+"""What dead jobs left behind, and nodes that cannot see a run: both are found before it starts."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import threading
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import ray
 from ray import PlacementGroupID
@@ -17,9 +10,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ugrl.errors import ConfigError
 from ugrl.storage import Place, StorageError
-
-OWNER = "owner.json"
-REFRESH_S, STALE_S = 5.0, 30.0
 
 
 def sweep_placement_groups() -> list[str]:
@@ -43,72 +33,6 @@ def sweep_placement_groups() -> list[str]:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
             swept.append(group.placement_group_id)
     return swept
-
-
-@contextmanager
-def owned(out: Place) -> Iterator[None]:
-    """Hold a run's folder: a second driver on it is refused while the first one lives.
-
-    The lease is a file that is written again every few seconds; on any storage, and without locks, which network mounts
-    lack. A dead driver's lease goes stale.
-
-    Raises:
-        ConfigError: Another driver holds it.
-    """
-    lease, mine = out / OWNER, uuid.uuid4().hex
-    found = _read(lease)
-    if found is not None and _alive(found):
-        raise ConfigError(
-            f"{out}: another driver is running it (process {found['pid']} on {found['host']}); wait for it to end, or "
-            f"try again {STALE_S:g} s after it died"
-        )
-    tree = {"id": mine, "host": socket.gethostname(), "pid": os.getpid()}
-    leave = threading.Event()
-
-    def write() -> None:
-        try:
-            lease.write(json.dumps({**tree, "time": time.time()}).encode())
-        except StorageError:
-            pass  # away for a moment: the run has its own patience for that
-
-    def refresh() -> None:
-        while not leave.wait(REFRESH_S):
-            write()
-
-    write()
-    thread = threading.Thread(target=refresh, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join(timeout=REFRESH_S)
-        try:
-            if (_read(lease) or {}).get("id") == mine:
-                lease.delete()
-        except StorageError:
-            pass
-
-
-def _read(lease: Place) -> dict | None:
-    try:
-        return dict(json.loads(lease.read())) if lease.exists() else None
-    except (StorageError, ValueError):
-        return None
-
-
-def _alive(found: dict) -> bool:
-    if time.time() - float(found.get("time", 0)) > STALE_S:
-        return False
-    if found.get("host") != socket.gethostname():
-        return True
-    try:  # on this machine there is no need to wait until the lease is stale
-        os.kill(int(found.get("pid", 0)), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return int(found["pid"]) != os.getpid()
 
 
 def check_visible(out: Place, shards: Place, timeout_s: float = 60.0) -> None:

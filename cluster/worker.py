@@ -24,10 +24,11 @@ from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record,
 from cluster.metrics import RayGauges
 from ugrl import config as configs
 from ugrl.data.make import Loaded
+from ugrl.ownership import fence
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, LoaderSpec, Trainer
+from ugrl.train.loop import Hooks, LoaderSpec, Trainer, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
@@ -42,7 +43,7 @@ def train_worker(config: dict[str, Any]) -> None:
     Args:
         config: ``config`` (the run as a plain dict), ``shards`` and ``out`` (paths or URIs), ``data_tasks`` (reading
             tasks at a time), ``streams`` (workers of all runs side by side, which share the object store), ``line`` (to
-            the driver). A checkpoint in ``out`` is continued.
+            the driver), ``owner`` (of ``out``). A checkpoint in ``out`` is continued.
     """
     cfg = configs.build(config["config"])
     out = place(config["out"])
@@ -88,6 +89,7 @@ def train_worker(config: dict[str, Any]) -> None:
         on_log=on_log,
         on_event=lambda text: end.tell(event_record(text)),
         stop=end.stopping,
+        before_write=fence(out, config["owner"]) if config["owner"] else nothing,
     )
     try:
         trainer = Trainer(

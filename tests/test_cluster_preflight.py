@@ -10,7 +10,7 @@ import pytest
 
 from cluster import cli
 from cluster.cli import load_config, load_place, shipped
-from cluster.preflight import Capacity, Node, check_fits, data_tasks, sizes
+from cluster.preflight import Capacity, Node, check_fits, data_tasks, on_what, sizes
 from tests.raycluster import raylets
 from ugrl import config as configs
 from ugrl.errors import ConfigError
@@ -94,6 +94,12 @@ def test_reading_tasks() -> None:
     assert data_tasks(cfg(), 2, Capacity(2, 0, 2)) == 1
     assert data_tasks(cfg(), 2, Capacity(64, 0, 64)) == 4
     assert data_tasks(cfg(cluster__data_tasks=7), 2, Capacity(64, 0, 64)) == 7
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_said() -> None:
+    assert on_what(cfg(cluster__gpus_per_worker=1), nodes(2)) == "2 CPUs and no GPU: training on the CPU"
+    assert on_what(cfg(cluster__gpus_per_worker=0), nodes(2)) == "2 CPUs"
+    assert on_what(cfg(cluster__gpus_per_worker=1), nodes(2, gpus=1)) == "2 CPUs and 1 GPUs"
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -29,7 +29,7 @@ def image(turn: int = 1) -> bytes:
 
 
 def row(id, tags=(), labels=None, turn=1):
-    mask = None if labels is None else encode_labels(np.array([labels] + [[0] * 8] * 7, np.uint8))
+    mask = None if labels is None else encode_labels(np.array([labels] + [labels if all(labels) else [0] * 8] * 7))
     return make_row(id=id, image=image(turn), tags=tags, mask=mask, num_classes=3, where=id)
 
 
@@ -61,7 +61,8 @@ def test_every_count_is_what_the_rows_hold():
 
 
 def test_parts_add_up_and_survive_json():
-    whole, first, second = census(*MIXED), census(*MIXED[:2]), census(*MIXED[2:])
+    rows = (*MIXED, row("e"), row("f", [2], [3, 255, 0, 0, 0, 0, 0, 0], turn=6))
+    whole, first, second = census(*rows), census(*rows[:3]), census(*rows[3:])
     first.merge(second)
     assert first == whole
     assert Census.from_tree(json.loads(json.dumps(whole.to_tree())), "x") == whole
@@ -116,6 +117,7 @@ ONE = [1] + [0] * 7
             "masks of val: 1 of 1 hold only 0 and 255 (such as v); 255 is ignored, a class is a number from 1 to 3",
         ),
         ({"val": (row("v", [1], [1] * 8), row("w", [1], [0] * 8))}, None),
+        ({"val": (row("v", [1], [1] * 8),)}, "masks of val: 'cat' covers every labelled pixel"),
         ({"val": (row("v", [], [0] * 8),)}, "masks of val: 'background' covers every labelled pixel"),
         ({"val": (row("v", [1], ONE, turn=6),)}, "val: 1 belong to images that are stored turned (EXIF) (such as v)"),
         ({"train": SOUND[::2], "val": SOUND[1:2]}, "class 'dog' is tagged in no image of train, but is in val"),

@@ -113,6 +113,7 @@ def test_encodings_of_editors_and_spreadsheets(folder, encode):
         'file,tags\na.jpg,"[cat, dog]"\nc.jpg,dog\nd.png,[]\n',
         "file,tags\na.jpg,['cat' 'dog']\nc.jpg,{'dog'}\nd.png,\n",
         ",file,split,tags\n0,a.jpg,Training,cat;dog;\n1,c.jpg,nan,dog\n2,d.png,,;\n",
+        "image_id,label\na,cat|dog\nc,dog\nd,\n",
         "tags,file\ncat;cat;dog,images/a.jpg\ndog,./c.jpg\n\n,images\\d.png\n",
     ],
 )
@@ -226,6 +227,19 @@ def test_masks_by_the_names_that_tools_give_them(folder, name):
     assert source.stray == ({kind: Stray(1, f"masks/{name}")} if name != "b.png" else {})
     save_mask(folder / "masks" / ("deep/b.png" if name == "b.png" else "b.png"), 2)
     assert "are both masks of 'deep/b.jpg'; keep one" in refusal(folder)
+
+
+def test_folders_that_are_links_are_followed_but_not_in_circles(folder, tmp_path):
+    save_image(tmp_path / "far" / "e.jpg")
+    save_mask(tmp_path / "near" / "e.png", 2)
+    (folder / "images" / "far").symlink_to(tmp_path / "far")
+    (folder / "images" / "far" / "circle").symlink_to(folder / "images")
+    (folder / "masks").mkdir()
+    (folder / "masks" / "far").symlink_to(tmp_path / "near")
+    (folder / "tags.csv").write_text("file,tags\nfar/e.jpg,car;bus\na.jpg,car\n")
+    source = FolderSource(folder)
+    assert source.row("train", "e").mask is not None
+    assert source.left_out == {"train": {"not in tags.csv": 3}}
 
 
 def test_a_name_that_ends_in_mask_may_be_an_images_own(folder):

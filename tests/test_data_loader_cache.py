@@ -120,7 +120,10 @@ def test_images_of_another_data_set_are_not_taken_for_those_of_this_one(tmp_path
         reader = ShardReader(prepare(source, tmp_path / str(k), tune_val=0), "train")
         batches = []
         for kept in (cache, None):
-            with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=8, threads=0, cache=kept) as loader:
+            mb = 0 if kept is None else 10
+            with LocalLoader(
+                reader, Augment(32, 6), seed=0, global_batch=8, threads=0, cache_mb=mb, cache=kept
+            ) as loader:
                 batches.append(next(loader).images_B3HW.clone())
         assert torch.equal(*batches)
         seen.append((cache.hits, cache.misses, len(cache)))

@@ -236,6 +236,23 @@ def test_a_page_header_asks_for_no_more_than_its_chunk_has(header: bytes) -> Non
         value_spans(memoryview(header + bytes(64)), 0, 8, nullable=False)
 
 
+def test_a_codec_that_nobody_knows_does_not_end_the_process(copy: Path) -> None:
+    """The library's reader refuses it, its description of the footer aborts."""
+    expected = ShardReader(copy, "val").rows(range(11))
+    path = copy / SHARD
+    good = path.read_bytes()
+    at = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    codecs = [k for k in range(at, len(good) - 16) if good[k : k + 2] == b"\x15\x00" and b"image" in good[k - 8 : k]]
+    assert codecs
+    data = bytearray(good)
+    for k in codecs:
+        data[k + 1] = 2 * 19
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="codec"), pq.ParquetFile(path) as file:
+        file.read_row_group(0)
+    assert ShardReader(copy, "val").rows(range(11)) == expected  # which lie there as they are
+
+
 def test_a_footer_that_leads_out_of_the_file_is_refused(copy: Path) -> None:
     """Bytes of the footer changed one by one: refused in one line, or the rows are still found."""
     path = copy / SHARD

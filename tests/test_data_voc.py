@@ -217,6 +217,13 @@ def test_ids_are_what_the_line_says_whatever_its_characters(devkit, id):
     assert listed(devkit, f"{id}\n".encode("utf-16")).splits()["train"] == [id]
 
 
+def test_an_id_may_end_like_a_file(devkit):
+    add(devkit, "b", "cow")
+    add(devkit, "b.jpg", "sheep")
+    source = listed(devkit, "b.jpg\nb\n")
+    assert [source.row("train", id).tags for id in source.splits()["train"]] == [(17,), (10,)]
+
+
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
 def test_images_and_masks_with_other_suffixes(devkit, suffix):
     add(devkit, "b", "cow", suffix, ".PNG")
@@ -232,6 +239,7 @@ def test_images_and_masks_with_other_suffixes(devkit, suffix):
         ("a1\nv1\n", r"val\.txt: line 1: id 'v1' was used before \(train\.txt line 2\)"),
         ("a1\n" + "x" * 2000 + "\n", r"train\.txt: line 2: 2000 characters; expected an id"),
         ("käfer\n".encode("latin-1"), r"train\.txt: line 1: byte 0xe4 is not UTF-8; save the file as UTF-8"),
+        ("a1\na\x1b2\n", r"train\.txt: line 2: id 'a\\x1b2'; expected no control characters"),
         (b"a1\0\n", r"train\.txt: line 1: a zero byte"),
     ],
 )

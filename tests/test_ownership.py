@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -186,3 +188,19 @@ def test_claims_have_one_size_and_what_is_none_is_passed_over(tmp_path):
 def test_of_those_who_start_at_once_one_owns_a_folder_in_a_bucket():
     with bucket_server() as server:  # its client does not survive a fork
         assert count_owners(server.uri("bucket/runs"), 15, 2, "spawn") == {k: 1 for k in range(15)}
+
+
+def test_of_two_commands_that_continue_one_run_one_does(tmp_path):
+    """Both would write one run's log and checkpoints, each step twice."""
+    from tests.small import TINY
+
+    out = tmp_path / "run"
+    tiny = [f"{key}={value}" for key, value in TINY.items()]
+    words = [sys.executable, "-m", "cluster.cli", "--config", "shapes", "--out", str(out), "--resume", "--quiet", *tiny]
+    env = {**os.environ, "UGRL_DATA": str(tmp_path / "data")}
+    runs = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    said = [run.communicate(timeout=500)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], said
+    assert "another driver is running it" in "".join(said)
+    steps = [json.loads(text)["step"] for text in (out / "metrics.jsonl").read_text().splitlines() if "total" in text]
+    assert steps == sorted(set(steps))

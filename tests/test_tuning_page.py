@@ -89,9 +89,11 @@ def test_a_first_rung_that_compared_nothing_is_warned_of(told: tuple[Path, Findi
     later.nothing = 0.12
     later.fill(4)
     assert weak_rung(later.findings()) == ""
+    # Runs of a time when this was not noted are judged by the rule for spaces.
     older = Story(tmp_path)
     older.fill(4)
-    assert weak_rung(older.findings()) == "" and collapse(older.findings()) == ""
+    assert weak_rung(older.findings()).startswith("The first rung, at step 80, is 50 steps after the warm-ups")
+    assert collapse(older.findings()) == "" and "Without learning" not in " ".join(verdict(older.findings()))
 
 
 def test_a_star_on_rank_2_is_explained_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,8 @@ def test_values_with_dollar_signs_and_long_ones_are_drawn(tmp_path: Path, figure
 TAG = "<script>alert(1)<!--"
 CELL = '=HYPERLINK("http://x","y")'
 LINK = "postgresql://ann:pa55word@db/ugrl?token=s3cret"
-BREAK = "a\n# b\n```\n\x1b[31m[/b] | [x](javascript:y)"
+MARKS = "``` [/b] | [x](javascript:y)"
+BREAK = f"a\n# b\n```\n\x1b[31m {MARKS}"
 
 
 class _Tags(HTMLParser):
@@ -200,12 +203,12 @@ class _Tags(HTMLParser):
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A search in which every text that comes from outside is one that a medium could take for its own."""
     out = tmp_path_factory.mktemp("tune") / f"@BODY@ {TAG.replace('/', '')} [b]\nname: stolen"
-    axes = {"model.weights": {"choice": [TAG, CELL, BREAK, LINK]}, "method.contrast.keep": {"uniform": [0.05, 0.8]}}
-    overrides = SPACE["overrides"] | {"name": f"```\n{TAG}", "train.mlflow": "https://ann:pa55word@mlflow.local/x"}
+    axes = {"model.weights": {"choice": [TAG, CELL, MARKS, LINK]}, "method.contrast.keep": {"uniform": [0.05, 0.8]}}
+    overrides = SPACE["overrides"] | {"name": f"``` {TAG}", "train.mlflow": "https://ann:pa55word@mlflow.local/x"}
     story = Story(out, search=axes, overrides=overrides, first=[], storage=LINK)
-    for text in (TAG, CELL, BREAK, LINK):
-        story.add(weights=text, attrs={"host": text, "commit": text, "note": text}, origin=text)
-        story.add("FAIL", last=0, weights=text, attrs={"error": text, "host": text})
+    for value, text in zip((TAG, CELL, MARKS, LINK), (TAG, CELL, BREAK, LINK), strict=True):
+        story.add(weights=value, attrs={"host": text, "commit": text, "note": text}, origin=text)
+        story.add("FAIL", last=0, weights=value, attrs={"error": text, "host": text})
     return out, report(story)[1]
 
 
@@ -255,7 +258,15 @@ def test_no_credential_is_written_anywhere(hostile: tuple[Path, str]) -> None:
 
 def test_the_best_configuration_is_that_of_the_trial_and_no_more(hostile: tuple[Path, str]) -> None:
     cfg = configs.load(hostile[0] / "best.yaml")
-    assert cfg.name == f"```\n{TAG}-best" and cfg.train.mlflow == "https://mlflow.local/x"
+    assert cfg.name == f"``` {TAG}-best" and cfg.train.mlflow == "https://***@mlflow.local/x"
+
+
+@pytest.mark.parametrize("name", ["1e3", "010", "off", "2026-01-01", "~", "a: b # c", "‽\\"])
+def test_a_text_that_yaml_takes_for_something_else_is_read_back(name: str, tmp_path: Path) -> None:
+    story = Story(tmp_path, search={"model.weights": {"choice": [name, "x"]}}, first=[])
+    story.add(weights=name)
+    path = write_best(story.findings())
+    assert path is not None and configs.load(path).model.weights == name
 
 
 # -- files ------------------------------------------------------------------------------------

@@ -253,7 +253,11 @@ def _placement(searcher: StudySearch) -> dict[str, float] | tune.PlacementGroupF
 
 
 def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]], None]:
-    """The function that a trial runs. It carries plain values: it is pickled to another process."""
+    """The function that a trial runs.
+
+    What it needs goes through Ray's object store: Tune pickles the function itself into the search's folder, where
+    credentials of the configuration have no place.
+    """
     search = searcher.search
     space = search.space
     costs = {*(o.name for o in search.objectives), *(c.name for c in space.constraints)}
@@ -268,7 +272,7 @@ def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]],
         "flops": "gflop" in costs or space.paper == "fig7",
     }
 
-    def trial(task: dict[str, Any]) -> None:
+    def trial(task: dict[str, Any], shared: dict[str, Any]) -> None:
         from tuning.trial import run_trial
 
         # Read by Tune in this process: a trial that is stopped ends its step and closes its files before the process
@@ -276,7 +280,7 @@ def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]],
         os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "300")
         run_trial(task, shared)
 
-    return trial
+    return tune.with_parameters(trial, shared=shared)
 
 
 # -- the final runs ------------------------------------------------------------------------------

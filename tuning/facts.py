@@ -16,8 +16,9 @@ from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
 from tuning.search import Finalist, Findings
 from tuning.space import trial_config
+from tuning.space import weak_rung as rung_rule
 from ugrl import config as configs
-from ugrl.secrets import has_credentials, public
+from ugrl.secrets import public
 
 # The values that the paper publishes; α, β, τ, η and λ1-λ3 it does not give.
 PAPER = {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35}
@@ -302,9 +303,15 @@ def collapse(findings: Findings) -> str:
 
 
 def weak_rung(findings: Findings) -> str:
-    """A warning where the first rung compared trials that had not learned anything yet."""
-    name, scheduler = findings.search.objective, findings.search.space.scheduler
+    """A warning where the first rung compared trials that had not learned anything yet.
+
+    By what they scored there; where runs do not say what learning nothing gives, by the rule for spaces.
+    """
+    search = findings.search
+    name, scheduler = search.objective, search.space.scheduler
     base = baseline(findings, name)
+    if not math.isfinite(base) and (why := rung_rule(search.space, search.base)):
+        return f"{why[0].upper()}{why[1:]}."
     if scheduler.name == "none" or not math.isfinite(base):
         return ""
     first = [next(((s, v) for s, v in r.curve if s >= scheduler.grace_steps), None) for r in findings.rows]
@@ -461,18 +468,12 @@ def best_tree(findings: Findings) -> dict[str, Any] | None:
         return None
     tree = configs.to_dict(trial_config(search.base, best.params))
     if search.base.data.source != "shapes" or search.base.data.shards:
-        tree["data"]["shards"] = search.shards.where
+        tree["data"]["shards"] = public(search.shards.where)
     tree["name"] = f"{search.base.name}-best"
-    return configs.to_dict(configs.build(_without_credentials(tree)))
+    return configs.public_dict(configs.build(tree))
 
 
 def train_command(findings: Findings) -> str:
     """The command that trains the best configuration."""
     search = findings.search
     return shlex.join(["ugrl-train", "--config", str(search.out / BEST), "--data", public(search.shards.where)])
-
-
-def _without_credentials(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without_credentials(value) for key, value in tree.items()}
-    return public(tree) if isinstance(tree, str) and has_credentials(tree) else tree

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuning.facts import (
     BEST,
     PAPER,
@@ -218,7 +216,7 @@ def _values(findings: Findings) -> tuple[Block, ...]:
     blocks: list[Block] = [Rows(tuple(header), tuple(rows)), paper_sentence(findings)]
     tree = best_tree(findings)
     if tree is not None:
-        text = yaml.safe_dump(tree, sort_keys=False, width=100)
+        text = configs.dump(tree)
         blocks += ["The command that trains the best configuration:", Code(train_command(findings)), Code(text, BEST)]
     return tuple(blocks)
 

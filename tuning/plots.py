@@ -115,13 +115,13 @@ def history(findings: Findings) -> Figure | str:
     rows = _scored(findings)
     fig, ax = plt.subplots(figsize=(7, 4))
     _scatter(ax, [(r.number, r) for r in rows], findings)
-    noisy = [r for r in rows if math.isfinite(r.stderr)]
+    low, high = _limits(findings, rows)
+    noisy = [r for r in rows if math.isfinite(r.stderr) and low <= _y(findings, r) <= high]
     if noisy:
         x, y, e = zip(*[(r.number, _y(findings, r), _scale(findings) * r.stderr) for r in noisy], strict=True)
         ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=1)
     line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _focus(ax, findings)
     _baseline_line(ax, findings)
     ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -176,7 +176,6 @@ def slices(findings: Findings) -> Figure | str:
             value = marks[axis.path]
             _paper_line(ax, options.index(value) if value in options else value)
         _slice_axis(ax, axis)
-        _focus(ax, findings)
     for ax in list(grid.flat)[len(axes_) :]:
         ax.set_visible(False)
     for ax in grid[:, 0]:
@@ -434,10 +433,10 @@ def rung_steps(space: SearchSpace, steps: int) -> list[int]:
         space: The search.
         steps: Of a whole run.
     """
-    asked = space.scheduler
+    asked, first = space.scheduler, int(space.scheduler.grace_steps)
     if asked.name != "asha":
-        return [asked.grace_steps] if asked.name in ("median", "hyperband") else []
-    made = [asked.grace_steps]
+        return [first] if asked.name in ("median", "hyperband") else []
+    made = [first]
     while made[-1] * asked.reduction_factor < steps:
         made.append(int(made[-1] * asked.reduction_factor))
     return made if made[0] < steps else []
@@ -483,15 +482,6 @@ def _limits(findings: Findings, rows: Sequence[TrialRow]) -> tuple[float, float]
     done = [_y(findings, r) for r in rows if r.state == "COMPLETE" and not collapsed(r.runs)]
     ys = done if len(done) > 1 and max(done) > min(done) else [_y(findings, r) for r in rows]
     return min(ys), max(ys)
-
-
-def _focus(ax: Axes, findings: Findings) -> None:
-    """Limit an axis of scores to :func:`_limits`; what lies beyond is marked at its edge (:func:`_scatter`)."""
-    rows = _scored(findings)
-    low, high = _limits(findings, rows)
-    margin = EDGE * ((high - low) or 1.0)
-    if any(not low <= _y(findings, r) <= high for r in rows):
-        ax.set_ylim(low - 2 * margin, high + 2 * margin)
 
 
 def _best_label(findings: Findings) -> str:
@@ -671,7 +661,6 @@ def _bought(
     spent = list(itertools.accumulate(weigh(r, r.seconds) for r in rows))
     _scatter(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
     ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _focus(ax, findings)
     ax.set(xlabel=f"{unit} spent", ylabel=_label(findings), title="What the compute bought")
     ax.set_xlim(left=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +41,7 @@ from tuning.paper import PaperSection
 from tuning.plain import short
 from tuning.record import BESIDE, label, pareto
 from tuning.search import Findings
+from ugrl import config as configs
 from ugrl.secrets import masked
 from ugrl.storage import place
 from ugrl.text import csv_cell, line, plain
@@ -127,7 +127,7 @@ def write_best(findings: Findings) -> Path | None:
     )
     text += f"# {final.short()} % on split '{space.final.split}'" if final.known else "# not measured on another split"
     text += f"; {findings.search.steps} steps.\n# Train with it: {line(train_command(findings), 4000)}\n"
-    place(path).write((text + yaml.safe_dump(tree, sort_keys=False, width=100)).encode(errors="backslashreplace"))
+    place(path).write((text + configs.dump(tree)).encode(errors="backslashreplace"))
     return path
 
 

@@ -177,12 +177,11 @@ def train_here(
         torch.cuda.set_per_process_memory_fraction(shared["gpus"])
         torch.cuda.empty_cache()
 
-    def on_log(step: int, values: dict[str, float]) -> None:
-        shared["check"]()
-        reports.log(values)
-
     hooks = Hooks(
-        on_eval=lambda step, metrics: report(reports.made(step, metrics)), on_log=on_log, stop=shared["leave"]
+        on_eval=lambda step, metrics: report(reports.made(step, metrics)),
+        on_log=lambda step, values: reports.log(values),
+        stop=shared["leave"],
+        before_write=shared["check"],
     )
     found = checkpoint.latest(place(out))
     Trainer(cfg, shards=shards, out=out, hooks=hooks, loader=kept_loader, resume_from=found, quiet=True).fit()

@@ -7,8 +7,10 @@ class UgrlError(Exception):
     """Bad input from outside (a file, a row, a value, a name).
 
     The message is a single line that names the place, what was found and what was expected; the
-    command line prints it without a traceback and exits with status 2.
+    command line prints it without a traceback and exits with the status of its class.
     """
+
+    status = 2
 
 
 class ConfigError(UgrlError):
@@ -29,3 +31,11 @@ class CheckpointError(UgrlError):
 
 class NoRoomError(UgrlError):
     """A cluster whose other work leaves no room; it may be tried again later as it is."""
+
+    status = 3
+
+
+class ClusterError(UgrlError):
+    """A cluster that was lost on the way; what was begun may be continued."""
+
+    status = 4

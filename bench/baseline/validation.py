@@ -36,7 +36,8 @@ def scores(net: PublicNet, images_B3HW: Tensor, scales: Sequence[float], mirror:
     for scale in scales:
         x = images_B3HW
         if scale != 1.0:
-            to = [max(32, round(n * scale)) for n in size]
+            least = net.net.encoder.spec.min_size
+            to = [max(least, round(n * scale)) for n in size]
             x = F.interpolate(x, size=to, mode="bilinear", align_corners=False)
         if mirror:
             x = torch.cat([x, x.flip(-1)])

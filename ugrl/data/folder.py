@@ -52,7 +52,11 @@ class FolderSource:
         table = self.root / "tags.csv"
         classes = read_classes(self.root / "classes.txt")
         images = self.root / "images"
-        entries = [_below(e, images) for e in read_table(table, classes)]
+        there: dict[str, list[str]] = {}
+        for name in sorted(_files(images)):
+            if without_suffix(name) != name:
+                there.setdefault(without_suffix(name), []).append(name)
+        entries = [_below(e, images, there) for e in read_table(table, classes)]
         names = tuple(sorted({t for e in entries for t in e.tags})) if classes is None else classes
         if not 1 <= len(names) < IGNORE:
             raise DataError(f"{line(self.root)}: {len(names)} classes; expected 1…{IGNORE - 1}")
@@ -61,11 +65,15 @@ class FolderSource:
         self._entries = _by_id(entries, line(table))
         self._masks, self.stray = _masks(self.root / "masks", self._entries)
         named = {e.file for e in entries}
-        extra = sorted(n for n in _files(images) if without_suffix(n) != n and n not in named)
+        extra = [name for names in there.values() for name in names if name not in named]
         self.left_out: dict[str, dict[str, int]] = {}
         if extra:
             self.left_out["train"] = {"not in tags.csv": len(extra)}
             self.stray["image not in tags.csv"] = Stray(len(extra), line(f"images/{extra[0]}"))
+        known = {"tags.csv", "classes.txt", "images", "masks"}
+        beside = sorted(n for n in os.listdir(self.root) if n not in known and not n.startswith("."))
+        if beside:
+            self.stray["not read, beside images and masks"] = Stray(len(beside), line(beside[0]))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,12 +111,13 @@ class FolderSource:
         )
 
 
-def _below(entry: Entry, images: Path) -> Entry:
-    """An entry whose file is a path below ``images``, where tables of other programs name that folder too."""
+def _below(entry: Entry, images: Path, there: dict[str, list[str]]) -> Entry:
+    """An entry whose file is a path below ``images``; other programs name that folder too, or leave the suffix out."""
     path = PurePosixPath(entry.file.replace("\\", "/"))
     if path.parts[:1] == ("images",) and not os.path.lexists(images / "images"):
         path = path.relative_to("images")
-    return entry._replace(file=str(path))
+    found = there.get(str(path), [])
+    return entry._replace(file=found[0] if len(found) == 1 else str(path))
 
 
 def _by_id(entries: list[Entry], where: str) -> dict[str, Entry]:
@@ -130,8 +139,14 @@ def _by_id(entries: list[Entry], where: str) -> dict[str, Entry]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The files below a folder, as paths from there."""
-    for place, _, names in os.walk(folder):
+    """The files below a folder, as paths from there; folders that are links are followed once."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        state = os.stat(place)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
         below = PurePosixPath(Path(place).relative_to(folder).as_posix())
         yield from (str(below / name) for name in names)
 

@@ -143,7 +143,7 @@ def plan(source: Source, *, tune_val: float | int, shard_rows: int, seed: int) -
             raise DataError(f"{where}: split '{split}' is empty{why}")
         for id in ids:
             if id in seen:
-                raise DataError(f"{where}: id '{id}' appears twice, in '{seen[id]}' and in '{split}'")
+                raise DataError(f"{where}: id {brief(id)} appears twice, in '{seen[id]}' and in '{split}'")
             seen[id] = split
 
     splits: dict[str, tuple[str, list[str]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,7 @@ _FACTORIES = {
     "folder": ("ugrl.data.folder", "FolderSource"),
 }
 SOURCES = tuple(_FACTORIES)
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # in no name
 
 
 class RowError(DataError):

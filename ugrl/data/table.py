@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 from ugrl import foreign
 from ugrl.config import nearest
+from ugrl.data.source import CONTROL
 from ugrl.errors import DataError
 from ugrl.text import brief, line
 
 SPLITS = ("train", "val")
 _SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _COLUMNS = {
-    "file": ("file", "filename", "filepath", "image", "imagefile", "imagename", "imagepath", "img", "path"),
+    "file": ("file", "filename", "filepath", "image", "imagefile", "imagename", "imagepath", "imageid", "img", "path"),
     "tags": ("tags", "tag", "labels", "label", "classes", "class", "categories", "category"),
     "split": ("split", "subset", "set", "partition"),
 }
@@ -32,7 +33,6 @@ _QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""")
 # What joins tags, the documented one first; of the others a table is asked to write that one instead.
 _JOINTS = (";", "|", ",")
 _OTHERS = ("#", "/", "&", "+", ":", "\\", " ")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MOST_NAME = 200
 
 
@@ -166,7 +166,7 @@ def _near(word: str, options: Iterable[str]) -> str:
 
 def _record(cells: list[str], columns: dict[str, int], where: str, at: int) -> _Record:
     file = cells[columns["file"]].strip()
-    if not file or _CONTROL.search(file):
+    if not file or CONTROL.search(file):
         raise DataError(
             f"{where}: " + (f"file name {brief(file)}; expected no control characters" if file else "no file name")
         )
@@ -183,7 +183,7 @@ def _record(cells: list[str], columns: dict[str, int], where: str, at: int) -> _
 def _unusable(name: str) -> str:
     if len(name) > MOST_NAME:
         return f"a class name of {len(name)} characters ({line(name, 40)}); expected at most {MOST_NAME}"
-    return f"class name {brief(name)}; expected no control characters" if _CONTROL.search(name) else ""
+    return f"class name {brief(name)}; expected no control characters" if CONTROL.search(name) else ""
 
 
 def _list(cell: str) -> tuple[str, ...] | None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from ugrl.config import nearest
 from ugrl.data.images import decode_labels, without_suffix
-from ugrl.data.source import RowError, Stray, check_root, file_under, make_row, read_bytes
+from ugrl.data.source import CONTROL, RowError, Stray, check_root, file_under, make_row, read_bytes
 from ugrl.errors import DataError
 from ugrl.foreign import parse_xml, read_text, under
 from ugrl.row import IGNORE, Row
@@ -85,6 +85,8 @@ class VocSource:
             if len(text) > MOST_LINE:
                 raise DataError(f"{where}: {len(text)} characters; expected an id of an image")
             id = self._id(text.strip())
+            if CONTROL.search(id):
+                raise DataError(f"{where}: id {brief(id)}; expected no control characters")
             if id in self._lines:
                 raise DataError(f"{where}: id {brief(id)} was used before ({self._lines[id]}); expected unique ids")
             self._lines[id] = f"{path.name} line {at}"

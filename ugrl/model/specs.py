@@ -66,8 +66,6 @@ def least_crop(backbone: str, scales: Sequence[float]) -> int:
     >>> least_crop("mit_b1", (1.0, 0.5)), least_crop("tiny", (1.0,))
     (63, 16)
     """
-    least = SPECS[backbone].min_size
-    crop = math.floor(least / min(*scales, 1.0)) - 1
-    while round(crop * min(*scales, 1.0)) < least:
-        crop += 1
-    return crop
+    least, smallest = SPECS[backbone].min_size, max(1e-6, min(*scales, 1.0))
+    crop = math.ceil((least - 0.5) / smallest)
+    return crop if round(crop * smallest) >= least else crop + 1

@@ -287,7 +287,7 @@ def read_state(where: str | Path | Place) -> State:
     try:
         config = build(tree)
     except ConfigError as error:
-        raise CheckpointError(f"{at}: {error}") from None
+        raise CheckpointError(f"{at}: {line(error)}") from None
     return State(place(where), step, config, tuple(names), {k: float(v) for k, v in metrics.items()}, data)
 
 

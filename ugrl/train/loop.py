@@ -110,8 +110,8 @@ def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[
     )
 
 
-def _nothing(*_: Any) -> None:
-    return None
+def nothing(*_: Any) -> None:
+    """What a hook does that nobody set."""
 
 
 def _never() -> bool:
@@ -130,13 +130,15 @@ class Hooks:
         on_log: ``(steps done, values)`` every ``train.log_every`` steps: losses, statistics, speed.
         on_event: One line on what happened besides; rank 0.
         stop: Asked after each step; ranks stop together if one of them is told to.
+        before_write: Called on rank 0 before something is written to the run's folder; raises where it is another's.
     """
 
-    on_eval: Callable[[int, dict[str, float]], None] = _nothing
-    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = _nothing
-    on_log: Callable[[int, dict[str, float]], None] = _nothing
-    on_event: Callable[[str], None] = _nothing
+    on_eval: Callable[[int, dict[str, float]], None] = nothing
+    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = nothing
+    on_log: Callable[[int, dict[str, float]], None] = nothing
+    on_event: Callable[[str], None] = nothing
     stop: Callable[[], bool] = _never
+    before_write: Callable[[], None] = nothing
 
 
 class Trainer:
@@ -253,8 +255,13 @@ class Trainer:
 
     def save(self) -> None:
         """Have the state saved in the background (rank 0); tell the hooks what is whole by now (every rank)."""
+        self._before_write()
         self.folder.submit(self._snapshot)
         self._tell_saved(wait=False)
+
+    def _before_write(self) -> None:
+        if is_main():
+            self.hooks.before_write()
 
     def _snapshot(self) -> Snapshot:
         parts = {
@@ -285,6 +292,7 @@ class Trainer:
             CheckpointError: Checkpoints cannot be written.
             UgrlError: ``train.nan_patience`` steps in a row had no finite loss or gradients; a broken row or shard.
         """
+        self._before_write()
         self.folder.open(self.done)
         barrier()  # nobody adds to a log that rank 0 still cuts
         main = self.folder.main
@@ -399,6 +407,7 @@ class Trainer:
                 if guard.skipped:
                     values["skipped"] = float(guard.skipped)
                 window, good = [], []
+                self._before_write()
                 self.folder.record({"step": self.done, **values})
                 board.scalars("train", values, self.done)
                 self.hooks.on_log(self.done, values)

@@ -138,7 +138,7 @@ def stored_config(out: Place) -> Config:
     try:
         return config_mod.build(config_mod.as_tree(foreign.decode_text(data, where, error=ConfigError), where))
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {line(error)}") from None
 
 
 def check_same(new: Config, old: Config, out: Path | Place) -> None:
