@@ -274,7 +274,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         + (f", by what {space.scheduler.name} lets through" if found.share < 1 else "")
         + (", and has further seeds if it comes to the end" if space.repeats.seeds > 1 else ""),
         f"{where}: {step_s:.2g} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
-        f"{max(1, fits)} side by side",
+        + (f"{fits} side by side" if fits > 1 else "one trial at a time"),
     ]
     if fits:
         each = f"{hours(found.seconds * gpus)} GPU-hours, " if gpus else ""
