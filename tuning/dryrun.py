@@ -79,7 +79,8 @@ def dry_run(
     except ConfigError as error:  # the search may be meant for another machine
         fits = 0
         console.print(f"side by side: none on {on}: {error}", highlight=False, soft_wrap=True)
-    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s, data):
+    there = gpus if have.gpus else 0.0
+    for text in _cost(search, min(fits, space.trials), cpus, there, step_s, data):
         console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -258,6 +259,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
     space, steps, batch = search.space, search.steps, search.base.train.global_batch
     classes = len(Manifest.load(search.shards).class_names) if data else {"coco": 80}.get(space.config, CLASSES)
     gflop = step_gflop(search.base, classes)
+    given, wanted = step_s is not None, 0.0 if gpus else wanted_gpus(search)
     where = "with --step-s"
     if step_s is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -276,13 +278,13 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         f"{where}: {step_s:.2g} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
         + (f"{fits} side by side" if fits > 1 else "one trial at a time"),
     ]
-    if fits:
-        each = f"{hours(found.seconds * gpus)} GPU-hours, " if gpus else ""
+    on_gpus = gpus or (wanted if given else 0.0)
+    if fits or on_gpus:
+        each = f"{hours(found.seconds * on_gpus)} GPU-hours, " if on_gpus else ""
         lines[-1] += f" ({each}{hours(found.seconds * cpus)} CPU-hours)"
     if (limit := space.budget.hours) and wall > 3600 * limit:
         lines.append(f"budget.hours ends it after {limit:g} h, with what has run by then")
-    wanted = 0.0 if gpus else wanted_gpus(search)
-    if wanted:
+    if wanted and not given:
         gpu_s = batch * gflop / (1e3 * GPU_TFLOPS * wanted)
         lines.append(
             f"on {wanted:g} GPUs a trial, as the space wants: {gpu_s:.2g} s a step and {span(steps * gpu_s)} a run, if "
@@ -291,8 +293,8 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         )
     if wall > ABSURD_S:
         lines.append(
-            "too much for this machine: "
-            + ("run it where the GPUs are (--address), or " if wanted else "use a GPU, or ")
+            ("too much: " if given else "too much for this machine: ")
+            + ("" if given or gpus else "run it where the GPUs are (--address), or " if wanted else "use a GPU, or ")
             + f"make it smaller: train.steps={max(1, steps // 10)}, data.crop, model.backbone, --trials"
         )
     return lines
