@@ -6,13 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-clusters test-full lint bench clean help
+.PHONY: demo test test-clusters test-full fuzz lint bench clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
 	@echo "make test   the tests"
 	@echo "make test-clusters  long stories on clusters: nodes and drivers that die, jobs, buckets"
 	@echo "make test-full  all of them, and longer forms"
+	@echo "make fuzz   mutated files for every reader, for long (EXAMPLES=2000 of each)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
 
@@ -40,6 +41,10 @@ test-clusters: $(STAMP)
 # The longer forms as well: more kills, larger streams.
 test-full: test test-clusters
 	$(PYTEST) -m full
+
+EXAMPLES ?= 2000
+fuzz: $(STAMP)
+	UGRL_FUZZ=$(EXAMPLES) $(PYTEST) --timeout=0 tests/test_fuzz_*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -201,7 +201,7 @@ def test_missing_table_and_image(folder):
     with pytest.raises(RowError, match=r"images/a\.jpg: missing image file"):
         source.row("train", "a")
     (folder / "tags.csv").unlink()
-    assert "tags.csv: missing table; expected columns file, tags" in refusal(folder)
+    assert "tags.csv: missing table of columns file, tags" in refusal(folder)
 
 
 # ---- files -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ugrl.data.images import decode_labels, decode_pixels, decode_rgb, encode_la
 from ugrl.data.source import RowError, make_row
 from ugrl.errors import DataError
 
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -141,6 +142,7 @@ def test_files_of_several_pictures_are_refused_but_a_cameras_second_view():
         b"RIFF\x04\0\0\0WEBPVP8 ",
         b"BM" + b"\xff" * 60,
     ],
+    ids=["iCCP", "pHYs", "IHDR", "depth", "tiff", "webp", "bmp"],
 )
 def test_whatever_pillow_raises_is_one_line(data):
     for read in (decode_rgb, decode_pixels, image_size):

@@ -1,7 +1,7 @@
 """``ugrl``: everything but training and searching.
 
-``prepare`` turns a data set into shards, ``eval`` prints a checkpoint's table for any split,
-``predict`` writes masks for images. Nothing heavy is imported before the words are understood.
+``prepare`` turns a data set into shards, ``check`` says what looks wrong in one, ``eval`` prints a checkpoint's table
+for any split, ``predict`` writes masks for images. Nothing heavy is imported before the words are understood.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ugrl.text import line
 EPILOG = """\
 what exists:
   ugrl prepare    images and labels → Parquet shards (coco, voc, folder, shapes)
+  ugrl check      tags and masks of a data set held against each other
   ugrl eval       the validation table of a checkpoint, for any split
   ugrl predict    palette masks for images of any size
   ugrl-train      one training run: one process, or --workers N on Ray Train

@@ -151,7 +151,7 @@ def run_check(args: argparse.Namespace) -> int:
     source = open_source(_layout(root), root)
     inventory, unusable = _count(source)
     for split, errors in unusable.items():
-        console.print(plain(f"{split}: {len(errors)} images cannot be used, the first: {errors[0]}"))
+        console.print(plain(f"{split}: {len(errors)} images cannot be used, the first: {errors[0]}"), soft_wrap=True)
     show(inventory, console)
     return 0
 
@@ -200,9 +200,9 @@ def show(inventory: Inventory, console: Console) -> None:
     """Print what a data set holds, and what looks wrong."""
     console.print(inventory.table())
     for text in inventory.notes():
-        console.print(plain(text))
+        console.print(plain(text), soft_wrap=True)
     for text in inventory.warnings():
-        console.print(plain(f"warning: {text}", style="yellow"))
+        console.print(plain(f"warning: {text}", style="yellow"), soft_wrap=True)
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:

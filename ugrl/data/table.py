@@ -102,7 +102,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
 
 
 def _records(path: Path) -> list[_Record]:
-    text = foreign.read_text(path, "table; expected columns file, tags and perhaps split")
+    text = foreign.read_text(path, "table of columns file, tags and perhaps split")
     skipped = 0
     delimiters: tuple[str, ...] = (",", ";", "\t", "|")
     if told := re.match(r"sep=([,;\t|])\r?\n", text):  # a spreadsheet's
