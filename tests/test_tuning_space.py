@@ -346,3 +346,9 @@ def test_a_file_with_odd_keys_is_one_line(tmp_path: Path) -> None:
     file.write_text("config: shapes\ntrials: 4\ntrials: 5\nsearch: {train.lr: {uniform: [0.1, 1]}}\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml.*trials"):
         load_space(file)
+
+
+def test_a_run_shorter_than_its_first_validation_stops_nothing() -> None:
+    space = load_space("table3", config="shapes", overrides={"train.steps": 160})  # shapes validates every 200
+    assert (space.trials, space.base().train.steps) == (5, 160)
+    assert build_space({**MINIMAL, "overrides": {"train.steps": 160}}).scheduler.grace_steps == 160

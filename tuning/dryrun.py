@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.preflight import Capacity
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
-from tuning.plain import hours, short, span
+from tuning.plain import few, hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
 from tuning.steer import remarks
@@ -267,15 +267,19 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         step_s = step_seconds(search.base, classes, device, gflop) / threads
         where = f"on this machine's {device.type.upper()}"
     found = cost_of(space, steps, step_s)
-    wall = found.seconds / max(1, fits)
+    wall, seeds = found.seconds / max(1, fits), space.repeats.seeds
     lines = [
-        f"a step: {gflop:.3g} GFLOP an image, {batch * gflop:,.0f} a batch of {batch}",
+        f"a step: {few(gflop)} GFLOP an image, {few(batch * gflop)} a batch of {batch}",
         f"the search: about {found.runs:.1f} whole runs"
         + (f" and {found.finals} final ones" if found.finals else "")
         + f"; a trial takes {100 * found.share:.0f} % of a run"
         + (f", by what {space.scheduler.name} lets through" if found.share < 1 else "")
-        + (", and has further seeds if it comes to the end" if space.repeats.seeds > 1 else ""),
-        f"{where}: {step_s:.2g} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
+        + (
+            f", and its other seeds if it comes to the end ({space.repeats.seeds} in all)"
+            if space.repeats.seeds > 1
+            else ""
+        ),
+        f"{where}: {few(step_s)} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
         + (f"{fits} side by side" if fits > 1 else "one trial at a time"),
     ]
     on_gpus = gpus or (wanted if given else 0.0)
@@ -287,7 +291,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
     if wanted and not given:
         gpu_s = batch * gflop / (1e3 * GPU_TFLOPS * wanted)
         lines.append(
-            f"on {wanted:g} GPUs a trial, as the space wants: {gpu_s:.2g} s a step and {span(steps * gpu_s)} a run, if "
+            f"on {wanted:g} GPUs a trial, as the space wants: {few(gpu_s)} s a step and {span(steps * gpu_s)} a run, if "
             f"one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
             f"{hours(found.seconds / step_s * gpu_s * wanted)} GPU-hours the search"
         )
