@@ -274,11 +274,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         + (f" and {found.finals} final ones" if found.finals else "")
         + f"; a trial takes {100 * found.share:.0f} % of a run"
         + (f", by what {space.scheduler.name} lets through" if found.share < 1 else "")
-        + (
-            f", and its other seeds if it comes to the end ({space.repeats.seeds} in all)"
-            if space.repeats.seeds > 1
-            else ""
-        ),
+        + (f", and {seeds - 1} more seeds if it comes to the end" if seeds > 1 else ""),
         f"{where}: {few(step_s)} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
         + (f"{fits} side by side" if fits > 1 else "one trial at a time"),
     ]
@@ -291,8 +287,8 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
     if wanted and not given:
         gpu_s = batch * gflop / (1e3 * GPU_TFLOPS * wanted)
         lines.append(
-            f"on {wanted:g} GPUs a trial, as the space wants: {few(gpu_s)} s a step and {span(steps * gpu_s)} a run, if "
-            f"one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
+            f"on {wanted:g} GPUs a trial, as the space wants: {few(gpu_s)} s a step and {span(steps * gpu_s)} a run, "
+            f"if one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
             f"{hours(found.seconds / step_s * gpu_s * wanted)} GPU-hours the search"
         )
     if wall > ABSURD_S:
