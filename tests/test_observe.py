@@ -300,7 +300,7 @@ STORY = [
     log_record(20, VALUES),
     log_record(40, VALUES),
     checkpoint_record(40, "s3://runs/a/checkpoints/step_00000040"),
-    val_record(50, {"mIoU": 0.5123, "cam_mIoU": 0.4}),
+    val_record(50, {"mIoU": 0.5123, "cam_mIoU": 0.4, "step": 50.0}),
     event_record("waiting for storage: 10 s"),
     start_record(40, 3, 2),
     log_record(60, VALUES),

@@ -58,10 +58,11 @@ def test_a_share_is_the_number_of_steps_it_stands_for(shards: Path) -> None:
     ("words", "message"),
     [
         (["train.cls_warmup_iters=1.5"], "is 1.5; expected a number of steps, or a share of train.steps below 1"),
-        (["train.cls_warmup_iters=true"], "is True; expected a number of steps, or a share"),
+        (["train.cls_warmup_iters=true"], "is true; expected a number of steps, or a share"),
         (["train.cls_warmup_iters=many"], "is 'many'; expected a number of steps, or a share"),
         (["train.lr_warmup_iters=-0.1"], "is -0.1; expected ≥ 0"),
         (["train.lr_warmup_iters=.nan"], "expected a number of steps, or a share"),
+        (["train.cls_warmup_iters=1e300"], "is 1e+300; expected a number of steps, or a share"),
         (["train.eval_every=0"], "is 0; expected > 0"),
         (["train.cls_warmup_iters=0.99999"], "is 0.99999; expected < train.steps 20000"),
         (["method.cam.propagate_after=2.5"], "expected a number of steps, or a share"),

@@ -42,6 +42,7 @@ def test_small_images_are_evaluated_as_they_are_predicted(tmp_path: Path) -> Non
     net = build_net(cfg, 2)
     result = evaluate(net, reader, cfg, device=torch.device("cpu"))
     want = {"seg_miou": Confusion(3), "crf_miou": Confusion(3)}
+    empty = Confusion(3)
     net.eval()
     for row in (reader[i] for i in range(3)):
         labels = torch.from_numpy(np.array(decode_labels(row.mask or b"", row.id)))
@@ -49,9 +50,21 @@ def test_small_images_are_evaluated_as_they_are_predicted(tmp_path: Path) -> Non
             pixels = decode_pixels(row.image, row.id)
             guess = predict_image(net, pixels, device=torch.device("cpu"), scales=(1.0, 0.5), crf=crf)
             confusion.add(torch.from_numpy(guess), labels)
+        empty.add(torch.zeros_like(labels), labels)
     assert result.images == 3 and 0 < result.metrics["cam_miou"] <= 1
     for name, confusion in want.items():
         assert result.metrics[name] == pytest.approx(confusion.miou, abs=1e-12), name
+    assert result.metrics["seg_background_miou"] == pytest.approx(empty.miou) and 0 < empty.miou < 1
+    assert result.metrics["tag_prevalence"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert result.classes["tag_ap"].keys() == {"cat", "dog"}
+    assert result.metrics["collapsed"] == float(bool(result.verdict))
+
+    with torch.no_grad():  # a network that answers background to everything
+        net.decoder.classify.weight.zero_()
+        net.decoder.classify.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    result = evaluate(net, reader, cfg, device=torch.device("cpu"))
+    assert result.metrics["seg_miou"] == result.metrics["seg_background_miou"]
+    assert result.metrics["collapsed"] == 1.0 and "predicts background everywhere" in result.verdict
 
 
 @pytest.mark.parametrize("backbone", ["tiny", "mit_b0"])

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tests.searches import NO_STOP, SOUND, load, play, report, search_of, searcher, states
 from tuning.lease import Lease
 from tuning.noise import noise_of
-from tuning.record import read_trials
+from tuning.record import collapsed, read_trials
 from tuning.study import open_study
 
 pytest.importorskip("ray")
@@ -158,6 +158,18 @@ def test_a_seed_that_is_low_for_all_leaves_nobody_out(tmp_path: Path) -> None:
         rows = read_trials(found.study, search.objectives)
     assert [len(r.runs) for r in rows] == [2, 2, 2, 2, 1]
     assert rows[4].note.endswith("standard errors behind, seed by seed")
+
+
+def test_what_learning_nothing_gives_is_kept_with_the_scores(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=2, **NO_STOP)
+    beside = {"seg_background_miou": 0.12, "tag_prevalence": 0.25}
+    with searcher(search) as found:
+        for k, score in enumerate((0.12, 0.3)):
+            told = {"seg_miou": score, "cam_miou": 0.2, **beside, "collapsed": float(score <= 0.12)}
+            play(found, str(k), lambda *_, told=told: told)
+        rows = read_trials(found.study, search.objectives)
+    assert all(beside.items() <= r.metrics.items() for r in rows)
+    assert [collapsed(r.runs) for r in rows] == [True, False]
 
 
 def test_without_skipping_every_seed_runs(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_early_scores_do_not_squeeze_the_others(told: tuple[Path, Findings, str]
 
 
 def test_values_with_dollar_signs_and_long_ones_are_drawn(tmp_path: Path, figures: None) -> None:
-    names = ["$\\frac{", "x^$_$", "w" * 3000]
+    names = ["$\\frac{", "x^$_$", "w" * 3000, LINK]
     story = Story(tmp_path, search=SPACE["search"] | {"model.weights": {"choice": names}}, first=[])
     for name in names:
         story.add(weights=name)
@@ -173,6 +173,7 @@ def test_values_with_dollar_signs_and_long_ones_are_drawn(tmp_path: Path, figure
     assert isinstance(drawn, Figure)
     shown = [t.get_text() for t in drawn.axes[5].get_xticklabels()]
     assert shown[:2] == names[:2] and shown[2].startswith("www") and len(shown[2]) < 30
+    assert shown[3].startswith("postgresql") and "ann" not in shown[3]
     drawn.canvas.draw()
 
 
@@ -293,13 +294,14 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file_and_says_so(tmp_path: Pat
     assert write_best(story.findings()) == path and path.read_bytes() != before
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["trials.csv", "plots"])
+def test_a_file_that_cannot_be_written_is_one_line(name: str, tmp_path: Path) -> None:
     story = Story(tmp_path)
-    story.add()
-    (tmp_path / "trials.csv").mkdir()
+    story.add("RUNNING", last=40)
+    (tmp_path / name).mkdir() if name.endswith("csv") else (tmp_path / name).touch()
     with pytest.raises(UgrlError) as error:
         report(story)
-    assert str(tmp_path / "trials.csv") in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 # -- a browser --------------------------------------------------------------------------------

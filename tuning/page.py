@@ -507,8 +507,8 @@ def _figure(picture: Picture, folder: Path) -> str:
 def _wide(content: str, name: str) -> str:
     """What may be wider than the page: it is moved sideways by itself, which keys can do too, and says so."""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{name}">{content}</div>'
         '<p class="hint" hidden>more to the right: scroll sideways →</p>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{name}">{content}</div>'
     )
 
 
@@ -578,9 +578,9 @@ p { margin: 0 0 8px; max-width: 92ch; overflow-wrap: anywhere; }
   padding: 10px 14px; }
 dd { margin: 0; font-size: 17px; font-weight: 600; }
 dt { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; margin: 10px 0 4px; }
+.wide { overflow-x: auto; margin: 6px 0 12px; }
 .wide.more { box-shadow: inset -18px 0 14px -14px rgb(0 0 0 / .4); }
-.hint { color: var(--soft); font-size: 13px; text-align: right; max-width: none; margin: 0 0 10px; }
+.hint { color: var(--soft); font-size: 13px; text-align: right; max-width: none; margin: 4px 0 0; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td:last-child { overflow-wrap: anywhere; max-width: 72ch; white-space: pre-wrap; }
@@ -620,7 +620,7 @@ for (const box of document.querySelectorAll(".wide")) {
   const look = () => {
     const left = box.scrollWidth - box.clientWidth - box.scrollLeft;
     box.classList.toggle("more", left > 2);
-    box.nextElementSibling.hidden = box.scrollWidth - box.clientWidth <= 2;
+    box.previousElementSibling.hidden = box.scrollWidth - box.clientWidth <= 2;
   };
   box.addEventListener("scroll", look);
   new ResizeObserver(look).observe(box);

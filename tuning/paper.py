@@ -313,7 +313,6 @@ def _picture(folder: Path, plot: Callable[[], Figure], have: Sequence[Cell]) -> 
     """Draw and name the picture, if there is anything to see."""
     if len(have) < 2:
         return ""
-    folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         save(plot(), folder / PICTURE)
     return PICTURE

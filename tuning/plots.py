@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from tuning.facts import baseline, paper_trial, paper_values, training_seconds
 from tuning.record import TrialRow, collapsed, label, pareto, percent, ranked
 from tuning.search import Findings
 from tuning.space import Axis, SearchSpace
+from ugrl.secrets import masked
+from ugrl.storage import place
 from ugrl.text import line as one_line
 
 # Lines and marks on white: each has a contrast of 3:1 or more (WCAG 2.1, 1.4.11), and none is drawn translucent.
@@ -68,12 +71,11 @@ def draw(findings: Findings, folder: Path) -> list[str]:
 
     Args:
         findings: Of the search.
-        folder: Where ``NAME.png`` go; made if missing.
+        folder: Where ``NAME.png`` go; made if needed.
 
     Returns:
         Lines to tell the user: what could not be drawn, and why.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     scored = any(r.value is not None for r in findings.rows)
     notes = [] if scored else ["no trial has a score yet: no plots of scores"]
     with matplotlib.rc_context(STYLE):
@@ -211,6 +213,11 @@ def importances(findings: Findings) -> Figure | str:
 TICK = 24
 
 
+def tick(value: Any) -> str:
+    """A value at an axis."""
+    return one_line(masked(value), TICK)
+
+
 @dataclass(frozen=True)
 class Scale:
     """Places the values of an axis between 0 and 1: even on its own scale, options side by side."""
@@ -236,7 +243,7 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels of a handful of values."""
         if self.axis.kind == "choice":
-            return [(self.place(o), one_line(o, TICK)) for o in self.options]
+            return [(self.place(o), tick(o)) for o in self.options]
         low, high = self.axis.low, self.axis.high
         locator = LogLocator(subs=(1.0, 3.0)) if self.axis.log else MaxNLocator(5, integer=self.axis.integer)
         values = [v for v in locator.tick_values(low, high) if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
@@ -283,13 +290,13 @@ def parallel(findings: Findings) -> Figure | str:
     fig, ax = plt.subplots(figsize=(max(6.5, 1.25 * (len(scales) + 1) + 1.5), 4.6))
     best, seen = findings.best, set()
     for r in sorted(rows, key=lambda r: _y(findings, r)):
-        place = min(1.0, max(0.0, (_y(findings, r) - low) / span))
+        height = min(1.0, max(0.0, (_y(findings, r) - low) / span))
         whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
         name = _best_label(findings) if chosen else "" if whole else "not complete"
         ax.plot(
             range(len(scales) + 1),
-            [*_places(scales, r.params), place],
-            color=BEST if chosen else SHADES(place) if whole else COLORS["FAIL"],
+            [*_places(scales, r.params), height],
+            color=BEST if chosen else SHADES(height) if whole else COLORS["FAIL"],
             lw=2.6 if chosen else 1.4 if whole else 0.8,
             ls="-" if whole else "--",
             zorder=4 if chosen else 3 if whole else 2,
@@ -422,8 +429,10 @@ UNSCORED = (cost,)
 def save(fig: Figure, path: Path) -> None:
     """Write a figure and forget it."""
     fig.set_layout_engine("constrained")
-    fig.savefig(path)
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png")
     plt.close(fig)
+    place(path).write(picture.getvalue())
 
 
 def rung_steps(space: SearchSpace, steps: int) -> list[int]:
@@ -527,7 +536,7 @@ def _paper_line(ax: Axes, x: float, *, across: bool = False) -> None:
 def _slice_axis(ax: Axes, axis: Axis) -> None:
     options = list(axis.options)
     if options:
-        names = [one_line(o, TICK) for o in options]
+        names = [tick(o) for o in options]
         wordy = max(map(len, names)) * len(options) > 28
         ax.set_xticks(range(len(options)), names, rotation=25 if wordy else 0)
         ax.set_xlim(-0.5, len(options) - 0.5)
@@ -564,8 +573,8 @@ def _field(findings: Findings, scales: Sequence[Scale]) -> tuple[Triangulation, 
     found: dict[tuple[float, ...], list[float]] = {}
     for r in _scored(findings):
         if r.state == "COMPLETE" and all(s.axis.path in r.params for s in scales):
-            place = tuple(round(s.place(r.params[s.axis.path]), 9) for s in scales)
-            found.setdefault(place, []).append(_y(findings, r))
+            at = tuple(round(s.place(r.params[s.axis.path]), 9) for s in scales)
+            found.setdefault(at, []).append(_y(findings, r))
     if len(found) < CONTOUR:
         return None
     try:

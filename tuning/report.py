@@ -43,7 +43,7 @@ from tuning.record import BESIDE, label, pareto
 from tuning.search import Findings
 from ugrl import config as configs
 from ugrl.secrets import masked
-from ugrl.storage import place
+from ugrl.storage import StorageError, place
 from ugrl.text import csv_cell, line, plain
 
 TABLE, PAGE, TEXT, PAPER_TEXT = "trials.csv", "report.html", "report.md", "paper.md"
@@ -59,7 +59,22 @@ def write_report(findings: Findings, console: Console) -> None:
     Args:
         findings: Of a search in any state.
         console: Where the tables go.
+
+    Raises:
+        StorageError: A file cannot be written.
     """
+    try:
+        notes, paper = _write_files(findings)
+    except OSError as error:
+        raise StorageError(line(error)) from None
+    print_tables(findings, paper, console)
+    print_failures(findings, console)
+    for sentence in [*notes, *verdict(findings)]:
+        _say(sentence, console)
+    print_files(findings, console)
+
+
+def _write_files(findings: Findings) -> tuple[list[str], PaperSection | None]:
     from tuning.page import write_html, write_markdown
     from tuning.paper import paper_section
     from tuning.plots import draw
@@ -73,11 +88,7 @@ def write_report(findings: Findings, console: Console) -> None:
         place(out / PAPER_TEXT).write(paper.markdown().encode())
     write_markdown(findings, out / TEXT, notes, paper)
     write_html(findings, out / PAGE, notes, paper)
-    print_tables(findings, paper, console)
-    print_failures(findings, console)
-    for sentence in [*notes, *verdict(findings)]:
-        _say(sentence, console)
-    print_files(findings, console)
+    return notes, paper
 
 
 def write_csv(findings: Findings) -> Path:

@@ -299,7 +299,7 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return value
     if hint == Steps:
         number = None if isinstance(value, bool) else _number(value)
-        if number is not None and (number.is_integer() or number < 1):
+        if number is not None and (number < 1 or number.is_integer()) and abs(number) <= MOST_INT:
             return int(number) if number.is_integer() else number
     elif origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):

@@ -335,7 +335,7 @@ class Trainer:
             parameters=sum(p.numel() for p in self.net.parameters()),
             classes=len(self.class_names),
             train=self.train_ids,
-            val=len(self.val_reader),
+            val=judged_rows(cfg, self.manifest, val),
             objective=self.objective,
             done=self.done,
         ):
@@ -427,13 +427,13 @@ class Trainer:
                     # A class that no image shows has no score.
                     board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
                 progress.evaluated(self.done, result)
-                if result.verdict:
-                    self.say(f"step {self.done}  {result.verdict}")
             with meter.pause():
                 if evaluated or self.done % checkpoint_every == 0:
                     self.save()
                 if evaluated:
                     self.hooks.on_eval(self.done, dict(self.metrics))
+                    if result.verdict:
+                        self.say(f"step {self.done}  {result.verdict}")
             if agreement.stop(stop.requested or self.hooks.stop()) and self.done < cfg.train.steps:
                 self.save()
                 self._tell_saved(wait=True)

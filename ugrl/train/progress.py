@@ -252,7 +252,7 @@ def scores_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(
         f"{k} {v:.4f}" + (f" ({words[k]} {chance[k]:.4f})" if k in chance else "")
         for k, v in metrics.items()
-        if k != "collapsed" and k not in BASELINES.values()
+        if k not in ("collapsed", "step", *BASELINES.values())
     )
 
 
