@@ -72,11 +72,11 @@ def capacity() -> Capacity:
 
 
 def worker_resources(cfg: Config, have: Capacity) -> dict[str, float]:
-    """What one training worker holds; a GPU only where the cluster has any."""
-    made = {"CPU": cfg.cluster.cpus_per_worker}
-    if have.gpus and cfg.cluster.gpus_per_worker:
-        made["GPU"] = cfg.cluster.gpus_per_worker
-    return made
+    """What one training worker holds; where no GPUs were asked for, one if the cluster has any."""
+    made, gpus = {"CPU": cfg.cluster.cpus_per_worker}, cfg.cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if have.gpus else 0.0
+    return {**made, "GPU": gpus} if gpus else made
 
 
 def sizes(cfg: Config, workers: int) -> list[int]:
@@ -140,8 +140,9 @@ def _check(cfg: Config, workers: int, have: Capacity, groups: int) -> None:
         )
     gpu = each.get("GPU", 0.0)
     if groups * workers * gpu > have.gpus + EPS:
+        instead = "; cluster.gpus_per_worker=0 trains on CPUs" if not have.gpus else ""
         raise ConfigError(
-            f"{runs}{workers} workers × {gpu:g} GPU = {groups * workers * gpu:g} GPUs; the cluster has {have}"
+            f"{runs}{workers} workers × {gpu:g} GPU = {groups * workers * gpu:g} GPUs; the cluster has {have}{instead}"
         )
     if 0 < gpu < 1 and workers > 1 and cfg.cluster.backend != "gloo":
         raise ConfigError(
@@ -197,8 +198,8 @@ def check_store(cfg: Config, shards: Manifest, workers: int, have: Capacity, *, 
 
 
 def on_what(cfg: Config, have: Capacity) -> str:
-    """What a cluster has, with a word on GPUs that were asked for and are not there."""
-    lacks = cfg.cluster.gpus_per_worker and not have.gpus
+    """What a cluster has, with a word on GPUs that would be used if there were any."""
+    lacks = cfg.cluster.gpus_per_worker is None and not have.gpus
     return f"{have} and no GPU: training on the CPU" if lacks else str(have)
 
 

@@ -58,6 +58,12 @@ def nodes(*cpus: float, gpus: float = 0) -> Capacity:
             "3 workers × 3 CPU: n0 (5 CPUs) takes 1, n1 (5 CPUs) takes 1; 2 of 3 can be placed, since none is split",
         ),
         (
+            nodes(4),
+            2,
+            {"cluster__gpus_per_worker": 1},
+            "2 workers × 1 GPU = 2 GPUs; the cluster has 4 CPUs; cluster.gpus_per_worker=0 trains on CPUs",
+        ),
+        (
             nodes(16, 16, gpus=1),
             2,
             {"cluster__gpus_per_worker": 0.5},
@@ -96,8 +102,8 @@ def test_reading_tasks() -> None:
     assert data_tasks(cfg(cluster__data_tasks=7), 2, Capacity(64, 0, 64)) == 7
 
 
-def test_a_gpu_that_was_asked_for_and_is_not_there_is_said() -> None:
-    assert on_what(cfg(cluster__gpus_per_worker=1), nodes(2)) == "2 CPUs and no GPU: training on the CPU"
+def test_gpus_that_would_be_used_if_there_were_any_are_missed_aloud() -> None:
+    assert on_what(cfg(), nodes(2)) == "2 CPUs and no GPU: training on the CPU"
     assert on_what(cfg(cluster__gpus_per_worker=0), nodes(2)) == "2 CPUs"
     assert on_what(cfg(cluster__gpus_per_worker=1), nodes(2, gpus=1)) == "2 CPUs and 1 GPUs"
 

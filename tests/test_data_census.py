@@ -247,7 +247,7 @@ def test_a_damaged_journal_is_one_line(own, tmp_path, spoil):
     assert str(caught.value).isprintable() and (partial / JOURNAL).exists()
 
 
-@pytest.mark.parametrize("out", ["own", "own/images", "own/images/new", "own/new", ".", "link/new"])
+@pytest.mark.parametrize("out", ["own", "own/images", "own/images/new", "own/new/new", ".", "link/new"])
 def test_prepare_writes_into_none_of_its_inputs(own, tmp_path, monkeypatch, capsys, out):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to(own / "images")
@@ -256,6 +256,14 @@ def test_prepare_writes_into_none_of_its_inputs(own, tmp_path, monkeypatch, caps
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and ("exists already" in said or "lies in the data set's own folder own" in said)
     assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_directly_in_the_root_is_a_place_like_any_other(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    for out in ("shards", "shards2"):  # the first one is no part of the data, when it is looked at again
+        assert main(["prepare", "folder", "--root", ".", "--out", out, "--tune-val", "0"]) == 0
+    assert "not read" not in capsys.readouterr().out
+    assert Manifest.load("shards").fingerprint() == Manifest.load("shards2").fingerprint()
 
 
 def test_nor_beside_them_where_its_unfinished_folder_would_be_one(own, tmp_path, capsys):

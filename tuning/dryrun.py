@@ -247,7 +247,7 @@ def wanted_gpus(search: Search) -> float:
     """GPUs that a trial is meant to have, wherever this is asked; 0 where the space says nothing of them."""
     space = search.space
     if space.workers > 1:
-        return space.workers * search.base.cluster.gpus_per_worker
+        return space.workers * (search.base.cluster.gpus_per_worker or 0.0)
     return space.resources.gpus_per_trial or 0.0
 
 

@@ -64,8 +64,8 @@ def held(search: Search, have: Capacity) -> tuple[float, float]:
     """CPUs and GPUs that a trial holds."""
     space, cfg = search.space, search.base
     if space.workers > 1:
-        gpus = cfg.cluster.gpus_per_worker if have.gpus else 0.0
-        return space.workers * cfg.cluster.cpus_per_worker, space.workers * gpus
+        each = worker_resources(cfg, have)
+        return space.workers * each["CPU"], space.workers * each.get("GPU", 0.0)
     asked = space.resources
     gpus = min(1.0, have.gpus) if asked.gpus_per_trial is None else asked.gpus_per_trial
     if asked.cpus_per_trial is not None:

@@ -225,7 +225,7 @@ class ClusterConfig:
     workers: int = _num(0, ge=0)
     min_workers: int = _num(0, ge=0)
     cpus_per_worker: float = _num(1.0, gt=0)
-    gpus_per_worker: float = _num(1.0, ge=0)
+    gpus_per_worker: float | None = _num(None, ge=0)  # null: one where the cluster has any
     data_cpus: float = _num(1.0, ge=0)
     data_tasks: int = _num(0, ge=0)
     max_failures: int = _num(2, ge=0)

@@ -284,11 +284,15 @@ class Place:
             if self.local is not None:
                 self.local.parent.mkdir(parents=True, exist_ok=True)
                 draft = self.local.with_name(f".{self.local.name}.{os.getpid()}.tmp")
-                with draft.open("wb") as handle:
-                    handle.write(data)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.replace(draft, self.local)
+                try:
+                    with draft.open("wb") as handle:
+                        handle.write(data)
+                        handle.flush()
+                        os.fsync(handle.fileno())
+                    os.replace(draft, self.local)
+                except BaseException:
+                    draft.unlink(missing_ok=True)  # a full disk needs the room
+                    raise
                 return
             found, path = self.filesystem()
             with found.open_output_stream(path) as file:  # an object appears when it is closed

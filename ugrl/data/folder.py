@@ -71,7 +71,13 @@ class FolderSource:
             self.left_out["train"] = {"not in tags.csv": len(extra)}
             self.stray["image not in tags.csv"] = Stray(len(extra), line(f"images/{extra[0]}"))
         known = {"tags.csv", "classes.txt", "images", "masks"}
-        beside = sorted(n for n in os.listdir(self.root) if n not in known and not n.startswith("."))
+        # Of what lies there too, shards and runs are ours.
+        ours = ("manifest.json", "journal.json", "config.yaml")
+        beside = sorted(
+            n
+            for n in os.listdir(self.root)
+            if n not in known and not n.startswith(".") and not any((self.root / n / f).is_file() for f in ours)
+        )
         if beside:
             self.stray["not read, beside images and masks"] = Stray(len(beside), line(beside[0]))
 

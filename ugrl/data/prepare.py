@@ -304,7 +304,9 @@ def target(out: str | Path, root: Path | None) -> Path:
     if root is not None:
         inside = root.resolve()
         for place in (out.resolve(), partial_of(out).resolve()):
-            if place.is_relative_to(inside) or inside.is_relative_to(place):
+            # Directly in the root nothing is read from; further down images and masks are looked for.
+            deep = place.is_relative_to(inside) and place.parent != inside
+            if deep or inside.is_relative_to(place):
                 raise DataError(
                     f"{line(out)}: lies in the data set's own folder {line(root)}; choose a place beside it"
                 )
