@@ -475,7 +475,9 @@ def test_bad_input_is_one_line_and_status_2(
 def test_resources_that_are_not_there_are_said_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_space(home / "large.yaml", SOUND, resources={"cpus_per_trial": 64})
     assert cli.main(["--space", str(file), "--out", str(home / "large")]) == 2
-    assert "a trial takes 64 CPU; the cluster has" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "a trial takes 64 CPU; the cluster has" in shown
+    assert "warning: split 'tune_val' steers the search with 6 images" in shown
     assert not (home / "large").exists()
 
 

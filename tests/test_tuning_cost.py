@@ -57,7 +57,7 @@ def test_seconds_of_a_step_follow_from_a_smaller_one(monkeypatch: pytest.MonkeyP
     cfg = small(**{"data.crop": 128})
     gflop = flops.step_gflop(cfg, 3)
     monkeypatch.setattr(flops, "TIMED_GFLOP", 0.2)
-    assert flops._timed_crop(cfg, gflop) == 32
+    assert flops._timed_crop(cfg, 0.2 / gflop) == 32
     seen: list[Any] = []
     make = flops._batch
 
@@ -125,11 +125,13 @@ def dry(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_space_that_wants_gpus_is_told_in_gpu_hours(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = dry([*WORDS, "--step-s", "20"], capsys)
+    shown = dry(WORDS, capsys)
+    assert "on this machine's CPU:" in shown
     assert "on 2 GPUs a trial, as the space wants:" in shown and "GPU-hours the search" in shown
-    assert "with --step-s: 20 s a step, 4.6 days a run" in shown
-    assert "months the search" in shown and "years" not in shown
-    assert "too much for this machine: run it where the GPUs are (--address), or make it smaller" in shown
+    there = dry([*WORDS, "--step-s", "20"], capsys)
+    assert "with --step-s: 20 s a step, 4.6 days a run" in there and "GPU-hours, " in there
+    assert "months the search" in there and "years" not in there
+    assert "too much: make it smaller: train.steps=2000" in there
 
 
 def test_a_minimal_space_is_planned_and_its_cost_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

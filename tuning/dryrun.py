@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.preflight import Capacity
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
-from tuning.plain import hours, short, span
+from tuning.plain import few, hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
 from tuning.steer import remarks
@@ -79,7 +79,8 @@ def dry_run(
     except ConfigError as error:  # the search may be meant for another machine
         fits = 0
         console.print(f"side by side: none on {on}: {error}", highlight=False, soft_wrap=True)
-    for text in _cost(search, min(fits, space.trials), cpus, gpus, step_s, data):
+    there = gpus if have.gpus else 0.0
+    for text in _cost(search, min(fits, space.trials), cpus, there, step_s, data):
         console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -258,6 +259,7 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
     space, steps, batch = search.space, search.steps, search.base.train.global_batch
     classes = len(Manifest.load(search.shards).class_names) if data else {"coco": 80}.get(space.config, CLASSES)
     gflop = step_gflop(search.base, classes)
+    given, wanted = step_s is not None, 0.0 if gpus else wanted_gpus(search)
     where = "with --step-s"
     if step_s is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,34 +267,34 @@ def _cost(search: Search, fits: int, cpus: float, gpus: float, step_s: float | N
         step_s = step_seconds(search.base, classes, device, gflop) / threads
         where = f"on this machine's {device.type.upper()}"
     found = cost_of(space, steps, step_s)
-    wall = found.seconds / max(1, fits)
+    wall, seeds = found.seconds / max(1, fits), space.repeats.seeds
     lines = [
-        f"a step: {gflop:.3g} GFLOP an image, {batch * gflop:,.0f} a batch of {batch}",
+        f"a step: {few(gflop)} GFLOP an image, {few(batch * gflop)} a batch of {batch}",
         f"the search: about {found.runs:.1f} whole runs"
         + (f" and {found.finals} final ones" if found.finals else "")
         + f"; a trial takes {100 * found.share:.0f} % of a run"
         + (f", by what {space.scheduler.name} lets through" if found.share < 1 else "")
-        + (", and has further seeds if it comes to the end" if space.repeats.seeds > 1 else ""),
-        f"{where}: {step_s:.2g} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
-        f"{max(1, fits)} side by side",
+        + (f", and {seeds - 1} more seeds if it comes to the end" if seeds > 1 else ""),
+        f"{where}: {few(step_s)} s a step, {span(steps * step_s)} a run without validations, {span(wall)} the search, "
+        + (f"{fits} side by side" if fits > 1 else "one trial at a time"),
     ]
-    if fits:
-        each = f"{hours(found.seconds * gpus)} GPU-hours, " if gpus else ""
+    on_gpus = gpus or (wanted if given else 0.0)
+    if fits or on_gpus:
+        each = f"{hours(found.seconds * on_gpus)} GPU-hours, " if on_gpus else ""
         lines[-1] += f" ({each}{hours(found.seconds * cpus)} CPU-hours)"
     if (limit := space.budget.hours) and wall > 3600 * limit:
         lines.append(f"budget.hours ends it after {limit:g} h, with what has run by then")
-    wanted = 0.0 if gpus else wanted_gpus(search)
-    if wanted:
+    if wanted and not given:
         gpu_s = batch * gflop / (1e3 * GPU_TFLOPS * wanted)
         lines.append(
-            f"on {wanted:g} GPUs a trial, as the space wants: {gpu_s:.2g} s a step and {span(steps * gpu_s)} a run, if "
-            f"one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
+            f"on {wanted:g} GPUs a trial, as the space wants: {few(gpu_s)} s a step and {span(steps * gpu_s)} a run, "
+            f"if one does {GPU_TFLOPS:g} TFLOP/s (--step-s says otherwise), "
             f"{hours(found.seconds / step_s * gpu_s * wanted)} GPU-hours the search"
         )
     if wall > ABSURD_S:
         lines.append(
-            "too much for this machine: "
-            + ("run it where the GPUs are (--address), or " if wanted else "use a GPU, or ")
+            ("too much: " if given else "too much for this machine: ")
+            + ("" if given or gpus else "run it where the GPUs are (--address), or " if wanted else "use a GPU, or ")
             + f"make it smaller: train.steps={max(1, steps // 10)}, data.crop, model.backbone, --trials"
         )
     return lines

@@ -40,15 +40,23 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}"
 
 
+def few(value: float) -> str:
+    """A number in two or three digits, as a person writes it.
+
+    >>> few(0.0471), few(12.34), few(3779.8), few(14527)
+    ('0.047', '12', '3,800', '15,000')
+    """
+    digits = len(str(int(abs(value))))
+    return f"{round(value, 2 - digits):,.0f}" if digits > 1 else f"{value:.2g}"
+
+
 def hours(seconds: float) -> str:
     """Hours in few digits.
 
     >>> hours(360), hours(3600 * 12345.6)
     ('0.1', '12,000')
     """
-    value = seconds / 3600
-    digits = 2 - len(str(int(value))) if value >= 100 else None
-    return f"{round(value, digits):,.0f}" if digits is not None else f"{value:.2g}"
+    return few(seconds / 3600)
 
 
 def span(seconds: float) -> str:

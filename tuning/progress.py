@@ -146,16 +146,17 @@ class TrialProgress(tune.Callback):
     def left_s(self) -> float | None:
         """Seconds until the last trial has ended, by the steps so far; ``None`` before there is any.
 
-        A trial that has not begun takes what the ended ones have taken on average, and a whole run while none has.
+        A trial takes what the ended ones have taken on average, and all its seeds while none has ended.
         """
         ended = [sum(r.step for r in row.runs) for row in self.rows if row.state in ENDED]
         now = [s.done(self.steps) for s in list(self.running.values())]
         made = sum(ended) + sum(now) - self.before
         if made <= 0:
             return None
-        each = sum(ended) / len(ended) if ended else self.steps
+        whole = self.steps * max((len(s.seeds) for s in list(self.running.values())), default=1)
+        each = sum(ended) / len(ended) if ended else whole
         waiting = max(0, self.planned - len(ended) - len(now))
-        left = waiting * each + sum(each - n if n < each else max(0, self.steps - n) for n in now)
+        left = waiting * each + sum(each - n if n < each else max(0, whole - n) for n in now)
         return left * (time.monotonic() - self.began) / made
 
     def look(self) -> None:
@@ -199,7 +200,7 @@ class TrialProgress(tune.Callback):
             return
         self.said = time.monotonic()
         self.look()
-        seeds = {len(s.seeds) for s in self.running.values()} > {1}
+        seeds = any(len(s.seeds) > 1 for s in self.running.values())
         now = [
             f"{self.word} {s.name} {s.step}/{self.steps}" + (f" of seed {s.seed + 1}" if seeds else "")
             for s in list(self.running.values())

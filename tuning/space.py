@@ -521,8 +521,6 @@ def _check_search(space: SearchSpace, base: Config, points: Sequence[Any]) -> No
             )
         if grace > train.steps:
             raise ConfigError(f"space key 'scheduler.grace_steps' is {grace:g}; expected ≤ train.steps {train.steps}")
-    if train.at(train.eval_every) > train.steps:
-        raise ConfigError(f"train.eval_every is {train.eval_every}; expected ≤ train.steps {train.steps}")
     if space.sampler.name == "grid":
         for axis in space.search:
             axis.values()

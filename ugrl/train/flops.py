@@ -20,8 +20,8 @@ from ugrl.model.encoder import SPECS
 from ugrl.train.step import Step
 from ugrl.types import IGNORE, Batch
 
-# What a step that is timed may take, in GFLOP, and for how long it is repeated, in seconds.
-TIMED_GFLOP, TIMED_S = 30.0, 0.3
+# What a step that is timed may take, in GFLOP (a GPU shows what it can with more), and for how long it is repeated.
+TIMED_GFLOP, ON_GPU, TIMED_S = 30.0, 100.0, 0.3
 # Side of the contrastive loss's tiles on a CPU, where nothing else is asked for.
 TILE = 512
 
@@ -123,8 +123,9 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
         device: Where.
         gflop: Of :func:`step_gflop`.
     """
-    small = replace(cfg, data=replace(cfg.data, crop=_timed_crop(cfg, gflop)))
-    images = max(1, min(cfg.train.global_batch, int(TIMED_GFLOP / gflop)))
+    most = TIMED_GFLOP * (ON_GPU if device.type == "cuda" else 1.0)
+    small = replace(cfg, data=replace(cfg.data, crop=_timed_crop(cfg, most / gflop)))
+    images = max(1, min(cfg.train.global_batch, int(most / gflop)))
     step, batch = _made(small, num_classes, device), _batch(small, num_classes, images, device)
 
     on_gpu = device.type == "cuda"
@@ -150,10 +151,10 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
     return min(found) * cfg.train.global_batch * gflop / done
 
 
-def _timed_crop(cfg: Config, gflop: float) -> int:
-    """A multiple of 32 below the crop where a step on that is too much; never what leaves a CAM scale no key."""
+def _timed_crop(cfg: Config, share: float) -> int:
+    """A multiple of 32 that takes about a share of the crop's operations; never what leaves a CAM scale no key."""
     least = SPECS[cfg.model.backbone].min_size / min(1.0, *cfg.method.cam.scales)
-    wanted = cfg.data.crop * min(1.0, (TIMED_GFLOP / gflop) ** 0.5)
+    wanted = cfg.data.crop * min(1.0, share) ** 0.5
     return min(cfg.data.crop, 32 * round(max(least, wanted) / 32))
 
 
