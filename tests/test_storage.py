@@ -252,11 +252,7 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
     assert json.loads((out / "checkpoints" / "best.json").read())["checkpoint"] in names
     assert (out / "seen").names() == ["rank_00.jsonl"]
     assert ugrl(["eval", out.where, "--data", (there / "shards").where, "--split", "val"]) == 0
-<<<<<<< HEAD
-    assert "step_00000006, the newest, and the best; split 'val': 16 images" in capsys.readouterr().err
-=======
     assert "checkpoint: step_00000006, the newest, and the best; split 'val': 16 images" in capsys.readouterr().err
->>>>>>> command
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find(there / "runs" / "none")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden-word"

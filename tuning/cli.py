@@ -28,23 +28,10 @@ if TYPE_CHECKING:
 
 SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
-<<<<<<< HEAD
 MAY_CHANGE = (
     *("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures"),
     "overrides.train.mlflow",
 )
-=======
-MAY_CHANGE: tuple[str, ...] = (
-    "budget",
-    "concurrent",
-    "resources",
-    "workers",
-    "final.best",
-    "final.seeds",
-    "max_failures",
-)
-MAY_CHANGE += ("overrides.train.mlflow",)
->>>>>>> command
 
 SUMMARY = """\
 examples:

@@ -110,7 +110,7 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
 
     Args:
         searcher: Over the study.
-        patience_s: How long room is waited for while no driver gets on with the search; ``inf`` for as long as it takes.
+        patience_s: How long room is waited for while no driver gets on with the search; ``inf`` for ever.
         say: Told in one line what is waited for.
 
     Returns:
