@@ -150,7 +150,7 @@ def test_one_process_never_imports_ray(shards: Path, tmp_path: Path) -> None:
         "import sys; from cluster.cli import main; code = main(sys.argv[1:]);"
         "assert not any(m == 'ray' or m.startswith('ray.') for m in sys.modules); sys.exit(code)"
     )
-    args = ["--data", str(shards), "--out", str(tmp_path / "run"), "--quiet", *words]
+    args = ["--config", "shapes", "--data", str(shards), "--out", str(tmp_path / "run"), "--quiet", *words]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).step == 7
@@ -185,4 +185,4 @@ def test_an_existing_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
-    assert "coco, coco100, shapes, voc" in capsys.readouterr().out
+    assert "coco, coco100, own, own-gpu, shapes, voc" in capsys.readouterr().out
