@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,48 @@ def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
             stop_ray()
             ray.shutdown()
             made.shutdown()
+
+
+@contextmanager
+def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
+    """A cluster that `ray start --head` begins, apart from this process; yields its address and its head's process."""
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent))
+    assert ray is not None
+    mark = uuid.uuid4().hex
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [ray, "start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus:g}", "--include-dashboard=false"]
+    words += ["--num-gpus=0", "--ray-client-server-port=0", f"--temp-dir={home}", "--object-store-memory=200000000"]
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "UGRL_TEST_MARK": mark}
+    started = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def marked(name: str) -> list[int]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("UGRL_TEST_MARK") == mark and name in process.name():
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+        return found
+
+    def answers() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            return False
+        return bool(marked("raylet"))
+
+    try:
+        wait_for(answers)
+        yield f"127.0.0.1:{port}", marked("gcs_server")[0]
+    finally:
+        started.kill()
+        for pid in marked(""):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        started.wait()
 
 
 def raylet_pid(node: Any) -> int:

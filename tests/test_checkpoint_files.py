@@ -20,7 +20,8 @@ from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.storage import place
 from ugrl.train import checkpoint
 from ugrl.train.folder import RunFolder
-from ugrl.train.loop import Trainer
+from ugrl.train.interrupt import Interrupted
+from ugrl.train.loop import Hooks, Trainer
 from ugrl.train.restore import restore
 from ugrl.train.run import stored_config
 from ugrl.train.saver import Saver, Snapshot
@@ -288,3 +289,33 @@ def test_a_run_that_dies_while_it_opens_its_folder_leaves_what_was_there(
     monkeypatch.undo()
     opened(1)
     assert (out / "metrics.jsonl").read_bytes() == LINES[0] + b"\n"
+
+
+def test_a_stop_at_a_save_writes_one_checkpoint(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(RunFolder, "submit", lambda self, make: made.append(make().step))
+    cfg = build(tiny_tree(steps=4, eval_every=2))
+    with pytest.raises(Interrupted):
+        Trainer(cfg, shards=shards, out=tmp_path, quiet=True, hooks=Hooks(stop=lambda: bool(made))).fit()
+    assert made == [2]
+
+
+def test_a_checkpoint_stays_until_its_successor_of_the_same_step_is_whole(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run / "checkpoints"
+    before = (folder / "step_00000003" / "state.json").read_bytes()
+    replace = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        if str(old).endswith("step_00000003.tmp"):
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, 3, config={}, class_names=(), metrics={}, parts={})
+    monkeypatch.undo()
+    checkpoint.sweep(folder)
+    assert (folder / "step_00000003" / "state.json").read_bytes() == before
+    assert not list(folder.glob(".step*"))

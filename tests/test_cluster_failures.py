@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.raycluster import check_same, curve, kill_raylet, raylets, training_workers, wait_for, when_saved
+from tests.raycluster import (
+    check_same,
+    curve,
+    kill_raylet,
+    raylets,
+    started_head,
+    training_workers,
+    wait_for,
+    when_saved,
+)
 from tests.small import TINY
 from ugrl import config as configs
 from ugrl.train import checkpoint
@@ -65,8 +76,8 @@ def command(shards: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+def start(words: list[str], **more: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -200,3 +211,25 @@ def test_a_node_that_comes_back_is_used_again(
         changer.join(60)
     assert any("there is room again: going on with 2 workers" in text for text in said)
     check_same(out, alone)
+
+
+@pytest.mark.long
+def test_a_head_that_dies_ends_the_driver_with_one_line(small_shards: Path) -> None:
+    """Ray itself would end the driver a minute later, with words of its own and status 1."""
+    home = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))  # sockets have short names
+    out = home / "run"
+    try:
+        with started_head(home / "ray") as (address, head):
+            words = [*command(small_shards, out), "--address", address, "cluster.head_s=5", "train.steps=4000"]
+            driver = start(words, RAY_AUTH_MODE="disabled")
+            try:
+                until(driver, lambda: saved(out, 2))
+                os.kill(head, signal.SIGKILL)
+                _, err = driver.communicate(timeout=400)
+            finally:
+                driver.kill()
+        assert driver.returncode == 4, err
+        assert f"the cluster was lost: its head at {address} has not answered for 5 s (cluster.head_s)" in err
+        assert "Traceback" not in err
+    finally:
+        shutil.rmtree(home, ignore_errors=True)

@@ -113,9 +113,12 @@ def save(
                 "config": config,
             },
         )
-        if final.exists():
-            shutil.rmtree(final)
+        old = folder / f".{final.name}.old"
+        if final.exists():  # it stays until its successor is whole
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
         os.replace(tmp, final)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
         raise
@@ -185,7 +188,16 @@ def ranking(folder: str | Path | Place) -> list[Ranked]:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove what a dead writer left half-written in ``OUT/checkpoints``; returns the names."""
+    """Remove what a dead writer left half-written in ``OUT/checkpoints``; returns the names.
+
+    A checkpoint that it had put aside for a successor of the same step, which never came, is put back.
+    """
+    for old in sorted(folder.glob(f".{PREFIX}*.old")) if folder.is_dir() else []:
+        final = old.with_name(old.name[1:].removesuffix(".old"))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, final)
     found = sorted(folder.glob(f".{PREFIX}*.tmp")) if folder.is_dir() else []
     for path in found:
         shutil.rmtree(path, ignore_errors=True)

@@ -428,14 +428,16 @@ class Trainer:
                     board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
                 progress.evaluated(self.done, result)
             with meter.pause():
-                if evaluated or self.done % checkpoint_every == 0:
+                saves = evaluated or self.done % checkpoint_every == 0
+                if saves:
                     self.save()
                 if evaluated:
                     self.hooks.on_eval(self.done, dict(self.metrics))
                     if result.verdict:
                         self.say(f"step {self.done}  {result.verdict}")
             if agreement.stop(stop.requested or self.hooks.stop()) and self.done < cfg.train.steps:
-                self.save()
+                if not saves:
+                    self.save()
                 self._tell_saved(wait=True)
                 raise Interrupted(self.done, stop.number)
 
