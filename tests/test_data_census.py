@@ -247,6 +247,28 @@ def test_a_damaged_journal_is_one_line(own, tmp_path, spoil):
     assert str(caught.value).isprintable() and (partial / JOURNAL).exists()
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "folder/notes.txt"])
+def test_what_others_left_in_an_unfinished_folder_is_named_and_kept(own, tmp_path, monkeypatch, name):
+    from ugrl.data import prepare as module
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(FolderSource(own), tmp_path / "out", tune_val=0)
+    monkeypatch.undo()
+    left = partial_of(tmp_path / "out") / name
+    left.parent.mkdir(exist_ok=True)
+    left.write_text("mine")
+    with pytest.raises(DataError, match=f"{name.split('/')[0]}: not made by ugrl prepare; move it away"):
+        prepare(FolderSource(own), tmp_path / "out", tune_val=0)
+    left.rename(tmp_path / "moved")
+    if left.parent.name == "folder":
+        left.parent.rmdir()
+    assert prepare(FolderSource(own), tmp_path / "out", tune_val=0).splits["train"].rows > 0
+
+
 @pytest.mark.parametrize("out", ["own", "own/images", "own/images/new", "own/new/new", ".", "link/new"])
 def test_prepare_writes_into_none_of_its_inputs(own, tmp_path, monkeypatch, capsys, out):
     monkeypatch.chdir(tmp_path)

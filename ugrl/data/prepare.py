@@ -355,8 +355,11 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
             raise DataError(f"{partial / name}: in the journal but missing or changed; remove {partial}")
     # A shard that was renamed but not noted yet is written again; drafts of a killed run go.
     for path in partial.iterdir():
-        if path.name not in done and path.name != JOURNAL:
-            path.unlink()
+        if path.name in done or path.name == JOURNAL:
+            continue
+        if path.is_dir() or not path.name.removesuffix(".tmp").endswith((".parquet", ".json")):
+            raise DataError(f"{line(path)}: not made by ugrl prepare; move it away to go on")
+        path.unlink()
     return done
 
 
