@@ -35,7 +35,7 @@ SIGNALS = {
 STATUSES = {"KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2}, "INT twice": {130, -2}}
 # How processes of Ray are called that train.
 TRAINS = ("ray::ImplicitFunc", "ray::trial", "RayTrainWorker")
-END_S, FINISH_S = 120.0, 900.0
+SOON_S, END_S, FINISH_S = 10.0, 120.0, 900.0
 
 Act = Callable[["Stage", random.Random], bool]
 
@@ -257,8 +257,11 @@ def strike(stage: Stage, kind: str, dice: random.Random, result: Result) -> bool
         driver.kill()
         status = driver.wait()
     else:
-        if kind != "KILL":
-            result.end_s[kind] = max(result.end_s.get(kind, 0.0), round(time.monotonic() - began, 1))
+        took = round(time.monotonic() - began, 1)
+        if kind != "KILL" and status != 0:  # it may have been about to end by itself
+            result.end_s[kind] = max(result.end_s.get(kind, 0.0), took)
+        if kind != "KILL" and took > SOON_S:
+            result.notes.append(f"driver {k}: status {status} {took:g} s after {kind}: {stage.said(k)}")
         if status not in STATUSES[kind] | {0}:
             text = f"driver {k}: status {status} after {kind}: {stage.said(k)}"
             (result.notes if k in stage.excused else result.faults).append(text)

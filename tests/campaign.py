@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def mounted(folder: Path) -> Iterator[Path | None]:
         yield folder if done.returncode == 0 else None
     finally:
         if done.returncode == 0:
+            shutil.copytree(folder, folder.with_name("disk-kept"))
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
@@ -316,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=80, help="of a run")
     args = parser.parse_args(argv)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs hear none, nor do their children
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     record = out / "campaign.jsonl"
