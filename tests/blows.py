@@ -218,9 +218,9 @@ def files(out: Place) -> list[str]:
 
 
 def drafts(out: Place) -> list[str]:
-    """Claims, drafts and locks in a folder."""
+    """Drafts and locks in a folder."""
     ends = (".tmp", ".old", ".lock", ".partial")
-    return [f for f in files(out) if "/owner/" in f or any(part.endswith(ends) for part in f.split("/"))]
+    return [f for f in files(out) if any(part.endswith(ends) for part in f.split("/"))]
 
 
 def grown(out: Path) -> int:
