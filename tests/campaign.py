@@ -227,6 +227,9 @@ PLAIN = {"scheduler": {"name": "none"}, "final": {"best": 2, "seeds": 2}}
 def two_drivers(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
     with started_head(home / "ray") as (address, _):
         yield search_stage(home, drivers=2, address=address, **PLAIN)
+    for process in ours(home):  # the cluster's own, whose environment Ray has written over, outlive its raylet
+        if "Agent" in called(process):
+            process.kill()
 
 
 @contextmanager
