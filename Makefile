@@ -6,13 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-clusters test-full fuzz lint bench clean help
+.PHONY: demo test test-clusters test-full campaign fuzz lint bench clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
 	@echo "make test   the tests"
 	@echo "make test-clusters  long stories on clusters: nodes and drivers that die, jobs, buckets"
 	@echo "make test-full  all of them, and longer forms"
+	@echo "make campaign  runs and searches that are killed at random moments (SEED=1 KILLS=100)"
 	@echo "make fuzz   mutated files for every reader, for long (EXAMPLES=2000 of each)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
@@ -41,6 +42,12 @@ test-clusters: $(STAMP)
 # The longer forms as well: more kills, larger streams.
 test-full: test test-clusters
 	$(PYTEST) -m full
+
+# Started again, it goes on with the stories that are missing.
+SEED ?= 1
+KILLS ?= 100
+campaign: $(STAMP)
+	$(BIN)/python -m tests.campaign --seed $(SEED) --kills $(KILLS) $(CAMPAIGN_ARGS)
 
 EXAMPLES ?= 2000
 fuzz: $(STAMP)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,14 +12,17 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.trial import TrialState
 
 from tuning.lease import Lease
 from tuning.options import Objective
 from tuning.search import Search
 from tuning.searcher import StudySearch
 from tuning.space import build_space
-from tuning.study import open_study
+from tuning.study import open_storage, open_study, study_name
+from ugrl.errors import ConfigError
 from ugrl.storage import place
+from ugrl.train import checkpoint
 
 SPACE: dict[str, Any] = {
     "config": "shapes",
@@ -127,3 +132,50 @@ def states(study: optuna.Study) -> list[str]:
 def load(search: Any) -> optuna.Study:
     """The study as somebody else would open it."""
     return open_study(search.space, search.out, create=False, objectives=search.objectives, steps=search.steps)
+
+
+def study_of(out: Path, storage: str = "journal") -> optuna.Study | None:
+    """A search's study, read while it runs."""
+    if storage == "journal" and not (out / "study.journal").is_file():
+        return None
+    try:
+        return optuna.load_study(study_name=study_name(storage, out), storage=open_storage(storage, out))
+    except (KeyError, ConfigError):
+        return None
+
+
+def count(out: Path, storage: str, *states: TrialState) -> int:
+    """Trials in some states."""
+    found = study_of(out, storage)
+    return 0 if found is None else len(found.get_trials(deepcopy=False, states=states))
+
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def check_whole(out: Path, planned: int, storage: str = "journal", *, failed: int = 0) -> optuna.Study:
+    """Exactly the planned trials, each once, none lost, none left RUNNING; and their files agree."""
+    study = study_of(out, storage)
+    assert study is not None
+    trials = study.get_trials()
+    states = Counter(t.state for t in trials)
+    assert len(trials) == planned == states[TrialState.COMPLETE] + states[TrialState.PRUNED] + states[TrialState.FAIL]
+    assert states[TrialState.FAIL] == failed
+    points = [tuple(sorted(t.params.items())) for t in trials]
+    assert len(set(points)) == planned  # nothing was sampled twice
+    for trial in trials:
+        last = max(trial.intermediate_values, default=0)
+        for run in trial.user_attrs.get("runs", {}).values():
+            steps = [step for step, _ in run["curve"]]
+            assert steps == sorted(set(steps))
+        if trial.state == TrialState.COMPLETE:
+            assert last == 9 and trial.value is not None
+            for seed in trial.user_attrs["runs"]:
+                run = out / "trials" / f"{trial.number:03d}" / f"seed_{seed}"
+                lines = (run / "metrics.jsonl").read_text().splitlines()
+                steps = [r["step"] for r in map(json.loads, lines) if "val/seg_miou" in r]
+                assert steps == [3, 6, 9]  # one training, whatever happened to it
+                assert checkpoint.read_state(checkpoint.find(run)).step == 9
+        if trial.state == TrialState.PRUNED:
+            assert 3 <= last < 9 and trial.value == trial.intermediate_values[last]
+    return study

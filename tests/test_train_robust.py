@@ -225,6 +225,32 @@ def test_a_full_disk_ends_with_the_last_checkpoint_whole(tmp_path: Path) -> None
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 
 
+LOGS = """
+import resource, sys
+from ugrl.config import load
+from ugrl.storage import place
+from ugrl.train.folder import RunFolder
+said, none = [], resource.RLIM_INFINITY
+cfg = load("shapes", {"train.record_ids": True})
+folder = RunFolder(place(sys.argv[1]), cfg, class_names=(), objective="x", data="", say=said.append)
+folder.open(0)
+for step in range(1, 7):
+    if step in (3, 5):  # there is room for half a line, then for all
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50 if step == 3 else none, none))
+    folder.record({"step": step, "total": 0.5})
+    folder.note_ids({"step": step}, ["image"])
+print(*said, sep="; ")
+"""
+
+
+def test_a_full_disk_leaves_each_line_of_a_log_once_and_whole(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOGS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its lines wait in memory") == 2  # of two logs, each said once
+    for log in ("metrics.jsonl", "seen/rank_00.jsonl"):
+        assert [json.loads(s)["step"] for s in (tmp_path / log).read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_what_waiting_cannot_cure_is_not_waited_for(tmp_path: Path) -> None:
     calls = []
 

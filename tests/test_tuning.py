@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +25,12 @@ from rich.console import Console
 
 from cluster.preflight import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
-from tests.searches import SOUND, SPACE, search_of, write_space
+from tests.searches import ENDED, SOUND, SPACE, check_whole, count, search_of, study_of, write_space
 from tuning import cli
 from tuning.placement import concurrent_trials, held
 from tuning.record import read_trials
 from tuning.search import Search
-from tuning.study import open_storage, study_name
+from tuning.study import open_storage
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
@@ -50,54 +49,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def study_of(out: Path, storage: str = "journal") -> optuna.Study | None:
-    """A search's study, read while it runs."""
-    if storage == "journal" and not (out / "study.journal").is_file():
-        return None
-    try:
-        return optuna.load_study(study_name=study_name(storage, out), storage=open_storage(storage, out))
-    except (KeyError, ConfigError):
-        return None
-
-
-def count(out: Path, storage: str, *states: TrialState) -> int:
-    """Trials in some states."""
-    found = study_of(out, storage)
-    return 0 if found is None else len(found.get_trials(deepcopy=False, states=states))
-
-
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
-
 def start(*words: str, log: Path | None = None) -> subprocess.Popen[bytes]:
     target = open(log, "ab") if log is not None else subprocess.DEVNULL  # noqa: SIM115
     return subprocess.Popen([sys.executable, "-m", "tuning.cli", *words], stdout=target, stderr=target)
-
-
-def check_whole(out: Path, planned: int, storage: str = "journal", *, failed: int = 0) -> optuna.Study:
-    """Exactly the planned trials, each once, none lost, none left RUNNING; and their files agree."""
-    study = study_of(out, storage)
-    assert study is not None
-    trials = study.get_trials()
-    states = Counter(t.state for t in trials)
-    assert len(trials) == planned == states[TrialState.COMPLETE] + states[TrialState.PRUNED] + states[TrialState.FAIL]
-    assert states[TrialState.FAIL] == failed
-    points = [tuple(sorted(t.params.items())) for t in trials]
-    assert len(set(points)) == planned  # nothing was sampled twice
-    for trial in trials:
-        last = max(trial.intermediate_values, default=0)
-        for run in trial.user_attrs.get("runs", {}).values():
-            steps = [step for step, _ in run["curve"]]
-            assert steps == sorted(set(steps))
-        if trial.state == TrialState.COMPLETE:
-            assert last == 9 and trial.value is not None
-            for seed in trial.user_attrs["runs"]:
-                lines = (out / "trials" / f"{trial.number:03d}" / f"seed_{seed}" / "metrics.jsonl").read_text()
-                steps = [r["step"] for r in map(json.loads, lines.splitlines()) if "val/seg_miou" in r]
-                assert steps == [3, 6, 9]  # one training, whatever happened to it
-        if trial.state == TrialState.PRUNED:
-            assert 3 <= last < 9 and trial.value == trial.intermediate_values[last]
-    return study
 
 
 # -- kills -------------------------------------------------------------------------------------------

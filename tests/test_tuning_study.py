@@ -7,7 +7,9 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,12 +23,14 @@ from optuna.trial import TrialState
 
 from cluster.preflight import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, load, play, report, search_of, searcher, states
-from tuning.driver import open_finals, plan_finals
+from tuning.driver import open_finals, plan_finals, sweep_stopped
 from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.ownership import Claim, process_space
+from ugrl.storage import place
 
 pytest.importorskip("ray")
 
@@ -555,3 +559,22 @@ def test_a_spoiled_line_of_the_journal_is_named(text: bytes, tmp_path: Path) -> 
         load(search)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
     assert path.read_bytes() == before  # nothing is thrown away
+
+
+@pytest.mark.parametrize("pid", ["gone", "there"])
+def test_what_a_process_of_a_stopped_trial_left_is_taken_away(pid: str, tmp_path: Path) -> None:
+    """Tune ends it while it owns the run, or writes a checkpoint; one that lives on is left alone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with searcher(search_of(SOUND, tmp_path)) as found:
+        while all(name != "PRUNED" for name in states(found.study)):
+            assert play(found, str(len(found.numbers)), lambda *_: 0.5 - len(found.numbers) / 100) != "FINISHED"
+        run = found.folder(states(found.study).index("PRUNED")) / "seed_0"
+        draft = run / "checkpoints" / ".step_00000003.tmp"
+        draft.mkdir(parents=True)
+        claim = Claim("other", socket.gethostname(), gone.pid if pid == "gone" else os.getppid(), process_space(), 0.0)
+        claim = replace(claim, time=time.time(), number=1, owner=True)
+        (place(run) / "owner" / "other.json").write(claim.bytes())
+        sweep_stopped(found)
+        left = [p.name for p in run.rglob("*") if p.name in ("other.json", draft.name)]
+        assert sorted(left) == ([] if pid == "gone" else [draft.name, "other.json"])

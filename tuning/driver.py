@@ -31,11 +31,16 @@ from tuning.search import Search
 from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
-from ugrl.errors import ConfigError, NoRoomError
+from ugrl.errors import ConfigError, NoRoomError, UgrlError
+from ugrl.ownership import FOLDER, own
+from ugrl.storage import place
+from ugrl.train import checkpoint
 
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
 READY = "ready"
+# How long the end of a process that Tune has ended is waited for, in seconds.
+SWEEP_S = 2.0
 
 
 def _silent(_: str) -> None:
@@ -101,6 +106,22 @@ def run(
             _session(searcher, side_by_side, callbacks, reuse)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
+    sweep_stopped(searcher)
+
+
+def sweep_stopped(searcher: StudySearch) -> None:
+    """Take away what the processes of trials that were stopped early left half-done.
+
+    Tune ends a process that gets no other trial at once; it may own the run of the last one still, or write to it.
+    """
+    for trial in searcher.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)):
+        for run_folder in searcher.folder(trial.number).glob("seed_*"):
+            if any(run_folder.glob(f"{FOLDER}/*.json")) or any(run_folder.glob("checkpoints/.*")):
+                try:
+                    with own(place(run_folder), patience_s=SWEEP_S):
+                        checkpoint.sweep(run_folder / "checkpoints")
+                except (UgrlError, OSError):
+                    continue  # the process of another driver, which comes here as well
 
 
 def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[str], None]) -> bool:

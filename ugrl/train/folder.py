@@ -7,10 +7,12 @@ sent to its storage with every checkpoint and at the end: objects cannot be appe
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ugrl import config as config_mod
@@ -54,7 +56,7 @@ class RunFolder:
         self.path: Path | None = None
         self.mirror = home if home is not None and home.local is None else None
         self._saver: Saver | None = None
-        self._lines: list[str] = []
+        self._waiting: dict[Path, list[str]] = {}
 
     @property
     def main(self) -> Path | None:
@@ -101,25 +103,32 @@ class RunFolder:
         )
 
     def record(self, line: dict[str, float]) -> None:
-        """Add a line to ``metrics.jsonl``; a disk that refuses it keeps it waiting for the next one."""
-        if self.main is None:
-            return
-        self._lines.append(json.dumps(line) + "\n")
-        try:
-            with (self.main / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write("".join(self._lines))
-            self._lines = []
-        except OSError as error:
-            if len(self._lines) == 1:
-                self.say(f"{self.main / 'metrics.jsonl'}: {error.strerror or error}; its lines wait in memory")
+        """Add a line to ``metrics.jsonl``."""
+        if self.main is not None:
+            self._append(self.main / "metrics.jsonl", json.dumps(line) + "\n")
 
     def note_ids(self, what: dict[str, int], ids: Sequence[str]) -> None:
         """Which images this rank has seen, where ``train.record_ids`` asks for it."""
         if self.cfg.train.record_ids and self.path is not None:
-            path = self.path / "seen" / f"rank_{rank():02d}.jsonl"
+            self._append(self.path / "seen" / f"rank_{rank():02d}.jsonl", json.dumps({**what, "ids": list(ids)}) + "\n")
+
+    def _append(self, path: Path, text: str) -> None:
+        """Add a line to a log; a disk that refuses it keeps it waiting for the next one."""
+        lines = self._waiting.setdefault(path, [])
+        lines.append(text)
+        size = math.inf
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**what, "ids": list(ids)}) + "\n")
+            with path.open("ab") as file:
+                size = file.tell()
+                file.write("".join(lines).encode())
+            lines.clear()
+        except OSError as error:
+            with suppress(OSError):
+                if path.stat().st_size > size:  # a full disk may have taken half a line, which would spoil the next one
+                    os.truncate(path, int(size))
+            if len(lines) == 1:
+                self.say(f"{path}: {error.strerror or error}; its lines wait in memory")
 
     def submit(self, make: Callable[[], Snapshot]) -> None:
         """Have a state saved in the background (rank 0; the others make none)."""
