@@ -375,6 +375,10 @@ def torment(stage: Stage, kinds: Iterator[str], dice: random.Random, result: Res
             result.check("no placement group", lambda: no_more(lambda: groups_left(stage.address)))
             result.check("no process still at work on the cluster", lambda: no_more(lambda: training(stage.home)))
         stage.check(result)
+        for log in stage.home.glob("driver-*.log"):
+            _, trace, text = log.read_text(errors="replace").partition("Traceback (most recent call last)")
+            if trace:
+                result.notes.append(f"{log.name} has a traceback: {line(text, most=1500)}")
     except AssertionError as error:
         result.faults.append(str(error))
     finally:
