@@ -85,7 +85,12 @@ def connect(address: str | None = None, origin: str = "--address", *, cpus: int 
         if address is None:
             _own_token()
             # Nobody is told the address of a private cluster's dashboard: ten processes less to start.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            private: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False, **quiet}
+            try:
+                ray.init(**private)
+            except Exception:  # a machine under load may not have Ray's processes ready in time
+                ray.shutdown()
+                ray.init(**private)
         else:
             with _one_try():
                 ray.init(address=address, **quiet)

@@ -19,7 +19,7 @@ from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import ConfigError, NoRoomError, UgrlError
+from ugrl.errors import ClusterError, ConfigError, NoRoomError, UgrlError
 from ugrl.storage import Place, StorageError, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
@@ -153,7 +153,7 @@ def launch(
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
             except ray.exceptions.RayError as error:  # the controller, or the node that it and the driver are on
-                raise UgrlError(
+                raise ClusterError(
                     f"run '{out.name}': Ray itself failed: {reason(error)}; continue with --resume"
                 ) from None
             found = checkpoint.latest(out)

@@ -77,7 +77,7 @@ class View:
 
     def line(self) -> str:
         """The last training line as plain text."""
-        words = [f"step {self.step}/{self.steps}", left_text(self.left_s())]
+        words = [f"step {self.step}/{self.steps}", left_text(self.left_s()) if self.step < self.steps else ""]
         words += [speed_text(self.values), losses_text(self.values)]
         return "  ".join(w for w in words if w)
 

@@ -64,13 +64,15 @@ def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
     ray = shutil.which("ray", path=str(Path(sys.executable).parent))
     assert ray is not None
     mark = uuid.uuid4().hex
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [ray, "start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus:g}", "--include-dashboard=false"]
-    words += ["--num-gpus=0", "--ray-client-server-port=0", f"--temp-dir={home}", "--object-store-memory=200000000"]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        port, client = one.getsockname()[1], other.getsockname()[1]
+    words = [ray, "start", "--head", f"--port={port}", f"--num-cpus={cpus:g}", "--include-dashboard=false"]
+    words += ["--num-gpus=0", f"--ray-client-server-port={client}", f"--temp-dir={home}"]
+    words += ["--object-store-memory=200000000"]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "UGRL_TEST_MARK": mark}
-    started = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def marked(name: str) -> list[int]:
         found = []
@@ -93,11 +95,9 @@ def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
         wait_for(answers)
         yield f"127.0.0.1:{port}", marked("gcs_server")[0]
     finally:
-        started.kill()
         for pid in marked(""):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        started.wait()
 
 
 def raylet_pid(node: Any) -> int:

@@ -229,7 +229,9 @@ def test_a_head_that_dies_ends_the_driver_with_one_line(small_shards: Path) -> N
             finally:
                 driver.kill()
         assert driver.returncode == 4, err
-        assert f"the cluster was lost: its head at {address} has not answered for 5 s (cluster.head_s)" in err
+        port = address.partition(":")[2]
+        assert "the cluster was lost: its head at " in err
+        assert f":{port} has not answered for 5 s (cluster.head_s); continue with --resume" in err
         assert "Traceback" not in err
     finally:
         shutil.rmtree(home, ignore_errors=True)

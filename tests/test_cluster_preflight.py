@@ -13,7 +13,7 @@ from cluster.cli import load_config, load_place, shipped
 from cluster.preflight import Capacity, Node, check_fits, data_tasks, on_what, sizes
 from tests.raycluster import raylets
 from ugrl import config as configs
-from ugrl.errors import ConfigError
+from ugrl.errors import ConfigError, NoRoomError
 
 BASE = {
     "train.steps": 24,
@@ -159,7 +159,7 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
         ray.get(group.ready())
         said: list[str] = []
         busy = {"CPU": 0.5}
-        with pytest.raises(ConfigError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"):
+        with pytest.raises(NoRoomError, match="1 CPUs are needed, 0.5 are free of the cluster's 2 CPUs: other work"):
             wait_until_free(busy, 2, patience_s=1, say=said.append, every_s=0.2)
         assert len(said) == 1
         assert sweep_placement_groups() == []  # ours is a live job

@@ -476,7 +476,6 @@ def _ended(
 
 def run_dry(args: argparse.Namespace, console: Console) -> int:
     """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
-    from cluster.launch import start_ray, stop_ray
     from tuning.dryrun import dry_run, machine
     from tuning.search import Search
     from tuning.study import quiet_optuna
@@ -493,6 +492,8 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
         here = "this machine; --address asks a cluster"
         dry_run(search, machine(), console, step_s=args.step_s, where=here, data=bool(args.data))
         return 0
+    from cluster.launch import start_ray, stop_ray
+
     try:
         dry_run(search, start_ray(args.address), console, step_s=args.step_s, data=bool(args.data))
     finally:

@@ -189,7 +189,8 @@ class MiT(nn.Module):
         self.stages = nn.ModuleList(Stage(spec, i) for i in range(4))
         self.layers = 2 * sum(spec.depths)
         self.maps = AFFINITY_BLOCKS * spec.heads[3]
-        rates = torch.linspace(0, spec.drop_path, sum(spec.depths)).repeat_interleave(2)
+        # Computed on the CPU: the meta device would load torch's compiler for it.
+        rates = torch.linspace(0, spec.drop_path, sum(spec.depths), device="cpu").repeat_interleave(2)
         self.rates_L: Tensor
         self.register_buffer("rates_L", rates, persistent=False)
         self.apply(init_weights)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
@@ -70,6 +71,15 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+class _NoInit(TorchFunctionMode):
+    """No weight is drawn: on the meta device there is none, and torch loads its compiler to find that out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class _Full(Step):
     """The step without what a host would ask the values for, so that it also runs on the meta device."""
 
@@ -100,7 +110,7 @@ def step_gflop(cfg: Config, num_classes: int) -> float:
     cam, u = replace(cfg.method.cam, refine="none"), replace(cfg.method.uncertainty, encoding="linear")
     cfg = replace(cfg, method=replace(cfg.method, cam=cam, uncertainty=u))
     meta = torch.device("meta")
-    with meta:  # a network of any size takes no memory, and no time to be drawn
+    with meta, _NoInit():  # a network of any size takes no memory, and no time to be drawn
         step = _made(cfg, num_classes, meta)
     return _counted(step, _batch(cfg, num_classes, 1, meta), cfg.train.steps - 1)
 

@@ -199,7 +199,7 @@ class Progress:
             self.live.stop()
 
     def _words(self) -> tuple[str, list[str]]:
-        left = left_text(self.pace.left(self.done) if self.pace else None)
+        left = left_text(self.pace.left(self.done) if self.pace and self.done < self.total else None)
         texts = (self.now,) if self.now else (speed_text(self.values), losses_text(self.values))
         return left, [word for text in texts if text for word in text.split("  ")]
 
