@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ugrl import config as configs
-from ugrl.command import Parser, enter, folder_for, pasted, shipped
+from ugrl.command import Parser, complain, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -292,13 +292,19 @@ def _run_on_ray(
     from cluster.launch import start_ray, stop_ray
     from tuning.placement import concurrent_trials
 
-    try:
-        have = start_ray(args.address)
-        side_by_side = concurrent_trials(search, have)
-        study = begin(search, resume=args.resume)
-        return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
-    finally:
-        stop_ray()
+    have = start_ray(args.address)  # which sets a handler of SIGTERM: ours comes after it
+    with sigterm_is_an_interrupt() as got:
+        try:
+            side_by_side = concurrent_trials(search, have)
+            study = begin(search, resume=args.resume)
+            return study, *_run_parts(args, search, study, have, side_by_side, warm, console, got)
+        except KeyboardInterrupt:
+            if got[-1] != signal.SIGTERM:
+                raise
+            complain("interrupted before the search started", word="")
+            raise SystemExit(128 + signal.SIGTERM) from None
+        finally:
+            stop_ray()
 
 
 def begin(search: Search, *, resume: bool) -> optuna.Study:
@@ -355,6 +361,7 @@ def _run_parts(
     slots: int,
     warm: list[tuple[str, dict[str, Any]]],
     console: Console,
+    got: list[int],
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.connect import head_watched
@@ -377,7 +384,6 @@ def _run_parts(
             if enabled:
                 console.print(text, highlight=False, soft_wrap=True)
 
-        got = stack.enter_context(sigterm_is_an_interrupt())
         stack.enter_context(head_watched(search.base.cluster.head_s, say))
         patience_s = math.inf if args.wait else search.base.cluster.busy_s
         lease = stack.enter_context(Lease(study, slots=slots))
