@@ -319,6 +319,7 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
 
     from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
+    from ugrl.storage import place
 
     space, out = search.space, search.out
     storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None
@@ -331,8 +332,8 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
                 "choose another name for --out, or continue that one with --resume"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / BASE, configs.dump(configs.public_dict(search.base)))
-    write_whole(out / SPACE, space.to_yaml())
+    (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
+    (place(out) / SPACE).write(space.to_yaml().encode())
     study = open_study(
         space,
         out,
@@ -344,13 +345,6 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     )
     study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
     return study
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _run_parts(
@@ -368,6 +362,7 @@ def _run_parts(
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease
     from tuning.progress import TrialProgress
+    from tuning.searcher import patiently
     from tuning.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
@@ -397,7 +392,7 @@ def _run_parts(
             return (0, searcher.halted) if searcher is not None else (got[-1], "")
         if (halted := searcher.halted) and not halted.startswith("budget."):
             return 0, halted
-        finals = open_finals(search, study._storage)
+        finals = patiently(lambda: open_finals(search, study._storage))
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"

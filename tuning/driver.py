@@ -92,6 +92,7 @@ def run(
 
     Raises:
         KeyboardInterrupt: It was interrupted; trials that were running are still the searcher's.
+        NoRoomError: A disk has been full for longer than its trials wait; they are in the queue again.
     """
     search = searcher.search
     side_by_side = concurrent_trials(search, have)
@@ -104,6 +105,9 @@ def run(
     with _Stop(searcher, search.base.cluster.stop_s) as stop:
         while wait_for_work(searcher, patience_s=patience_s, say=say):
             _session(searcher, side_by_side, callbacks, reuse)
+    if searcher.full:
+        patiently(searcher.leave)
+        raise NoRoomError(searcher.full)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
     sweep_stopped(searcher)
@@ -419,7 +423,7 @@ def run_finals(
         plan_finals(search, study, finals)
         finals.set_user_attr(READY, wanted)
 
-    lease.one_by_one(work, planned)
+    patiently(lambda: lease.one_by_one(work, planned))
     points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
     cpus, gpus = held(search, have)
     searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)

@@ -53,6 +53,7 @@ from tuning.space import finite, trial_config
 from tuning.study import STEP, make_sampler, put_back, suggest_point, take_waiting, trial_folder
 from ugrl import config as configs
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.storage import StorageError, place
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
@@ -139,12 +140,14 @@ class StudySearch(Searcher):
         self.jobs: dict[str, Job] = {}
         self.numbers: dict[str, int] = {}
         self.halted = ""
+        self.full = ""  # which disk has no room, if that has ended the search
         self.closing = False
         self.room: Any = None  # of the cluster, for more trials; None where it is not asked for
         self.session = self._processes = 0
         self._idle_since = self._idle_until = 0.0
         self.fresh = True  # whether points are sampled, and not given
         self._failures: list[str] = []
+        self._taken: Trial | None = None  # one that is being begun
         self._commit = code_commit()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +226,8 @@ class StudySearch(Searcher):
         now = time.monotonic()
         if self.jobs and now < self._idle_until:
             return None
-        trial = self._next() if self.has_room() else None
+        # Where the storage refused in between, it is the same one again: nobody else would come for it.
+        trial = self._taken = self._taken or (self._next() if self.has_room() else None)
         if trial is None:
             self._idle_until = now + IDLE_S
             self._idle_since = self._idle_since or now
@@ -234,13 +238,14 @@ class StudySearch(Searcher):
         except ConfigError as error:  # values that each are valid, but do not go together
             trial.set_user_attr(ERROR, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
+            self._taken = None
             self._failed(str(error))
             return None
+        task = self.task(job)
+        (place(job.folder) / OWNER).write(task["owner"].encode())
         self.jobs[trial_id] = job
         self.numbers[trial_id] = job.number
-        task = self.task(job)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / OWNER).write_text(task["owner"], encoding="utf-8")
+        self._taken = None
         return task
 
     def _next(self) -> Trial | None:
@@ -341,6 +346,11 @@ class StudySearch(Searcher):
             return True
         if "left" in result:
             job.left = True
+            return True
+        if "full" in result:
+            job.left = True
+            self.full = self.full or str(result["full"])
+            self.ask_to_leave()
             return True
         if "unplaced" in result:
             job.unplaced = str(result["unplaced"])
@@ -518,8 +528,8 @@ class StudySearch(Searcher):
         self.closing = True
         for job in list(self.jobs.values()):
             try:
-                (job.folder / OWNER).write_text(LEAVE, encoding="utf-8")
-            except OSError:
+                (place(job.folder) / OWNER).write(LEAVE.encode())
+            except StorageError:
                 continue  # it is ended the hard way
 
     def leave(self) -> list[int]:
@@ -529,6 +539,9 @@ class StudySearch(Searcher):
         """
         self.closing = True
         left = []
+        if self._taken is not None and self.lease.holds(self.study, self._taken):
+            put_back(self.study, self._taken)
+        self._taken = None
         for trial_id, job in list(self.jobs.items()):
             if self.lease.holds(self.study, job.trial):
                 self.hold(job)
@@ -619,8 +632,9 @@ def code_commit() -> str:
             return None
         return found.stdout.strip() if found.returncode == 0 else None
 
-    # An environment may lie within somebody's own repository, which does not track what is installed there.
-    if git("ls-files", "--error-unmatch", here.name) is None:
+    # The code may lie within somebody's own repository, be it installed there or kept in a folder of it.
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != here.parents[1] or git("ls-files", "--error-unmatch", here.name) is None:
         return ""
     return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
@@ -635,7 +649,7 @@ def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:
     while True:
         try:
             return work()
-        except (OperationalError, StorageInternalError, OSError) as error:
+        except (OperationalError, StorageInternalError, StorageError, OSError) as error:
             if time.monotonic() > until:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UgrlError(

@@ -24,9 +24,10 @@ from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import NoRoomError, UgrlError
+from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full
 from ugrl.ownership import own
 from ugrl.storage import Place, place
+from ugrl.text import line
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
@@ -52,25 +53,62 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
         report: Where reports go.
     """
     folder = Path(task["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR_FILE).unlink(missing_ok=True)
-    try:
-        base = configs.build(shared["base"])
-        costs: dict[str, float] = {}
+    base = configs.build(shared["base"])
+    costs: dict[str, float] = {}
+
+    def work() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
         for seed in task["seeds"]:
             cfg = trial_config(base, task["point"], shared["split"], seed)
             if shared["flops"] and not costs:
                 costs["gflop"] = count_flops(cfg, place(shared["shards"]))
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
+
+    try:
+        with_room(work, patience_s=base.data.storage_patience_s, leave=asked_to_leave(folder))
     except Interrupted:
         report({"left": True})
     except NoRoomError as error:
         report({"unplaced": str(error)})
     except Exception as error:
+        if is_full(error):
+            report({"full": f"trial {task['number']}: {line(error)}; {free_text(folder)}"})
+            return
         known = isinstance(error, UgrlError)
         text = str(error) if known else "".join(traceback.format_exception(error))
         (folder / ERROR_FILE).write_text(text.strip() + "\n", encoding="utf-8")
         report({"error": text.strip().splitlines()[-1]})
+
+
+def with_room(work: Callable[[], None], *, patience_s: float, leave: Callable[[], bool]) -> None:
+    """Do what goes on where it was left; while its disk is full, it is begun again and again.
+
+    Args:
+        work: May fail anywhere.
+        patience_s: How long a disk may be full before its error is raised.
+        leave: Whether to give up.
+
+    Raises:
+        Interrupted: It was asked to leave.
+    """
+    until: float | None = None
+    while True:
+        began = time.monotonic()
+        try:
+            return work()
+        except Exception as error:
+            # A checkpoint has been tried for that long already.
+            if not is_full(error) or isinstance(error, CheckpointError):
+                raise
+            now = time.monotonic()
+            if until is None or now - began > 2 * patience_s:  # it has got on since it was last refused
+                until = now + patience_s
+            if now > until:
+                raise
+        if leave():
+            raise Interrupted(0)
+        time.sleep(LOOK_S)
 
 
 class Reports:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ugrl import foreign, secrets
-from ugrl.errors import UgrlError
+from ugrl.errors import UgrlError, free_text, is_full
 from ugrl.text import brief, line
 
 T = TypeVar("T")
@@ -202,7 +202,8 @@ class Place:
             raise self._error(error) from None
 
     def _error(self, error: BaseException) -> StorageError:
-        return StorageError(f"{self}: {_line(error)}", lasting=lasting(error))
+        free = f"; {free_text(self.local)}" if self.local is not None and is_full(error) else ""
+        return StorageError(f"{self}: {_line(error)}{free}", lasting=lasting(error))
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""

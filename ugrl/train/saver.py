@@ -241,10 +241,13 @@ def _rank(s: _Shared, path: Path, state: Snapshot) -> None:
 
 
 def _send(folder: Path, path: Path, mirror: Place) -> None:
-    """A checkpoint and everything beside it, to the storage; then drop there what was dropped here."""
+    """A checkpoint and everything beside it, to the storage; then drop there what was dropped here.
+
+    The logs come first: a checkpoint that is whole is continued, and what was logged before it is never logged again.
+    """
     there = mirror / "checkpoints"
-    (there / path.name).upload(path, last="state.json")
     send_files(folder, mirror)
+    (there / path.name).upload(path, last="state.json")
     mark = path.parent / checkpoint.BEST
     if mark.is_file():
         (there / checkpoint.BEST).write(mark.read_bytes())
