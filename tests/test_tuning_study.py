@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -28,9 +29,11 @@ from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
-from ugrl.errors import ConfigError, UgrlError
+from tuning.trial import with_room
+from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
 from ugrl.storage import place
+from ugrl.train.interrupt import Interrupted
 
 pytest.importorskip("ray")
 
@@ -350,9 +353,14 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(module, "__file__", str(file))
     assert module.code_commit() == ""
+    vendored = tmp_path / "vendor" / "tuning" / "searcher.py"
+    vendored.parent.mkdir(parents=True)
+    vendored.write_text("")
     for words in (["add", "."], ["commit", "-q", "-m", "within"]):
         subprocess.run([*git, *words], check=True)
     assert len(module.code_commit()) == 10
+    monkeypatch.setattr(module, "__file__", str(vendored))  # tracked, but by a repository that is another's
+    assert module.code_commit() == ""
 
 
 def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
@@ -578,3 +586,95 @@ def test_what_a_process_of_a_stopped_trial_left_is_taken_away(pid: str, tmp_path
         sweep_stopped(found)
         left = [p.name for p in run.rglob("*") if p.name in ("other.json", draft.name)]
         assert sorted(left) == ([] if pid == "gone" else [draft.name, "other.json"])
+
+
+# -- full disks ------------------------------------------------------------------------------------
+
+FILLED = """
+import resource, sys
+from pathlib import Path
+import optuna
+from tuning.study import open_journal
+path, none = Path(sys.argv[1]) / "study.journal", resource.RLIM_INFINITY
+study = optuna.create_study(storage=open_journal(path))
+other = optuna.load_study(storage=open_journal(path), study_name=study.study_name)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, none))  # room for half a record
+try:
+    study.set_user_attr("a", 1)
+except OSError as error:
+    print(error.filename)
+resource.setrlimit(resource.RLIMIT_FSIZE, (none, none))
+study.set_user_attr("b", 2)
+with path.open("ab") as file:
+    file.write(b'{"op_code":2,"wor')  # of a process that died in the middle
+study.set_user_attr("c", 3)
+again = optuna.load_study(storage=open_journal(path), study_name=study.study_name)
+print(other.user_attrs, again.user_attrs)
+"""
+
+
+def test_a_full_disk_leaves_no_half_record_in_a_journal_that_others_read(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    named, told = done.stdout.splitlines()
+    assert named == str(tmp_path / "study.journal") and told == "{'b': 2, 'c': 3} {'b': 2, 'c': 3}"
+
+
+class _Full:
+    """Refuses some calls, as a full disk does."""
+
+    def __init__(self, call: Any, times: int) -> None:
+        self.call, self.times = call, times
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.call(*args, **more)
+
+
+@pytest.mark.parametrize("place_of", ["begin", "task", "_next"])
+def test_a_trial_that_a_full_disk_interrupts_while_it_is_begun_is_begun_again(
+    place_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = search_of(SOUND, tmp_path, trials=2, **NO_STOP)
+    with searcher(search) as found:
+        monkeypatch.setattr(found, place_of, _Full(getattr(found, place_of), 1))
+        tasks = [play(found, str(k), lambda *_: 0.5) for k in range(2)]
+        assert [t["number"] for t in tasks if isinstance(t, dict)] == [0, 1]
+        assert play(found, "2", lambda *_: 0.5) == "FINISHED"
+    assert states(load(search)) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_disk_that_stays_full_ends_the_search_and_fails_no_trial(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=3, **NO_STOP)
+    with searcher(search) as found:
+        assert isinstance(found.suggest("a"), dict) and isinstance(found.suggest("b"), dict)
+        assert found.judge("a", {"full": "trial 0: No space left on device"})
+        found.on_trial_complete("a", {"done": True})
+        assert found.full and found.suggest("c") == "FINISHED" and found.outlook() == (0, 0)
+        assert (tmp_path / "trials" / "001" / "owner").read_text() == "leave"
+        assert found.leave() == [1]
+    assert states(load(search)) == ["WAITING"] * 3
+
+
+def test_a_trial_waits_for_room_on_its_disk() -> None:
+    done: list[int] = []
+    work = _Full(lambda: done.append(1), 2)
+    with_room(work, patience_s=60, leave=lambda: False)
+    assert done == [1]
+    with pytest.raises(OSError, match="No space left"):
+        with_room(_Full(work, 10**6), patience_s=0, leave=lambda: False)
+    with pytest.raises(Interrupted):
+        with_room(_Full(work, 10**6), patience_s=60, leave=lambda: True)
+    with pytest.raises(CheckpointError):  # it has been tried for as long already
+        with_room(_raise(CheckpointError("No space left on device")), patience_s=60, leave=lambda: False)
+
+
+def _raise(error: Exception) -> Any:
+    def body() -> None:
+        raise error
+
+    return body
