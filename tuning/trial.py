@@ -102,9 +102,9 @@ def with_room(work: Callable[[], None], *, patience_s: float, leave: Callable[[]
             if not is_full(error) or isinstance(error, CheckpointError):
                 raise
             now = time.monotonic()
-            if until is None or now - began > 2 * patience_s:  # it has got on since it was last refused
+            if until is None or now - began > 2 * patience_s + LOOK_S:  # it has got on since it was last refused
                 until = now + patience_s
-            if now > until:
+            if now >= until:
                 raise
         if leave():
             raise Interrupted(0)
