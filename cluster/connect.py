@@ -133,9 +133,7 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
     def watch() -> None:
         since: float | None = None
         while not ended.wait(LOOK_S):
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
-            except OSError:
+            if not _answers(host.strip("[]"), int(port)):
                 now = time.monotonic()
                 if since is None:
                     since = now
@@ -162,6 +160,19 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
         thread.join(timeout=LOOK_S)
 
 
+def _answers(host: str, port: int) -> bool:
+    """Whether a head answers; the kernel takes connections for one that is stopped."""
+    try:
+        with socket.create_connection((host, port), timeout=LOOK_S) as talk:
+            return _encrypted() or _speaks_grpc(talk)
+    except OSError:
+        return False
+
+
+def _encrypted() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false")
+
+
 def _running(shown: str) -> str:
     """The cluster that Ray finds on this machine."""
     from ray._private import services
@@ -183,7 +194,7 @@ def _check_port(address: str, shown: str) -> None:
     host = found[2] if found[1] else _as_ray(found[2])
     try:
         with socket.create_connection((host, port), timeout=ANSWER_S) as talk:
-            is_ray = os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false") or _speaks_grpc(talk)
+            is_ray = _encrypted() or _speaks_grpc(talk)
     except (OSError, UnicodeError) as error:
         why = line(getattr(error, "strerror", None) or error).lower()
         raise ConfigError(f"{shown}: no Ray cluster answers there ({why}); {_way_out(shown)}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from ugrl.train.interrupt import Interrupted
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 # An elastic run that may have more workers looks for room this often, and wants to see it this many times in a row.
 GROW_EVERY_S, GROW_LOOKS = 10.0, 3
+# How much longer than for its batch (train.stall_s) a worker waits for the others.
+COLLECTIVE_S = 30.0
 
 ENVIRONMENT = {
     # The controller asks workers for news this often; at the default of 2 s every report waits for it.
@@ -141,6 +144,8 @@ def launch(
     if out.local is not None:
         out.local.mkdir(parents=True, exist_ok=True)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cfg.cluster.start_timeout_s:g}"
+    # A worker that is stopped or cut off answers nobody; its partners wait in a collective.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{cfg.train.stall_s:g}"
     own = line is None
     line = line or Line.open()
     try:
@@ -199,7 +204,8 @@ def _attempt(
             "line": line.handle,
             "owner": owner,
         },
-        torch_config=TorchConfig(backend=backend),
+        # Longer than a worker waits for its batch: the one that hangs is to be named, not those that wait for it.
+        torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(cfg.train.stall_s + COLLECTIVE_S)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
             storage_path=path,
@@ -309,7 +315,16 @@ def _plain(error: Exception, out: Place) -> UgrlError:
     text = str(causes[0] if causes else getattr(error, "controller_failure", error)).strip()
     line = text.splitlines()[-1] if text else type(error).__name__
     rank = f"worker {min(failures)}" if failures else "the controller"
+    if causes and _lost(causes[0]):
+        return ClusterError(f"run '{out.name}': {rank} was lost: {line}; continue with --resume")
     return UgrlError(f"run '{out.name}': {rank} failed: {line}")
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a worker ended with its process, its node or its partners, and not by a fault of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    hung = bool(names & {"WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "DistError"})
+    return hung or isinstance(error, ray.exceptions.RayError) or "gloo/transport" in str(error)
 
 
 def _root(error: BaseException) -> BaseException:

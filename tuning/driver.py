@@ -28,7 +28,7 @@ from tuning.options import Repeats, Scheduler
 from tuning.placement import Room, concurrent_trials, held
 from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
-from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
+from tuning.searcher import IDLE_S, StudyScheduler, StudySearch
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError, NoRoomError, UgrlError
@@ -142,7 +142,7 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
     """
     told, since = "", time.monotonic()
     while not searcher.closing:
-        waiting, running = patiently(searcher.outlook)
+        waiting, running = searcher.patiently(searcher.outlook)
         if not waiting and not running:
             return False
         if waiting and searcher.has_room():

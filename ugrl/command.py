@@ -1,7 +1,7 @@
 """The top of every command: what escapes becomes one line and an exit status of its own.
 
-Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room, 4 a lost cluster, 70 a fault of the program, 130
-Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log file.
+Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room, 4 a lost cluster or storage, 70 a fault of the
+program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ugrl import __version__
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError, HungError, UgrlError
 from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
@@ -28,7 +28,7 @@ BAD_INPUT, FAULT, INTERRUPTED, NO_READER = 2, 70, 130, 141
 MOST = 400
 EXITS = """
 exit status:
-  0 done   2 bad input, named in one line   3 no room on the cluster   4 the cluster was lost
+  0 done   2 bad input, named in one line   3 no room on the cluster   4 the cluster or a storage was lost
   130 Ctrl-C   143 SIGTERM   (after 3, 4, 130 and 143, resume)
   70 a fault of the program: the line names a file with the traceback, UGRL_DEBUG=1 shows it
 """
@@ -122,6 +122,9 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
         if os.environ.get("UGRL_DEBUG") == "1":
             traceback.print_exc()
         complain(str(error))
+        if isinstance(error, HungError):  # Python would wait for the thread that hangs
+            sys.stdout.flush()
+            os._exit(error.status)
         return error.status
     except KeyboardInterrupt:
         complain(interrupted, word="")

@@ -39,3 +39,13 @@ class ClusterError(UgrlError):
     """A cluster that was lost on the way; what was begun may be continued."""
 
     status = 4
+
+
+class AwayError(UgrlError):
+    """A storage or a partner that has not answered for as long as was allowed; what was begun may be continued."""
+
+    status = 4
+
+
+class HungError(AwayError):
+    """A thread of this process waits for something that does not come, and cannot be ended: the process is left."""
