@@ -1,7 +1,8 @@
 """The top of every command: what escapes becomes one line and an exit status of its own.
 
 Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room, 4 a lost cluster or storage, 70 a fault of the
-program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log file.
+program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log
+file.
 """
 
 from __future__ import annotations
