@@ -15,7 +15,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.connect import connect, reason
+from cluster.connect import begin_watched, connect, reason
 from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
@@ -26,6 +26,8 @@ from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Holds the workers' placement group, and says that they have begun.
+PLACEMENT = ".placement_group"
 # An elastic run that may have more workers looks for room this often, and wants to see it this many times in a row.
 GROW_EVERY_S, GROW_LOOKS = 10.0, 3
 # How much longer than for its batch (train.stall_s) a worker waits for the others.
@@ -153,7 +155,8 @@ def launch(
         while True:
             made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures, owner)
             try:
-                _run(made, cfg, workers, groups)
+                with begin_watched((out / PLACEMENT).exists, cfg.cluster.start_timeout_s + cfg.train.stall_s, say):
+                    _run(made, cfg, workers, groups)
             except ray.train.TrainingFailedError as error:
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
@@ -190,6 +193,7 @@ def _attempt(
     have = capacity()
     # Ray Train would continue what this file lists; what counts here is OUT/checkpoints.
     (out / SNAPSHOT).delete()
+    (out / PLACEMENT).delete()  # until there are workers
     each = worker_resources(cfg, have)
     filesystem, path = out.parent.filesystem()
     backend = None if cfg.cluster.backend == "auto" else cfg.cluster.backend
@@ -296,8 +300,6 @@ def _fewer(
 
 
 def _tidy(out: Place) -> None:
-    from cluster.worker import PLACEMENT
-
     for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
         try:
             (out / leftover).delete()

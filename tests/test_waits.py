@@ -207,3 +207,23 @@ def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     assert "It is taking longer than 10.0 seconds to acquire the lock file" in err
     assert "Forcibly releasing the lock file" in err
     assert optuna.get_all_study_names(open_storage("journal", tmp_path)) == ["one"]
+
+
+# The main thread waits as Ray does for a process that does not start.
+WAITS = """
+import sys, time
+from cluster import connect
+connect.LOOK_S = connect.BEGIN_S = 0.2
+with connect.begin_watched(lambda: False, 1.0, lambda text: print(text, file=sys.stderr)):
+    time.sleep(3600)
+"""
+
+
+def test_workers_that_do_not_begin_are_not_waited_for_without_end() -> None:
+    pytest.importorskip("ray")
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=400)
+    assert done.returncode == ClusterError.status
+    assert done.stderr.splitlines() == [
+        "the workers have not begun for 0.2 s; waiting up to 1 s for them",
+        "error: the cluster was lost: its workers have not begun for 1 s; continue with --resume",
+    ]
