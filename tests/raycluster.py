@@ -72,7 +72,6 @@ def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
     words += ["--num-gpus=0", f"--ray-client-server-port={client}", f"--temp-dir={home}"]
     words += ["--object-store-memory=200000000"]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "UGRL_TEST_MARK": mark}
-    subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def marked(name: str) -> list[int]:
         found = []
@@ -92,6 +91,7 @@ def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
         return bool(marked("raylet"))
 
     try:
+        subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(answers)
         yield f"127.0.0.1:{port}", marked("gcs_server")[0]
     finally:
