@@ -189,18 +189,18 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
     try:
         held = lease.enter_context(own(plan.out))
         have = start_ray(cfg.cluster.address, origin)
+        lease.enter_context(head_watched(plan.cfg.cluster.head_s, say))
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
             say(f"placement group {group[:12]} of a job that has ended: given back")
         patience_s = math.inf if args.wait else plan.cfg.cluster.busy_s
         wait_until_free(worker_resources(plan.cfg, have), first, say=say, patience_s=patience_s)
         check_store(plan.cfg, Manifest.load(plan.shards), first, have)
-        check_visible(plan.out, plan.shards)
+        check_visible(plan.out, plan.shards, plan.cfg.cluster.start_timeout_s, say)
         say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 20 s")
         line = Line.open()
         with (
             watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),
-            head_watched(plan.cfg.cluster.head_s, say),
             StopRequest() as stop,
         ):
             patiently(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.connect import connect, reason
+from cluster.connect import begin_watched, connect, reason
 from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
@@ -25,8 +26,12 @@ from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Holds the workers' placement group, and says that they have begun.
+PLACEMENT = ".placement_group"
 # An elastic run that may have more workers looks for room this often, and wants to see it this many times in a row.
 GROW_EVERY_S, GROW_LOOKS = 10.0, 3
+# How much longer than for its batch (train.stall_s) a worker waits for the others.
+COLLECTIVE_S = 30.0
 
 ENVIRONMENT = {
     # The controller asks workers for news this often; at the default of 2 s every report waits for it.
@@ -141,6 +146,8 @@ def launch(
     if out.local is not None:
         out.local.mkdir(parents=True, exist_ok=True)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cfg.cluster.start_timeout_s:g}"
+    # A worker that is stopped or cut off answers nobody; its partners wait in a collective.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{cfg.train.stall_s:g}"
     own = line is None
     line = line or Line.open()
     try:
@@ -148,7 +155,8 @@ def launch(
         while True:
             made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures, owner)
             try:
-                _run(made, cfg, workers, groups)
+                with begin_watched((out / PLACEMENT).exists, cfg.cluster.start_timeout_s + cfg.train.stall_s, say):
+                    _run(made, cfg, workers, groups)
             except ray.train.TrainingFailedError as error:
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
@@ -185,6 +193,7 @@ def _attempt(
     have = capacity()
     # Ray Train would continue what this file lists; what counts here is OUT/checkpoints.
     (out / SNAPSHOT).delete()
+    (out / PLACEMENT).delete()  # until there are workers
     each = worker_resources(cfg, have)
     filesystem, path = out.parent.filesystem()
     backend = None if cfg.cluster.backend == "auto" else cfg.cluster.backend
@@ -199,7 +208,8 @@ def _attempt(
             "line": line.handle,
             "owner": owner,
         },
-        torch_config=TorchConfig(backend=backend),
+        # Longer than a worker waits for its batch: the one that hangs is to be named, not those that wait for it.
+        torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(cfg.train.stall_s + COLLECTIVE_S)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
             storage_path=path,
@@ -290,8 +300,6 @@ def _fewer(
 
 
 def _tidy(out: Place) -> None:
-    from cluster.worker import PLACEMENT
-
     for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
         try:
             (out / leftover).delete()
@@ -309,7 +317,16 @@ def _plain(error: Exception, out: Place) -> UgrlError:
     text = str(causes[0] if causes else getattr(error, "controller_failure", error)).strip()
     line = text.splitlines()[-1] if text else type(error).__name__
     rank = f"worker {min(failures)}" if failures else "the controller"
+    if causes and _lost(causes[0]):
+        return ClusterError(f"run '{out.name}': {rank} was lost: {line}; continue with --resume")
     return UgrlError(f"run '{out.name}': {rank} failed: {line}")
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a worker ended with its process, its node or its partners, and not by a fault of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    hung = bool(names & {"WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "DistError"})
+    return hung or isinstance(error, ray.exceptions.RayError) or "gloo/transport" in str(error)
 
 
 def _root(error: BaseException) -> BaseException:

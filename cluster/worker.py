@@ -20,6 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from cluster.data import ray_loader, store_part
+from cluster.launch import PLACEMENT
 from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
 from cluster.metrics import RayGauges
 from ugrl import config as configs
@@ -32,7 +33,6 @@ from ugrl.train.loop import Hooks, LoaderSpec, Trainer, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
-PLACEMENT = ".placement_group"
 # Of the training line, what a search may be constrained by.
 COSTS = ("step_s", "device_memory_mb", "images_per_s")
 

@@ -392,7 +392,7 @@ def _run_parts(
             return (0, searcher.halted) if searcher is not None else (got[-1], "")
         if (halted := searcher.halted) and not halted.startswith("budget."):
             return 0, halted
-        finals = patiently(lambda: open_finals(search, study._storage))
+        finals = patiently(lambda: open_finals(search, study._storage), search.base.data.storage_patience_s)
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"

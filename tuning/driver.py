@@ -106,7 +106,7 @@ def run(
         while wait_for_work(searcher, patience_s=patience_s, say=say):
             _session(searcher, side_by_side, callbacks, reuse)
     if searcher.full:
-        patiently(searcher.leave)
+        searcher.patiently(searcher.leave)
         raise NoRoomError(searcher.full)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
         raise KeyboardInterrupt
@@ -146,7 +146,7 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
     """
     told, since = "", time.monotonic()
     while not searcher.closing:
-        waiting, running = patiently(searcher.outlook)
+        waiting, running = searcher.patiently(searcher.outlook)
         if not waiting and not running:
             return False
         if waiting and searcher.has_room():
@@ -423,7 +423,7 @@ def run_finals(
         plan_finals(search, study, finals)
         finals.set_user_attr(READY, wanted)
 
-    patiently(lambda: lease.one_by_one(work, planned))
+    patiently(lambda: lease.one_by_one(work, planned), search.base.data.storage_patience_s)
     points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
     cpus, gpus = held(search, have)
     searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)

@@ -52,7 +52,8 @@ from tuning.search import Search
 from tuning.space import finite, trial_config
 from tuning.study import STEP, make_sampler, put_back, suggest_point, take_waiting, trial_folder
 from ugrl import config as configs
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.command import complain
+from ugrl.errors import AwayError, ConfigError
 from ugrl.storage import StorageError, place
 
 T = TypeVar("T")
@@ -168,7 +169,11 @@ class StudySearch(Searcher):
             may come back; ``FINISHED`` when this driver has nothing to do: what others run is waited for outside of
             Tune, which hears no signal meanwhile.
         """
-        return patiently(lambda: self._suggest(trial_id))
+        return self.patiently(lambda: self._suggest(trial_id))
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Do something with the storage, which may be away for a while; see :func:`patiently`."""
+        return patiently(work, self.search.base.data.storage_patience_s)
 
     def open_session(self) -> None:
         """Ray Tune is started anew, and has no processes yet."""
@@ -218,7 +223,7 @@ class StudySearch(Searcher):
     def give_back(self, trial_id: str) -> None:
         """Put a trial that found no place back into the queue."""
         job = self.jobs.pop(trial_id)
-        patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
+        self.patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closing or self.halted:
@@ -335,7 +340,7 @@ class StudySearch(Searcher):
 
     def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Note a trial's report; returns whether the trial is to be stopped."""
-        return patiently(lambda: self._judge(trial_id, result))
+        return self.patiently(lambda: self._judge(trial_id, result))
 
     def _judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         job = self.jobs.get(trial_id)
@@ -459,7 +464,7 @@ class StudySearch(Searcher):
         """Tell the study how a trial ended."""
         job = self.jobs.pop(trial_id, None)
         if job is not None:
-            patiently(lambda: self._complete(job, error))
+            self.patiently(lambda: self._complete(job, error))
 
     def _complete(self, job: Job, error: bool) -> None:
         if not self.lease.holds(self.study, job.trial):
@@ -639,21 +644,24 @@ def code_commit() -> str:
     return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
 
-def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:
+def patiently(work: Callable[[], T], patience_s: float) -> T:
     """Do something with the storage; a database that is away for a while is waited for.
 
     Raises:
-        UgrlError: It was away for too long.
+        AwayError: It was away for too long.
     """
-    until = time.monotonic() + patience_s
+    until, told = time.monotonic() + patience_s, False
     while True:
         try:
             return work()
         except (OperationalError, StorageInternalError, StorageError, OSError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
             if time.monotonic() > until:
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UgrlError(
-                    f"the study's storage has been away for {patience_s:g} s ({why}); continue with --resume once it "
-                    "answers"
+                raise AwayError(
+                    f"the study's storage has been away for {patience_s:g} s (data.storage_patience_s; {why}); "
+                    "continue with --resume once it answers"
                 ) from None
+            if not told:
+                complain(f"the study's storage is away ({why}); trying again for up to {patience_s:g} s", word="")
+                told = True
             time.sleep(2.0)

@@ -21,6 +21,7 @@ number of drivers, killed at any moment, run exactly the planned trials.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from tuning.options import Objective, public
 from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import AwayError, ConfigError, UgrlError
 from ugrl.foreign import read_bytes
 from ugrl.secrets import HIDDEN
 from ugrl.text import brief, line
@@ -55,6 +56,10 @@ JOURNAL = "study.journal"
 BEGIN = b'{"op_code":'  # of every record
 # Several processes may open a new database at once, and each makes its tables.
 OPEN_TRIES = 20
+# How long a file of SQLite may be locked by others, and a server may take to answer, in seconds.
+LOCKED_S, CONNECT_S = 60, 10
+# What databases say that are away for a while.
+AWAY = ("locked", "refused", "timeout", "timed out", "starting up", "closed the connection", "shutting down")
 # Attributes of a study.
 PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
 
@@ -73,14 +78,14 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
 
     Raises:
         ConfigError: The database cannot be opened.
+        AwayError: It is there, but does not answer.
     """
     if storage == "journal":
         return open_journal(out / JOURNAL)
     if HIDDEN in storage:
         raise ConfigError(f"storage '{storage}': its password is not written down; give it again with --storage")
     storage = _address(storage, out)
-    # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
-    waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
+    waits = {"connect_args": _deadlines(make_url(storage).drivername)}
     tries = OPEN_TRIES
     while True:
         try:
@@ -88,8 +93,22 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
         except Exception as error:  # SQLAlchemy's errors, and a missing database driver
             tries -= 1
             if not tries or not _made_by_another(error):
-                raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
+                away = isinstance(error, DatabaseError) and any(w in str(error).lower() for w in AWAY)
+                kind = AwayError if away else ConfigError
+                raise kind(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
             time.sleep(0.2)
+
+
+def _deadlines(driver: str) -> dict[str, int]:
+    """What a database's driver takes so that it does not wait without end, in its own words."""
+    if driver.startswith("sqlite"):
+        # Several drivers write to one file in turn; five seconds, its default, are too few under load.
+        return {"timeout": LOCKED_S}
+    if driver in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        # libpq's own wait for a server that vanished is the kernel's: two hours.
+        quiet = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+        return {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCKED_S, **quiet}
+    return {}
 
 
 def _address(storage: str, out: Path) -> str:
@@ -416,6 +435,8 @@ def quiet_optuna() -> None:
     import warnings
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # But for a journal whose lock is held: by a process that died, until it is taken from it.
+    logging.getLogger(JournalFileSymlinkLock.__module__).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 

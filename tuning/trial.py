@@ -300,13 +300,20 @@ def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[s
     if shared["workers"] <= 1:
         return measure_run(str(out), shards, split)
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from cluster.preflight import capacity, wait_until_free, worker_resources
+    from cluster.preflight import capacity, worker_resources
 
     each = worker_resources(cfg, capacity())
-    # A task that finds no room would wait without end.
-    wait_until_free(each, 1, say=lambda _: None, patience_s=cfg.cluster.busy_s)
-    share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
-    # Tune's own placement group, in which this driver runs, has no room for it.
-    remote = ray.remote(**share, scheduling_strategy="DEFAULT")(measure_run)
-    return dict(ray.get(remote.remote(str(out), shards.where, split)))
+    # Apart from Tune's own group, in which this driver runs; a task alone that finds no room would wait without end.
+    room = placement_group([each])
+    try:
+        if not room.wait(cfg.cluster.busy_s):
+            text = " and ".join(f"{v:g} {k}s" for k, v in each.items())
+            raise NoRoomError(f"{out}: no room to measure it: {text} for {cfg.cluster.busy_s:g} s (cluster.busy_s)")
+        share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
+        remote = ray.remote(**share, scheduling_strategy=PlacementGroupSchedulingStrategy(room))(measure_run)
+        return dict(ray.get(remote.remote(str(out), shards.where, split)))
+    finally:
+        remove_placement_group(room)

@@ -1,8 +1,8 @@
 """The top of every command: what escapes becomes one line and an exit status of its own.
 
-Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room on the cluster or the disk, 4 a lost cluster, 70 a
-fault of the program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes
-to a log file.
+Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room on the cluster or the disk, 4 a lost cluster or
+storage, 70 a fault of the program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that
+otherwise goes to a log file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ugrl import __version__
-from ugrl.errors import ConfigError, NoRoomError, UgrlError, free_text, is_full
+from ugrl.errors import ConfigError, HungError, NoRoomError, UgrlError, free_text, is_full
 from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
@@ -30,7 +30,7 @@ MOST = 400
 EXITS = """
 exit status:
   0 done   2 bad input, named in one line   3 no room on the cluster or the disk
-  4 the cluster was lost   130 Ctrl-C   143 SIGTERM   (after 3, 4, 130 and 143, resume)
+  4 the cluster or a storage was lost   130 Ctrl-C   143 SIGTERM   (after 3, 4, 130 and 143, resume)
   70 a fault of the program: the line names a file with the traceback, UGRL_DEBUG=1 shows it
 """
 
@@ -126,6 +126,9 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
             complain(_full(error))
             return NoRoomError.status
         complain(str(error))
+        if isinstance(error, HungError):  # Python would wait for the thread that hangs
+            sys.stdout.flush()
+            os._exit(error.status)
         return error.status
     except KeyboardInterrupt:
         complain(interrupted, word="")

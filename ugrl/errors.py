@@ -70,3 +70,13 @@ def free_text(path: str | os.PathLike[str]) -> str:
         return f"{shutil.disk_usage(there).free / 2**20:.1f} MiB are free there"
     except OSError:
         return "its disk does not say how much is free"
+
+
+class AwayError(UgrlError):
+    """A storage or a partner that has not answered for as long as was allowed; what was begun may be continued."""
+
+    status = 4
+
+
+class HungError(AwayError):
+    """A thread of this process waits for something that does not come, and cannot be ended: the process is left."""

@@ -24,7 +24,7 @@ from ugrl.config import Config
 from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.loader import LocalLoader
-from ugrl.data.make import Loaded, OnDevice
+from ugrl.data.make import Loaded, OnDevice, silent
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
@@ -79,6 +79,8 @@ class LoaderSpec:
     cache_dir: str | None = None
     cache_disk_mb: int = 0
     patience_s: float = 120.0
+    stall_s: float = 600.0
+    say: Callable[[str], None] = silent
 
 
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
@@ -107,6 +109,8 @@ def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[
         cache_mb=spec.cache_mb,
         masks_every=spec.masks_every,
         cache=cache,
+        stall_s=spec.stall_s,
+        say=spec.say,
     )
 
 
@@ -252,6 +256,13 @@ class Trainer:
             if not self.quiet:
                 tell(self.console, text)
             self.hooks.on_event(text)
+
+    def _say_waiting(self, text: str) -> None:
+        """As :meth:`say`, also on a rank that only the others wait for."""
+        if is_main():
+            self.say(text)
+        else:
+            self.hooks.on_event(f"worker {rank()}: {text}")
 
     def save(self) -> None:
         """Have the state saved in the background (rank 0); tell the hooks what is whole by now (every rank)."""
@@ -516,6 +527,8 @@ class Trainer:
             cache_dir=cfg.data.cache_dir,
             cache_disk_mb=cfg.data.cache_disk_mb,
             patience_s=cfg.data.storage_patience_s,
+            stall_s=cfg.train.stall_s,
+            say=self._say_waiting,
         )
 
     def _on_device(self) -> OnDevice:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ugrl.errors import CheckpointError
-from ugrl.storage import Place, place, retry
+from ugrl.errors import AwayError, CheckpointError
+from ugrl.storage import Place, lasting, place, retry
 from ugrl.text import line
 from ugrl.train import checkpoint
 
@@ -187,8 +187,9 @@ def _work(s: _Shared) -> None:
             reason = line(error) or type(error).__name__
             s.error = CheckpointError(
                 f"{s.mirror or s.folder}: the checkpoint of step {state.step if state else '?'} could not be written "
-                f"in {s.patience_s:g} s ({reason}); {last}: make room or bring the storage back, then --resume"
+                f"({reason}); {last}: make room or bring the storage back, then --resume"
             )
+            s.error.status = CheckpointError.status if lasting(error) else AwayError.status
         finally:
             s.jobs.task_done()
 
