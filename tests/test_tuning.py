@@ -350,7 +350,7 @@ def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None
     left = [
         checkpoint.read_state(p) for p in out.glob("trials/*/seed_*/checkpoints/step_*") if p.name < "step_00000009"
     ]
-    assert left and not list(out.glob("trials/*/seed_*/owner/*"))
+    assert left and not list(out.rglob("owner/*.json"))
     assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 12)
 
