@@ -54,7 +54,7 @@ from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, tri
 from ugrl import config as configs
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.ownership import owned
-from ugrl.storage import place
+from ugrl.storage import StorageError, place
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
@@ -643,7 +643,7 @@ def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:
     while True:
         try:
             return work()
-        except (OperationalError, StorageInternalError, OSError) as error:
+        except (OperationalError, StorageInternalError, StorageError, OSError) as error:
             if time.monotonic() > until:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UgrlError(
