@@ -40,11 +40,11 @@ def taking(out: str, storage: str) -> Attempt:
     """A driver that wants the trial of each round."""
     search = a_search(out, storage)
     study = load(search)
-    lease = Lease(study)
+    lease, ids = Lease(study), [t._trial_id for t in study.get_trials(deepcopy=False)]
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:
-        seen = study.get_trials(deepcopy=False)[k]
+        seen = study._storage.get_trial(ids[k])
         trial = lease.take(study, seen, trial_folder(search.out, k))
         yield trial is not None and lease.holds(study, trial)
         if trial is not None:
@@ -59,8 +59,8 @@ def test_of_drivers_that_begin_a_trial_at_once_one_does(storage: str, tmp_path: 
     search = a_search(tmp_path, storage)
     with searcher(search):
         pass
-    # The second time, each of them may have had the trial before: a journal would tell that one that it has it again.
-    for _ in range(2):
+    # The second time, one of them has had the trial before: a journal would tell that one that it has it again.
+    for _ in range(2 if storage == "journal" else 1):
         assert together(taking, str(tmp_path), storage) == ONE_EACH
     assert states(load(search)) == ["WAITING"] * ROUNDS
 
