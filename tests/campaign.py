@@ -226,7 +226,7 @@ def search_stage(
         if finals["best"]:
             result.check("final runs once each", once_each)
         result.check("each step once", steps_once)
-        check_left(place(out), result, out.glob("*/*/seed_*"))
+        check_left(place(out), result, [out, *out.glob("*/[0-9]*"), *out.glob("*/*/seed_*")])
 
     return Stage(
         home, words, partial(grown, out), check, drivers=drivers, acts={"trial": kill_training}, address=address

@@ -351,7 +351,7 @@ def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None
     left = [
         checkpoint.read_state(p) for p in out.glob("trials/*/seed_*/checkpoints/step_*") if p.name < "step_00000009"
     ]
-    assert left and not list(out.glob("trials/*/seed_*/owner/*"))
+    assert left and not list(out.rglob("owner/*.json"))
     for run in {p.parent for p in out.glob("trials/*/seed_*/metrics.jsonl")}:  # in no slot a step was lost
         steps = [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()]
         saved = checkpoint.latest(run)

@@ -23,12 +23,12 @@ import pytest
 from optuna.trial import TrialState
 
 from cluster.preflight import Capacity
-from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, load, play, report, search_of, searcher, states
+from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, load, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals, sweep_stopped
 from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
-from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
+from tuning.study import mend_journal, open_storage, open_study, plan, put_back, queue
 from tuning.trial import with_room
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
@@ -122,7 +122,7 @@ def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> Non
 
 def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
     search = search_of(SOUND, Path(out), storage=storage, trials=24, **NO_STOP)
-    with searcher(search, create=False, beat_s=0.2, expired_s=5.0) as found:
+    with searcher(search, create=False, beat_s=0.2) as found:
         done = 0
         while True:
             if done == quit_after and isinstance(found.suggest("left behind"), dict):
@@ -187,15 +187,14 @@ def test_processes_that_open_a_new_database_at_once_all_get_it(tmp_path: Path) -
 def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, storage=storage)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    dead = Lease(study, expired_s=0.5)
-    dead._write()
     from tuning.searcher import StudySearch
 
-    lost = StudySearch(study, search, dead)
+    lost = StudySearch(study, search, Lease(study))
     task = lost.suggest("lost")
     assert isinstance(task, dict)
     lost.judge("lost", report(3, 0.3))
-    with searcher(search, create=False, expired_s=0.5) as found:
+    fall_asleep(lost)
+    with searcher(search, create=False) as found:
         again = found.suggest("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert again["before"] == {"0": 3.0}  # seconds that it has trained already
@@ -214,15 +213,11 @@ def test_a_driver_that_is_alive_keeps_its_trials(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
     with searcher(search) as first:
         task = first.suggest("mine")
-        # Another process of this machine, as far as the storage tells: the parent of this one is alive.
-        attrs = first.study.user_attrs["session:" + first.lease.id]
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid()})
-        other = Lease(first.study)
-        assert other.orphans(first.study) == []
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid(), "seen": time.time() - 61})
-        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": 2**22 + 1})  # no such process
-        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
+        with searcher(search, create=False) as other:
+            assert other.orphans() == [] and other.outlook() == (4, 1)
+            fall_asleep(first)
+            assert [t.number for t in other.orphans()] == [task["number"]]
+            assert other.outlook() == (5, 0)
 
 
 def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itself(tmp_path: Path) -> None:
@@ -234,9 +229,7 @@ def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itse
     search = search_of(SOUND, tmp_path / "cut")
     with searcher(search) as found:
         assert found.suggest("a")["point"] == points[0]
-        take_waiting(
-            found.study, 5, lambda trial_id, _: found.study._storage.set_trial_user_attr(trial_id, "driver", "gone")
-        )
+        assert Lease(found.study).take(found.study, queue(found.study, 5)[0], tmp_path / "elsewhere") is not None
         orphan = found.suggest("b")
         assert (orphan["number"], orphan["point"]) == (1, points[1])
 
@@ -253,28 +246,6 @@ def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
         again = found.suggest("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert found.suggest("next")["point"] != task["point"]
-
-
-def test_what_was_put_back_has_one_owner_though_it_had_another(tmp_path: Path) -> None:
-    """A trial that is taken again carries no dead driver's name while its point is being sampled."""
-    search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
-        found.suggest("mine")
-        found.leave()
-    with searcher(search, create=False) as found:
-        other = Lease(found.study)
-        seen: list[list[int]] = []
-
-        def begun(trial_id: int, number: int) -> None:
-            found.lease.name(found.study, trial_id)
-            seen.append([t.number for t in other.orphans(found.study)])
-
-        # The other one looks at the moment between the two writes.
-        attrs = found.study.user_attrs["session:" + found.lease.id]
-        found.study.set_user_attr("session:" + found.lease.id, {**attrs, "pid": os.getppid()})
-        assert take_waiting(found.study, 5, begun) is not None
-        assert seen == [[]]
-        assert other.orphans(found.study) == []
 
 
 def test_a_trial_is_begun_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,40 +344,6 @@ def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
         assert found.suggest("a")["seeds"] == [0] and found.suggest("b")["seeds"] == [1]
 
 
-def _plan(out: str, trials: int) -> None:
-    search = search_of(SOUND, Path(out), trials=trials)
-    study = open_study(
-        search.space, search.out, create=False, objectives=search.objectives, steps=search.steps, planned=False
-    )
-    with Lease(study) as lease:
-        lease.one_by_one(lambda: plan(study, search.space), lambda: study.user_attrs.get("planned") == trials)
-        time.sleep(2.0)
-
-
-def test_drivers_that_start_together_plan_once(tmp_path: Path) -> None:
-    with searcher(search_of(SOUND, tmp_path, trials=3)):
-        pass
-    context = multiprocessing.get_context("spawn")
-    drivers = [context.Process(target=_plan, args=(str(tmp_path), 30)) for _ in range(3)]
-    for driver in drivers:
-        driver.start()
-    for driver in drivers:
-        driver.join(60)
-    assert [d.exitcode for d in drivers] == [0, 0, 0]
-    assert Counter(states(load(search_of(SOUND, tmp_path, trials=30)))) == {"WAITING": 30}
-
-
-def test_a_process_whose_trial_was_given_to_another_leaves_it(tmp_path: Path) -> None:
-    from tuning.trial import OWNER, check_owner
-
-    task = {"owner": "first"}
-    (tmp_path / OWNER).write_text("first")
-    check_owner(tmp_path, task)
-    (tmp_path / OWNER).write_text("second")
-    with pytest.raises(UgrlError, match="another driver has taken this trial over"):
-        check_owner(tmp_path, task)
-
-
 def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
     from tuning.trial import Reports
 
@@ -439,7 +376,8 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
         asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
         assert [(a["candidate"], a["seed"]) for a in asked] == [(c, s) for s in (1000, 1001, 1002) for c in (1, 3)]
         # They are started in this order, and none twice.
-        trial = take_waiting(finals, 10**9)
+        trial = Lease(finals).take(finals, queue(finals, 10**9)[0], tmp_path / "final")
+        assert trial is not None
         assert (trial.suggest_int("candidate", 0, 10**6), trial.suggest_int("seed", 0, 2**31 - 1)) == (1, 1000)
         put_back(finals, trial)
         plan_finals(search, found.study, finals)

@@ -121,9 +121,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     known = out / SPACE
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
-            raise ConfigError(
-                f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
-            )
+            raise _exists(out)
         if not known.is_file() and not all(_being_written(p) for p in out.iterdir()):
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
     resumed = args.resume and known.is_file()
@@ -136,9 +134,17 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
+def _exists(out: Path) -> ConfigError:
+    return ConfigError(
+        f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
+    )
+
+
 def _being_written(path: Path) -> bool:
     """Whether a file is one that comes before the space file: another driver begins this very search."""
-    return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
+    from ugrl.ownership import FOLDER
+
+    return path.name in (BASE, FOLDER) or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
 def check_data(search: Search, *, fresh: bool = True) -> Search:
@@ -317,8 +323,10 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     """
     import optuna as library
 
+    from tuning.lease import PLAN_S
     from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
+    from ugrl.ownership import own
     from ugrl.storage import place
 
     space, out = search.space, search.out
@@ -331,19 +339,21 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
                 f"storage '{public(space.storage)}' already holds a study named '{name}', of the search in {found}; "
                 "choose another name for --out, or continue that one with --resume"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
-    (place(out) / SPACE).write(space.to_yaml().encode())
-    study = open_study(
-        space,
-        out,
-        create=not resume,
-        objectives=search.objectives,
-        steps=search.steps,
-        storage=storage,
-        planned=False,
-    )
-    study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
+    with own(place(out), patience_s=PLAN_S):
+        if not resume and (out / SPACE).exists():  # of those that begin it at once, one does
+            raise _exists(out)
+        (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
+        (place(out) / SPACE).write(space.to_yaml().encode())
+        study = open_study(
+            space,
+            out,
+            create=not resume,
+            objectives=search.objectives,
+            steps=search.steps,
+            storage=storage,
+            planned=False,
+        )
+        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
     return study
 
 
@@ -360,7 +370,7 @@ def _run_parts(
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.connect import head_watched
     from tuning.driver import open_finals, run_finals, run_search
-    from tuning.lease import Lease
+    from tuning.lease import Lease, once
     from tuning.progress import TrialProgress
     from tuning.searcher import patiently
     from tuning.study import PLANNED, is_spent, plan
@@ -382,8 +392,10 @@ def _run_parts(
         stack.enter_context(head_watched(search.base.cluster.head_s, say))
         patience_s = math.inf if args.wait else search.base.cluster.busy_s
         lease = stack.enter_context(Lease(study, slots=slots))
-        lease.one_by_one(
-            lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
+        once(
+            search.out,
+            lambda check: plan(study, search.space, warm, check),
+            lambda: study.user_attrs.get(PLANNED) == search.space.trials,
         )
         more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:

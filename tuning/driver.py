@@ -23,7 +23,7 @@ from optuna.trial import Trial, TrialState
 from ray import tune
 
 from cluster.preflight import Capacity
-from tuning.lease import Lease
+from tuning.lease import Lease, once
 from tuning.options import Repeats, Scheduler
 from tuning.placement import Room, concurrent_trials, held
 from tuning.record import TrialRow, ranked, read_trials
@@ -44,6 +44,10 @@ SWEEP_S = 2.0
 
 
 def _silent(_: str) -> None:
+    return None
+
+
+def _nothing() -> None:
     return None
 
 
@@ -379,8 +383,13 @@ def finalists_of(search: Search, study: optuna.Study) -> list[TrialRow]:
     return ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
 
 
-def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> None:
-    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing."""
+def plan_finals(
+    search: Search, study: optuna.Study, finals: optuna.Study, check: Callable[[], None] = _nothing
+) -> None:
+    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing.
+
+    ``check`` is called before each write; it raises where another driver plans by now.
+    """
     best = finalists_of(search, study)
     found = finals.get_trials(deepcopy=False)
     have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
@@ -390,7 +399,10 @@ def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> No
         for row in best:
             made = {"candidate": row.number, "seed": search.base.seed + FRESH + k}
             if (made["candidate"], made["seed"]) not in have:
+                check()
                 finals.enqueue_trial(made)
+    check()
+    finals.set_user_attr(READY, _wanted(search, study))
 
 
 def _wanted(search: Search, study: optuna.Study) -> list[Any]:
@@ -419,11 +431,10 @@ def run_finals(
     def planned() -> bool:
         return bool(finals.user_attrs.get(READY) == wanted)
 
-    def work() -> None:
-        plan_finals(search, study, finals)
-        finals.set_user_attr(READY, wanted)
-
-    patiently(lambda: lease.one_by_one(work, planned), search.base.data.storage_patience_s)
+    patiently(
+        lambda: once(search.out, lambda check: plan_finals(search, study, finals, check), planned),
+        search.base.data.storage_patience_s,
+    )
     points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
     cpus, gpus = held(search, have)
     searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)

@@ -58,7 +58,6 @@ class Session:
         started: Seconds since the epoch.
         seen: When it was last heard of.
         ended: Whether it said goodbye.
-        space: In which space of process numbers its own counts (see :func:`tuning.lease.process_space`).
     """
 
     id: str
@@ -68,7 +67,6 @@ class Session:
     started: float = 0.0
     seen: float = 0.0
     ended: bool = False
-    space: str = ""
 
     @property
     def seconds(self) -> float:

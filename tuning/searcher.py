@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -50,16 +50,17 @@ from tuning.record import (
 )
 from tuning.search import Search
 from tuning.space import finite, trial_config
-from tuning.study import STEP, make_sampler, put_back, suggest_point, take_waiting, trial_folder
+from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, trial_folder
 from ugrl import config as configs
 from ugrl.command import complain
 from ugrl.errors import AwayError, ConfigError
+from ugrl.ownership import owned
 from ugrl.storage import StorageError, place
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
-# In a trial's folder: the driver that it belongs to, or the word that its process is to leave with a checkpoint.
-OWNER, LEAVE = "owner", "leave"
+# In a trial's folder: the driver whose process is to leave with a checkpoint.
+LEAVE = "leave"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
 # A trial that has not got its resources after so many seconds is put back into the queue.
@@ -148,7 +149,6 @@ class StudySearch(Searcher):
         self._idle_since = self._idle_until = 0.0
         self.fresh = True  # whether points are sampled, and not given
         self._failures: list[str] = []
-        self._taken: Trial | None = None  # one that is being begun
         self._commit = code_commit()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,12 +187,15 @@ class StudySearch(Searcher):
         if (why := self.exhausted()) is not None:
             self.halted = why
             return 0, 0
-        trials = self.study.get_trials(deepcopy=False)
-        begun = sum(t.state != TrialState.WAITING for t in trials)
-        running = sum(t.state == TrialState.RUNNING for t in trials)
-        orphans = len(self.lease.orphans(self.study))
-        waiting = min(len(trials) - begun, max(0, self.limit - begun))
-        return waiting + orphans, running - orphans
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        orphans = len(self.orphans())
+        return len(queue(self.study, self.limit)) + orphans, len(running) - orphans
+
+    def orphans(self) -> list[FrozenTrial]:
+        """RUNNING trials that nobody looks after."""
+        mine = {job.number for job in self.jobs.values()}
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [t for t in running if t.number not in mine and not owned(place(self.folder(t.number)))]
 
     def has_room(self) -> bool:
         """Whether one more trial finds a process of this driver that rests, or room on the cluster for a new one."""
@@ -224,6 +227,7 @@ class StudySearch(Searcher):
         """Put a trial that found no place back into the queue."""
         job = self.jobs.pop(trial_id)
         self.patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
+        self.lease.release(job.trial)
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closing or self.halted:
@@ -231,8 +235,7 @@ class StudySearch(Searcher):
         now = time.monotonic()
         if self.jobs and now < self._idle_until:
             return None
-        # Where the storage refused in between, it is the same one again: nobody else would come for it.
-        trial = self._taken = self._taken or (self._next() if self.has_room() else None)
+        trial = self._next() if self.has_room() else None
         if trial is None:
             self._idle_until = now + IDLE_S
             self._idle_since = self._idle_since or now
@@ -240,38 +243,36 @@ class StudySearch(Searcher):
         self._idle_since = 0.0
         try:
             job = self.begin(trial)
+            task = self.task(job)
         except ConfigError as error:  # values that each are valid, but do not go together
             trial.set_user_attr(ERROR, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
-            self._taken = None
             self._failed(str(error))
+            self.lease.release(trial)
             return None
-        task = self.task(job)
-        (place(job.folder) / OWNER).write(task["owner"].encode())
+        except BaseException:
+            self.lease.release(trial)  # it is an orphan
+            raise
         self.jobs[trial_id] = job
         self.numbers[trial_id] = job.number
-        self._taken = None
         return task
 
     def _next(self) -> Trial | None:
-        for orphan in self.lease.orphans(self.study):
-            if (trial := self.lease.claim(self.study, orphan)) is not None:
-                self._sampled(trial.number)
-                return trial
+        if (trial := self._first_of(self.orphans())) is not None:
+            return trial
         if (why := self.exhausted()) is not None:
             self.halted = why
             return None
-        return take_waiting(self.study, self.limit, self._begun)
+        return self._first_of(queue(self.study, self.limit))
 
-    def _begun(self, trial_id: int, number: int) -> None:
-        # Named before anything is sampled: with a dead driver's name on it, another one would take it for an orphan.
-        self.lease.name(self.study, trial_id)
-        self._sampled(number)
-
-    def _sampled(self, number: int) -> None:
-        """Have a trial's own sampler ready; an orphan may have lost its driver before it had a point."""
-        if self.fresh:
-            self.study.sampler = make_sampler(self.search.space, number)
+    def _first_of(self, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """The first trial that no other driver takes, with its own sampler: an orphan may have no point yet."""
+        for seen in trials:
+            if (trial := self.lease.take(self.study, seen, self.folder(seen.number))) is not None:
+                if self.fresh:
+                    self.study.sampler = make_sampler(self.search.space, seen.number)
+                return trial
+        return None
 
     def exhausted(self) -> str | None:
         """Which part of the budget is spent, in words."""
@@ -327,7 +328,7 @@ class StudySearch(Searcher):
             "point": job.point,
             "seeds": list(job.seeds),
             "folder": str(job.folder),
-            "owner": f"{self.lease.id}:{job.since}",
+            "owner": self.lease.owner(job.trial),
             "before": {seed: run.get("seconds", 0.0) for seed, run in job.runs.items()},
             "final": self.search.space.final.split if self.measured() else None,
         }
@@ -348,6 +349,7 @@ class StudySearch(Searcher):
             return True  # late news of a trial that has been told
         if not self.lease.holds(self.study, job.trial):
             del self.jobs[trial_id]  # this driver was silent for too long, and another one has taken it
+            self.lease.release(job.trial)
             return True
         if "left" in result:
             job.left = True
@@ -465,6 +467,7 @@ class StudySearch(Searcher):
         job = self.jobs.pop(trial_id, None)
         if job is not None:
             self.patiently(lambda: self._complete(job, error))
+            self.lease.release(job.trial)
 
     def _complete(self, job: Job, error: bool) -> None:
         if not self.lease.holds(self.study, job.trial):
@@ -533,7 +536,7 @@ class StudySearch(Searcher):
         self.closing = True
         for job in list(self.jobs.values()):
             try:
-                (place(job.folder) / OWNER).write(LEAVE.encode())
+                (place(job.folder) / LEAVE).write(self.lease.owner(job.trial).encode())
             except StorageError:
                 continue  # it is ended the hard way
 
@@ -544,15 +547,13 @@ class StudySearch(Searcher):
         """
         self.closing = True
         left = []
-        if self._taken is not None and self.lease.holds(self.study, self._taken):
-            put_back(self.study, self._taken)
-        self._taken = None
         for trial_id, job in list(self.jobs.items()):
             if self.lease.holds(self.study, job.trial):
                 self.hold(job)
                 put_back(self.study, job.trial)
                 left.append(job.number)
             del self.jobs[trial_id]
+            self.lease.release(job.trial)
         return left
 
     def number(self, trial_id: str) -> int | None:

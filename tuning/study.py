@@ -9,12 +9,12 @@ state      what happened
 COMPLETE   reached the last step, with the mean of its seeds
 PRUNED     stopped by the scheduler or a constraint, with the score of the step where it was stopped
 FAIL       raised an error, scored NaN, or lost its process too often
-RUNNING    a driver that is alive looks after it
+RUNNING    the driver that owns its folder looks after it
 WAITING    not begun, or put back by a driver that was asked to leave: goes on from its checkpoint
 =========  =================================================================================
 
 Every trial of the budget is in the storage from the beginning, WAITING: starting points and grid points with their
-values, the others empty. To begin one, a driver moves it to RUNNING, which the storage lets one driver do. So any
+values, the others empty. To begin one, a driver owns its folder and moves it to RUNNING (:mod:`tuning.lease`). So any
 number of drivers, killed at any moment, run exactly the planned trials.
 """
 
@@ -64,7 +64,7 @@ AWAY = ("locked", "refused", "timeout", "timed out", "starting up", "closed the 
 PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
 
 
-def _nothing(*_: int) -> None:
+def _nothing() -> None:
     return None
 
 
@@ -343,25 +343,24 @@ def open_study(
         objectives: What is optimised, by their real names.
         steps: Of a whole run.
         storage: Already open.
-        planned: Whether to put the trials that the budget lacks into it at once; drivers that may start together do
-            so one by one.
+        planned: Whether to put the trials that the budget lacks into it at once; of drivers that may start together
+            one does (:func:`tuning.lease.once`).
 
     Raises:
         UgrlError: The name is taken, or the study has other objectives.
     """
     storage = storage or open_storage(space.storage, out)
     name = study_name(space.storage, out)
-    exists = name in optuna.get_all_study_names(storage)
-    if exists and create:
-        raise UgrlError(
-            f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or --resume"
-        )
     directions = [o.direction for o in objectives]
-    if not exists:
+    if create or name not in optuna.get_all_study_names(storage):
         try:
             optuna.create_study(storage=storage, study_name=name, directions=directions)
-        except optuna.exceptions.DuplicatedStudyError:
-            pass  # another driver was faster
+        except optuna.exceptions.DuplicatedStudyError:  # the storage gives a name once
+            if create:
+                raise UgrlError(
+                    f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or "
+                    "--resume"
+                ) from None
     study = optuna.load_study(storage=storage, study_name=name)
     names = [o.name for o in objectives]
     if OBJECTIVES not in study.user_attrs:
@@ -375,8 +374,20 @@ def open_study(
     return study
 
 
-def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
-    """Put the trials that the budget lacks into the study, waiting; calling it again adds nothing."""
+def plan(
+    study: optuna.Study,
+    space: SearchSpace,
+    warm: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    check: Callable[[], None] = _nothing,
+) -> None:
+    """Put the trials that the budget lacks into the study, waiting; calling it again adds nothing.
+
+    Args:
+        study: The study.
+        space: The search.
+        warm: (Where it is from, point) of points that come after the space's own.
+        check: Called before each of them; raises where another driver plans by now.
+    """
     trials = study.get_trials(deepcopy=False)
     given = [(f"first[{i}]", point) for i, point in enumerate(space.first)]
     given += [(text, point) for text, point in warm]
@@ -386,10 +397,13 @@ def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapp
     count = len(trials)
     for origin, point in given:
         if count < space.trials and origin not in known:
+            check()
             study.enqueue_trial(dict(point), user_attrs={FROM: origin})
             count += 1
     for _ in range(space.trials - count):
+        check()
         study.enqueue_trial({})
+    check()
     if study.user_attrs.get(PLANNED) != space.trials:
         study.set_user_attr(PLANNED, space.trials)
 
@@ -399,29 +413,14 @@ def is_spent(trial: FrozenTrial) -> bool:
     return trial.state.is_finished()
 
 
-def take_waiting(study: optuna.Study, limit: int, begun_by: Callable[[int, int], None] = _nothing) -> Trial | None:
-    """Begin the first trial that waits, if the budget of ``limit`` trials has room.
+def queue(study: optuna.Study, limit: int) -> list[FrozenTrial]:
+    """The trials that wait, in their order, as far as the budget of ``limit`` trials that may have been begun has room.
 
-    Args:
-        study: The study.
-        limit: Trials that may have been begun.
-        begun_by: Told (id, number) before anything is sampled, which may take a while.
-
-    Returns:
-        ``None`` where nothing waits.
+    Whoever begins none but these keeps the budget, however many do so at once: all see the same ones.
     """
     trials = study.get_trials(deepcopy=False)
-    begun = sum(t.state != TrialState.WAITING for t in trials)
-    for trial in trials:
-        if trial.state == TrialState.WAITING and begun < limit:
-            try:
-                mine = study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-            except RuntimeError:  # it has ended meanwhile, elsewhere
-                continue
-            if mine:
-                begun_by(trial._trial_id, trial.number)
-                return Trial(study, trial._trial_id)
-    return None
+    waiting = [t for t in trials if t.state == TrialState.WAITING]
+    return waiting[: max(0, limit - (len(trials) - len(waiting)))]
 
 
 def put_back(study: optuna.Study, trial: Trial) -> None:

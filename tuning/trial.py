@@ -19,13 +19,13 @@ from typing import Any
 
 from ray import tune
 
-from tuning.searcher import ERROR_FILE, LEAVE, OWNER
+from tuning.searcher import ERROR_FILE, LEAVE
 from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full
-from ugrl.ownership import own
+from ugrl.ownership import LostError, fence, own
 from ugrl.storage import Place, place
 from ugrl.text import line
 from ugrl.train import checkpoint
@@ -66,7 +66,7 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
 
     try:
-        with_room(work, patience_s=base.data.storage_patience_s, leave=asked_to_leave(folder))
+        with_room(work, patience_s=base.data.storage_patience_s, leave=asked_to_leave(folder, task["owner"]))
     except Interrupted:
         report({"left": True})
     except NoRoomError as error:
@@ -147,19 +147,21 @@ def run_seed(
     """One run of a trial: trained, unless it has been before, and measured."""
     shards = place(shared["shards"])
     # Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over
-    # may be faster. Where it was only silent for too long, they find another owner's name with their next line.
+    # may be faster. Where it was only silent for too long, they find another owner before they write again.
+    driver = fence(place(out.parent), task["owner"])
     with own(place(out), patience_s=OWNER_PATIENCE_S) as held:
 
         def check() -> None:
             held.check()
-            check_owner(out.parent, task)
+            driver()
 
         check()
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, {**shared, "check": check, "leave": asked_to_leave(out.parent)}, reports, report)
+            more = {"check": check, "leave": asked_to_leave(out.parent, task["owner"]), "owner": held.id}
+            train(cfg, shards, out, {**shared, **more}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -168,17 +170,7 @@ def run_seed(
     report({**reports.made(state.step, state.metrics, ended=True, final=final), "seconds": seconds})
 
 
-def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
-    """Leave a trial that another process was given since.
-
-    Raises:
-        UgrlError: It was.
-    """
-    if (folder / OWNER).read_text(encoding="utf-8") not in (task["owner"], LEAVE):
-        raise UgrlError("another driver has taken this trial over")
-
-
-def asked_to_leave(folder: Path) -> Callable[[], bool]:
+def asked_to_leave(folder: Path, owner: str) -> Callable[[], bool]:
     """Whether a trial's driver wants its process to write a checkpoint and go; looks every :data:`LOOK_S`."""
     looked, found = -LOOK_S, False
 
@@ -186,7 +178,10 @@ def asked_to_leave(folder: Path) -> Callable[[], bool]:
         nonlocal looked, found
         if not found and time.monotonic() - looked >= LOOK_S:
             looked = time.monotonic()
-            found = (folder / OWNER).read_text(encoding="utf-8") == LEAVE
+            try:
+                found = (folder / LEAVE).read_text(encoding="utf-8") == owner
+            except FileNotFoundError:
+                pass
         return found
 
     return asked
@@ -249,9 +244,16 @@ def train_on_workers(
 
     relay, line, ended = Relay(reports), Line.open(), threading.Event()
 
+    def lost() -> bool:
+        try:
+            shared["check"]()
+        except LostError:
+            return True
+        return False
+
     def watch() -> None:
         while not ended.wait(LOOK_S):
-            if shared["leave"]():
+            if shared["leave"]() or lost():
                 line.stop()
                 return
 
@@ -266,6 +268,7 @@ def train_on_workers(
             callbacks=[relay],
             groups=shared["groups"],
             line=line,
+            owner=shared["owner"],
         )
     finally:
         ended.set()

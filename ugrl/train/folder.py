@@ -28,7 +28,7 @@ from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import DataError
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
-from ugrl.train.saver import Saved, Saver, Snapshot, send_files
+from ugrl.train.saver import Saved, Saver, Snapshot, nothing, send_files
 
 SCRATCH, LOCK = "ugrl-run-", ".lock"
 # A scratch folder without a lock is one that is being made, or whose process died just then.
@@ -76,6 +76,7 @@ class RunFolder:
         objective: Metric that the best checkpoints are chosen by.
         data: Fingerprint of the splits that the run reads.
         say: Told in one line what the user should know.
+        check: Called before each try to write a checkpoint; raises where the run is another driver's by now.
 
     Attributes:
         path: The folder that is written to, once it is open; ``None`` without one.
@@ -90,7 +91,9 @@ class RunFolder:
         objective: str,
         data: str,
         say: Callable[[str], None],
+        check: Callable[[], None] = nothing,
     ) -> None:
+        self.check = check
         self.home, self.cfg, self.class_names, self.objective, self.say = home, cfg, class_names, objective, say
         self.data = data
         self.path: Path | None = None
@@ -145,6 +148,7 @@ class RunFolder:
             keep_best=self.cfg.train.keep_best,
             patience_s=patience_s,
             log=self.say,
+            check=self.check,
         )
 
     def record(self, line: dict[str, float]) -> None:

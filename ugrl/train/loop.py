@@ -213,6 +213,7 @@ class Trainer:
             objective=self.objective,
             data=self.data,
             say=self.say,
+            check=self.hooks.before_write,
         )
         self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, self.dtype)
         self.prototypes = build_prototypes(cfg, num, self.net.dim).to(self.device, self.dtype)

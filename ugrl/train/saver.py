@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ugrl.errors import AwayError, CheckpointError
+from ugrl.errors import AwayError, CheckpointError, UgrlError
+from ugrl.ownership import LostError
 from ugrl.storage import Place, lasting, place, retry
 from ugrl.text import line
 from ugrl.train import checkpoint
@@ -29,6 +30,10 @@ Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
 FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json")
 FOLDERS = ("tb", "seen")
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,8 @@ class _Shared:
     log: Callable[[str], None]
     jobs: queue.Queue[Snapshot | None] = field(default_factory=lambda: queue.Queue(maxsize=1))
     done: queue.Queue[Saved] = field(default_factory=queue.Queue)
-    error: CheckpointError | None = None
+    check: Callable[[], None] = nothing
+    error: UgrlError | None = None
     last: int | None = None
 
 
@@ -109,6 +115,7 @@ class Saver:
         keep_best: Best ones that are kept besides.
         patience_s: How long a storage that refuses is tried again.
         log: Told in one line that the storage is waited for, and that it is back.
+        check: Called before each try; raises where the run is another driver's by now.
     """
 
     def __init__(
@@ -124,8 +131,10 @@ class Saver:
         patience_s: float,
         log: Callable[[str], None],
         data: str | None = None,
+        check: Callable[[], None] = nothing,
     ) -> None:
-        self._s = _Shared(folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log)
+        shared = folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log
+        self._s = _Shared(*shared, check=check)
         self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-saver", daemon=True)
         self._thread.start()
         weakref.finalize(self, _end, self._s.jobs)
@@ -135,6 +144,7 @@ class Saver:
 
         Raises:
             CheckpointError: An earlier one could not be written.
+            LostError: The run is another driver's.
         """
         self._raise()
         self._s.jobs.put(state)
@@ -144,6 +154,7 @@ class Saver:
 
         Raises:
             CheckpointError: One could not be written.
+            LostError: The run is another driver's.
         """
         self._raise()
         found = []
@@ -182,6 +193,8 @@ def _work(s: _Shared) -> None:
                 return
             if s.error is None:
                 _write(s, state)
+        except LostError as error:
+            s.error = error
         except Exception as error:  # whatever it was, the loop must hear of it
             last = "none was saved" if s.last is None else f"the last whole one is of step {s.last}"
             reason = line(error) or type(error).__name__
@@ -200,6 +213,7 @@ def _write(s: _Shared, state: Snapshot) -> None:
     what = f"checkpoint of step {state.step}"
 
     def to_disk() -> Path:
+        s.check()
         path = checkpoint.save(
             s.folder / "checkpoints",
             state.step,
@@ -217,7 +231,12 @@ def _write(s: _Shared, state: Snapshot) -> None:
     where = place(path)
     if s.mirror is not None:
         target = s.mirror
-        retry(what, lambda: _send(s.folder, path, target), patience_s=s.patience_s, log=s.log)
+
+        def to_mirror() -> None:
+            s.check()
+            _send(s.folder, path, target)
+
+        retry(what, to_mirror, patience_s=s.patience_s, log=s.log)
         where = target / "checkpoints" / path.name
     s.last = state.step
     s.done.put(Saved(state.step, where, state.metrics))
