@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from cluster.data import ray_loader, store_part
 from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
 from cluster.metrics import RayGauges
+from cluster.reading import begin_process
 from ugrl import config as configs
 from ugrl.data.make import Loaded
 from ugrl.ownership import fence
@@ -55,6 +56,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if first:
         note_placement(out)
     store = store_part(config["streams"])
+    begin_process()
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
         asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
