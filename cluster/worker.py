@@ -20,7 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from cluster.data import ray_loader, store_part
-from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
+from cluster.line import WorkerEnd, checkpoint_record, event_record, left_record, log_record, start_record, val_record
 from cluster.metrics import RayGauges
 from cluster.reading import begin_process
 from ugrl import config as configs
@@ -107,8 +107,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if first:
             end.tell(start_record(trainer.done, world, world // max(1, context.get_local_world_size())))
         trainer.fit()
-    except Interrupted:
-        return  # with a checkpoint; the driver asked for it
+    except Interrupted as left:  # with a checkpoint; the driver asked for it
+        if first:
+            end.tell(left_record(left.step))
     finally:
         end.close()
 

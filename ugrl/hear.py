@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a command owns is given back before it leaves, but storage that is away must not keep it.
@@ -92,9 +92,9 @@ def end(processes: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _listen() -> dict[int, object]:
+def _listen() -> dict[int, Any]:
     """Set the handlers; returns those from before. A signal that is ignored stays so, as under ``nohup``."""
-    before: dict[int, object] = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
