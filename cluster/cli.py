@@ -257,7 +257,7 @@ def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, numb
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``ugrl-train``: 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
     with ugrl.hear.heard("interrupted before training started"):
-        return enter(build_parser(), argv, run, "interrupted")
+        return ugrl.hear.ended(enter(build_parser(), argv, run, "interrupted"))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ class Talk:
 def aside(work: Callable[[], T]) -> T:
     """Do the work in a thread, and let signals be heard here while it runs: in Ray's own code none is."""
     made: list[T] = []
-    thread, raised = _begin(lambda: made.append(work()))
-    while thread.is_alive():
-        thread.join(LOOK_S)
+    done, raised = _begin(lambda: made.append(work()))
+    while not done.wait(LOOK_S):
+        pass
     if raised:
         raise raised[0]
     return made[0]
@@ -52,10 +52,9 @@ def patiently(work: Callable[[], object], stop: StopRequest, talk: Talk, say: Ca
         Interrupted: It was stopped.
         BaseException: Whatever the work raised.
     """
-    thread, raised = _begin(work)
+    done, raised = _begin(work)
     asked = 0.0
-    while thread.is_alive():
-        thread.join(LOOK_S)
+    while not done.wait(LOOK_S):
         if not stop.requested:
             continue
         line = talk.line
@@ -64,7 +63,7 @@ def patiently(work: Callable[[], object], stop: StopRequest, talk: Talk, say: Ca
             say("stopping after a checkpoint; once more to stop at once")
             line.stop()
         elif not asked or line is None or _gone(line, asked):
-            talk.left_behind = thread.is_alive()
+            talk.left_behind = True
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
             break
@@ -81,7 +80,8 @@ def _gone(line: Line, asked: float) -> bool:
     return (line.left and is_private()) or time.monotonic() - max(asked, line.heard) > SILENT_S
 
 
-def _begin(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+def _begin(work: Callable[[], object]) -> tuple[threading.Event, list[BaseException]]:
+    done = threading.Event()
     raised: list[BaseException] = []
 
     def body() -> None:
@@ -89,7 +89,8 @@ def _begin(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseExcep
             work()
         except BaseException as error:
             raised.append(error)
+        done.set()
+        threading.Event().wait()  # for ever: Linux kills the processes of a private cluster when this thread ends
 
-    thread = threading.Thread(target=body, name="launch", daemon=True)
-    thread.start()
-    return thread, raised
+    threading.Thread(target=body, name="launch", daemon=True).start()
+    return done, raised

@@ -504,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
         with ugrl.hear.heard("interrupted"):
             return enter(build_report_parser(), words[1:], run_report, "interrupted")
     with ugrl.hear.heard("interrupted before the search started"):
-        return enter(build_parser(), words, run, "interrupted")
+        return ugrl.hear.ended(enter(build_parser(), words, run, "interrupted"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a command owns is given back before it leaves, but storage that is away must not keep it.
 GIVE_BACK_S = 2.0
-COMMANDS = ("ugrl-train", "ugrl-tune")
+COMMANDS, MODULES = ("ugrl-train", "ugrl-tune"), (["-m", "cluster.cli"], ["-m", "tuning.cli"])
 _word = "interrupted"
 _owned: list[Callable[[], object]] = []
 
@@ -68,6 +68,16 @@ def leave(status: int) -> NoReturn:
         thread.join(GIVE_BACK_S)
     end(descendants([os.getpid()]))
     os._exit(status)
+
+
+def ended(status: int) -> int:
+    """The status of a command; one that was interrupted leaves here, without the seconds that libraries tidy up for."""
+    if IS_COMMAND and status > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        leave(status)
+    return status
 
 
 def descendants(roots: Iterable[int]) -> list[int]:
@@ -117,5 +127,6 @@ def _give_back() -> None:
 
 
 # A command that is being imported; who imports a command's module to use it keeps the own handlers.
-if os.path.basename(sys.argv[0]) in COMMANDS or sys.orig_argv[1:3] in (["-m", "cluster.cli"], ["-m", "tuning.cli"]):
+IS_COMMAND = os.path.basename(sys.argv[0]) in COMMANDS or sys.orig_argv[1:3] in MODULES
+if IS_COMMAND:
     _listen()
