@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from ugrl.hear import hear_again
 from ugrl.train.interrupt import Interrupted, StopRequest
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def aside(work: Callable[[], T]) -> T:
     made: list[T] = []
     done, raised = _begin(lambda: made.append(work()))
     while not done.wait(LOOK_S):
-        pass
+        hear_again()
+    hear_again()
     if raised:
         raise raised[0]
     return made[0]
@@ -56,6 +58,7 @@ def patiently(work: Callable[[], object], stop: StopRequest, talk: Talk, say: Ca
     asked = 0.0
     while not done.wait(LOOK_S):
         if not stop.requested:
+            hear_again()
             continue
         line = talk.line
         if not asked and line is not None and line.training:

@@ -50,6 +50,14 @@ def say_then(word: str) -> None:
     _word = word
 
 
+def hear_again() -> None:
+    """Set the handlers once more: Ray, when it starts, puts one of its own before them, which prints a stack."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
+
+
 @contextmanager
 def owning(give_back: Callable[[], object]) -> Iterator[None]:
     """Something is owned while the block runs, and is given back by who leaves from within it."""
