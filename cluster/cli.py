@@ -226,7 +226,7 @@ def _launch(
     wait_until_free(worker_resources(plan.cfg, have), first, say=say, patience_s=patience_s)
     check_store(plan.cfg, Manifest.load(plan.shards), first, have)
     check_visible(plan.out, plan.shards)
-    say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 20 s")
+    say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 10 s")
     talk.line = line = Line.open()
     with (
         watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),

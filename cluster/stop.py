@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -60,6 +61,7 @@ def patiently(work: Callable[[], object], stop: StopRequest, talk: Talk, say: Ca
         if not stop.requested:
             hear_again()
             continue
+        signal.alarm(0)  # Ray's handler, where it came before ours, ends the process after three seconds
         line = talk.line
         if not asked and line is not None and line.training:
             asked = time.monotonic()
