@@ -6,6 +6,7 @@ this machine does not let them start.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -89,17 +90,39 @@ def connect(address: str | None = None, origin: str = "--address", *, cpus: int 
             _own_token()
             # Nobody is told the address of a private cluster's dashboard: ten processes less to start.
             private: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False, **quiet}
-            try:
-                ray.init(**private)
-            except Exception:  # a machine under load may not have Ray's processes ready in time
-                ray.shutdown()
-                ray.init(**private)
+            with _any_port():
+                try:
+                    ray.init(**private)
+                except Exception:  # a machine under load may not have Ray's processes ready in time
+                    ray.shutdown()
+                    ray.init(**private)
         else:
             with _one_try():
                 ray.init(address=address, **quiet)
     except Exception as error:  # Ray raises all kinds, a bare Exception among them
         ray.shutdown()
         raise ConfigError(f"{shown}: {reason(error)}{_hint(error)}") from None
+
+
+@contextmanager
+def _any_port() -> Iterator[None]:
+    """Have the agent of a private cluster take a free port.
+
+    Beside another Ray of this machine it would try the usual one for 3.5 s, and everything waits for it.
+    """
+    from ray._private.parameter import RayParams
+
+    plain = RayParams.__init__
+
+    @functools.wraps(plain)
+    def made(self: Any, *args: Any, **more: Any) -> None:
+        plain(self, *args, **{"dashboard_agent_listen_port": 0, **more})
+
+    RayParams.__init__ = made
+    try:
+        yield
+    finally:
+        RayParams.__init__ = plain
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from cluster.connect import begin_watched, connect, reason
 from cluster.line import Line
@@ -21,6 +24,7 @@ from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes,
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ClusterError, ConfigError, NoRoomError, UgrlError
+from ugrl.hear import descendants, end
 from ugrl.storage import Place, StorageError, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
@@ -32,6 +36,11 @@ PLACEMENT = ".placement_group"
 GROW_EVERY_S, GROW_LOOKS = 10.0, 3
 # How much longer than for its batch (train.stall_s) a worker waits for the others.
 COLLECTIVE_S = 30.0
+# A killed process of a private cluster is waited for so long.
+GONE_S = 5.0
+# What Ray Train starts beside the workers, a process each, and this run has no use for: its batches come from streams
+# of its own, and a private cluster's processes end with it.
+NEEDLESS, NEEDLESS_ALONE = {"DatasetsCallback"}, {"PlacementGroupCleanerCallback"}
 
 ENVIRONMENT = {
     # The controller asks workers for news this often; at the default of 2 s every report waits for it.
@@ -76,8 +85,25 @@ def start_ray(address: str | None = None, origin: str = "--address", *, cpus: in
 
 
 def stop_ray() -> None:
-    """Disconnect; a private cluster ends with it."""
+    """Disconnect; a private cluster ends with it.
+
+    Nobody else uses its processes: they are killed. Ray asks one after the other to leave, and waits up to a second
+    for each.
+    """
+    node = ray._private.worker._global_node
+    if not is_private():
+        ray.shutdown()
+        return
+    ray._private.worker._global_node = None  # so that what follows only disconnects
     ray.shutdown()
+    with suppress(Exception):  # what it put on the disk
+        node.destroy_external_storage()
+    begun = [info.process for infos in node.all_processes.values() for info in infos]
+    roots = [process.pid for process in begun if process.poll() is None]
+    end([*roots, *descendants(roots)])
+    for process in begun:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GONE_S)
 
 
 def _silent(_: str) -> None:
@@ -148,6 +174,9 @@ def launch(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cfg.cluster.start_timeout_s:g}"
     # A worker that is stopped or cut off answers nobody; its partners wait in a collective.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{cfg.train.stall_s:g}"
+    if is_private():  # nobody takes this machine's nodes away one by one
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        begin_helpers()
     own = line is None
     line = line or Line.open()
     try:
@@ -197,7 +226,7 @@ def _attempt(
     each = worker_resources(cfg, have)
     filesystem, path = out.parent.filesystem()
     backend = None if cfg.cluster.backend == "auto" else cfg.cluster.backend
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_worker,
         train_loop_config={
             "config": configs.to_dict(cfg),
@@ -225,6 +254,48 @@ def _attempt(
         ),
     )
     return Attempt(workers, trainer, line)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, without helpers that this run has no use for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = NEEDLESS | (NEEDLESS_ALONE if is_private() else set())
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+    def _initialize_and_run_controller(self, **more: Any) -> Any:
+        if is_private() and type(more.get("scaling_policy")) is FixedScalingPolicy:
+            more["scaling_policy"] = _Fixed(self.scaling_config)
+        return super()._initialize_and_run_controller(**more)
+
+
+class _Fixed(FixedScalingPolicy):
+    """Ray's, for a cluster that cannot grow: nobody is asked for more nodes, and no process is started for that."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing to ask for."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+def begin_helpers() -> None:
+    """Have Ray Data's two actors started while Ray Train starts; it would start them, and wait, at the first batch.
+
+    On a cluster of this process alone: they take processes that Ray has started already.
+    """
+    with suppress(ImportError, AttributeError):  # Ray's own business
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        get_or_create_autoscaling_coordinator()
+        get_or_create_stats_actor()
+
+
+def is_private() -> bool:
+    """Whether the cluster was started by this process, for itself alone."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 def _train_worker(config: dict[str, Any]) -> None:

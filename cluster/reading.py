@@ -174,3 +174,18 @@ def unpack(table: pa.Table) -> list[Carried]:
     """The rows of a block, or of a part of it."""
     places = zip(*(table.column(f.name).to_pylist() for f in PLACE), strict=True)
     return [Carried(row, *place) for row, place in zip(from_table(table), places, strict=True)]
+
+
+def begin_process() -> None:
+    """Have Ray start a process for the first reading task on this node; it is there once batches are asked for.
+
+    Returns at once. Nothing depends on it: without it Ray Data has the process started.
+    """
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    ray.remote(_import_data).options(num_cpus=0, max_retries=0, label_selector=here).remote()
+
+
+def _import_data() -> None:
+    import ray.data  # noqa: F401

@@ -21,8 +21,9 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from cluster.data import ray_loader, store_part
 from cluster.launch import PLACEMENT
-from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
+from cluster.line import WorkerEnd, checkpoint_record, event_record, left_record, log_record, start_record, val_record
 from cluster.metrics import RayGauges
+from cluster.reading import begin_process
 from ugrl import config as configs
 from ugrl.data.make import Loaded
 from ugrl.ownership import fence
@@ -55,6 +56,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if first:
         note_placement(out)
     store = store_part(config["streams"])
+    begin_process()
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
         asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
@@ -105,8 +107,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if first:
             end.tell(start_record(trainer.done, world, world // max(1, context.get_local_world_size())))
         trainer.fit()
-    except Interrupted:
-        return  # with a checkpoint; the driver asked for it
+    except Interrupted as left:  # with a checkpoint; the driver asked for it
+        if first:
+            end.tell(left_record(left.step))
     finally:
         end.close()
 

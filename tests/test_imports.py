@@ -16,7 +16,15 @@ TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
     *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
     *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
-    *("ugrl.command", "ugrl.terminal", "ugrl.device", "ugrl.ownership", "ugrl.precision", "ugrl.model.specs"),
+    *(
+        "ugrl.command",
+        "ugrl.hear",
+        "ugrl.terminal",
+        "ugrl.device",
+        "ugrl.ownership",
+        "ugrl.precision",
+        "ugrl.model.specs",
+    ),
 }
 # A layer may import itself and everything below it.
 MAY = {

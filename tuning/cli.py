@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ugrl.hear
 from ugrl import config as configs
-from ugrl.command import Parser, complain, enter, folder_for, pasted, shipped
+from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
         study, interrupted, halted = _run_on_ray(args, search, warm, console)
     finals = open_finals(search, study._storage, create=False)
-    if interrupted != signal.SIGTERM:  # whoever sends that is about to send SIGKILL
+    if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
 
@@ -296,21 +295,16 @@ def _run_on_ray(
 ) -> tuple[optuna.Study, int, str]:
     """Run what is left; the study, the signal that interrupted it (0 for none), and why it stopped early, if it did."""
     from cluster.launch import start_ray, stop_ray
+    from cluster.stop import aside
     from tuning.placement import concurrent_trials
 
-    have = start_ray(args.address)  # which sets a handler of SIGTERM: ours comes after it
-    with sigterm_is_an_interrupt() as got:
-        try:
-            side_by_side = concurrent_trials(search, have)
-            study = begin(search, resume=args.resume)
-            return study, *_run_parts(args, search, study, have, side_by_side, warm, console, got)
-        except KeyboardInterrupt:
-            if got[-1] != signal.SIGTERM:
-                raise
-            complain("interrupted before the search started", word="")
-            raise SystemExit(128 + signal.SIGTERM) from None
-        finally:
-            stop_ray()
+    try:
+        have = aside(lambda: start_ray(args.address))
+        side_by_side = concurrent_trials(search, have)
+        study = begin(search, resume=args.resume)
+        return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
+    finally:
+        stop_ray()
 
 
 def begin(search: Search, *, resume: bool) -> optuna.Study:
@@ -365,7 +359,6 @@ def _run_parts(
     slots: int,
     warm: list[tuple[str, dict[str, Any]]],
     console: Console,
-    got: list[int],
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.connect import head_watched
@@ -392,6 +385,7 @@ def _run_parts(
         stack.enter_context(head_watched(search.base.cluster.head_s, say))
         patience_s = math.inf if args.wait else search.base.cluster.busy_s
         lease = stack.enter_context(Lease(study, slots=slots))
+        stack.enter_context(ugrl.hear.owning(lambda: lease.__exit__(None, None, None)))
         once(
             search.out,
             lambda check: plan(study, search.space, warm, check),
@@ -399,9 +393,12 @@ def _run_parts(
         )
         more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar)
+            searcher, number = _until_interrupted(
+                lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar
+            )
+        ugrl.hear.say_then("interrupted")
         if searcher is None or search.space.final.best == 0:
-            return (0, searcher.halted) if searcher is not None else (got[-1], "")
+            return number, searcher.halted if searcher is not None else ""
         if (halted := searcher.halted) and not halted.startswith("budget."):
             return 0, halted
         finals = patiently(lambda: open_finals(search, study._storage), search.base.data.storage_patience_s)
@@ -409,39 +406,20 @@ def _run_parts(
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
-            again = _until_interrupted(
+            again, number = _until_interrupted(
                 lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], **more), bar
             )
-        return (0, halted or again.halted) if again is not None else (got[-1], halted)
+        return number, halted or again.halted if again is not None else halted
 
 
-def _until_interrupted(work: Any, bar: Any) -> Any:
-    """What the work returns; ``None`` where it was interrupted, and its trials were put back into the queue."""
+def _until_interrupted(work: Callable[[], Any], bar: Any) -> tuple[Any, int]:
+    """What the work returns, and 0; or ``None``, its trials back in the queue, and the signal that interrupted it."""
     try:
-        return work()
-    except KeyboardInterrupt:
+        return work(), 0
+    except KeyboardInterrupt as stopped:
         if bar.searcher is not None:
             bar.searcher.leave()
-        return None
-
-
-@contextmanager
-def sigterm_is_an_interrupt() -> Iterator[list[int]]:
-    """A scheduler that wants the machine back is answered like Ctrl-C; the last signal of what is yielded came last."""
-    got: list[int] = [signal.SIGINT]
-
-    def handle(number: int, frame: object) -> None:
-        got.append(number)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield got
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield got
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return None, getattr(stopped, "number", None) or signal.SIGINT
 
 
 def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
@@ -482,8 +460,7 @@ def _ended(
     for text in (f"interrupted with {left} trials{more} left; continue with: {command}", note):
         if text:
             console.print(text, soft_wrap=True)
-    if interrupted == signal.SIGTERM:
-        console.print(f"the report so far: {pasted(['ugrl-tune', 'report', str(search.out)])[0]}", soft_wrap=True)
+    console.print(f"the report so far: {pasted(['ugrl-tune', 'report', str(search.out)])[0]}", soft_wrap=True)
     return 128 + interrupted
 
 
@@ -527,11 +504,13 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after an interrupt."""
+    """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["report"]:
-        return enter(build_report_parser(), words[1:], run_report, "interrupted")
-    return enter(build_parser(), words, run, "interrupted before the search started")
+        with ugrl.hear.heard("interrupted"):
+            return enter(build_report_parser(), words[1:], run_report, "interrupted")
+    with ugrl.hear.heard("interrupted before the search started"):
+        return ugrl.hear.ended(enter(build_parser(), words, run, "interrupted"))
 
 
 if __name__ == "__main__":

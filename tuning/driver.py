@@ -32,9 +32,11 @@ from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError, NoRoomError, UgrlError
+from ugrl.hear import SIGNALS
 from ugrl.ownership import FOLDER, own
 from ugrl.storage import place
 from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
@@ -95,7 +97,7 @@ def run(
     """Let Ray Tune run what a searcher hands out.
 
     Raises:
-        KeyboardInterrupt: It was interrupted; trials that were running are still the searcher's.
+        Interrupted: It was; trials that were running are still the searcher's.
         NoRoomError: A disk has been full for longer than its trials wait; they are in the queue again.
     """
     search = searcher.search
@@ -113,7 +115,7 @@ def run(
         searcher.patiently(searcher.leave)
         raise NoRoomError(searcher.full)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
-        raise KeyboardInterrupt
+        raise Interrupted(0, stop.number)
     sweep_stopped(searcher)
 
 
@@ -206,35 +208,47 @@ def _session(searcher: StudySearch, side_by_side: int, callbacks: list[tune.Call
 
 
 class _Stop:
-    """The first Ctrl-C lets trials write a checkpoint and leave; the second one, or ``cluster.stop_s``, ends them.
+    """The first Ctrl-C or SIGTERM has trials write a checkpoint and go; the second, or ``cluster.stop_s``, ends them.
 
     Tune's own handler would end them at once. Tune still ends them where that is wanted, by the signal that it keeps
-    for this.
+    for this. A third signal ends the driver.
     """
 
     def __init__(self, searcher: StudySearch, patience_s: float) -> None:
-        self.searcher, self.asked = searcher, False
+        self.searcher = searcher
+        self.number: int | None = None
         self._timer = threading.Timer(patience_s, self._end)
         self._timer.daemon = True
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
 
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
             os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-            self._before = signal.signal(signal.SIGINT, self._handle)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens: it would end this process
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _handle(self, number: int, frame: object) -> None:
         if self.asked:
+            self._restore()
             self._end()
             return
-        self.asked = True
+        self.number = number
         self.searcher.ask_to_leave()
         self._timer.start()
 

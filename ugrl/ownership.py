@@ -111,6 +111,11 @@ class Ownership:
         if self._lost is not None:
             raise LostError(f"{self.folder.parent}: {self._lost}")
 
+    def give_back(self) -> None:
+        """Let the next one have it, where this process is about to end."""
+        self._leave.set()
+        (self.folder / f"{self.claim.id}.json").delete()
+
     def _renew(self) -> None:
         with self._lock:
             if self._lost is not None:

@@ -18,7 +18,7 @@ from ugrl.bilinear import resize
 from ugrl.config import Config
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
-from ugrl.distributed import rank, world_size
+from ugrl.distributed import all_reduce_sum, rank, world_size
 from ugrl.eval.crf import dense_crf
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
@@ -197,6 +197,10 @@ class SharedPasses:
         return self.net.raw_from(features[3]), features[3], None
 
 
+class GivenUp(Exception):
+    """An evaluation was stopped before its end."""
+
+
 @torch.no_grad()
 def evaluate(
     net: UGRLNet,
@@ -209,6 +213,7 @@ def evaluate(
     par: PAR | None = None,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[Sequence[str]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Evaluate a network on one split; each rank takes every W-th image.
 
@@ -222,9 +227,13 @@ def evaluate(
         par: For ``eval.refined_cam``.
         dtype: Of the network.
         on_batch: Called with the ids of each batch of this rank, once it is through.
+        stop: Asked after each batch; on every rank or on none. Once one says yes, all of them give up.
 
     Returns:
         The metrics, the same on every rank.
+
+    Raises:
+        GivenUp: It was to stop, on every rank.
     """
     was_training = net.training
     net.eval()
@@ -241,6 +250,7 @@ def evaluate(
     least = net.encoder.spec.min_size
     seg_passes = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if masks else set()
 
+    given_up = False
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for batch_cpu in shape_batches(reader, indices, cfg.data.threads, least):
@@ -303,6 +313,12 @@ def evaluate(
                         crf_c.add(torch.from_numpy(sharp.argmax(0)).to(device), labels[k, :h, :w])
             if on_batch:
                 on_batch(batch.ids)
+            if stop is not None and stop():
+                given_up = True
+                break
+    if stop is not None and bool(all_reduce_sum(torch.full((), float(given_up), device=device)) > 0):
+        net.train(was_training)
+        raise GivenUp
 
     metrics: dict[str, float] = {}
     classes: dict[str, dict[str, float]] = {}

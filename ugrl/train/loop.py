@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -32,7 +32,7 @@ from ugrl.data.transfer import Transfer
 from ugrl.device import resolve
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
 from ugrl.errors import CheckpointError, ConfigError
-from ugrl.eval.evaluate import EvalResult, evaluate
+from ugrl.eval.evaluate import EvalResult, GivenUp, evaluate
 from ugrl.method.build import build_par, build_prototypes
 from ugrl.model.build import build_net
 from ugrl.storage import Place, place
@@ -383,6 +383,14 @@ class Trainer:
         agreement, meter = Agreement(self.device), Meter(self.device)
         window: list[dict[str, Tensor]] = []
         good: list[bool] = []
+
+        def wanted() -> bool:
+            return stop.requested or self.hooks.stop()
+
+        # Who was stopped in the middle of a validation owes it.
+        owes = 0 < self.done < cfg.train.steps and self.done % eval_every == 0
+        if owes and self.metrics.get("step") != self.done and not self._evaluate(board, progress, pace, meter, wanted):
+            self._leave(stop, saved=True)
         while self.done < cfg.train.steps:
             step = self.done
             with meter.data():
@@ -428,30 +436,46 @@ class Trainer:
                 self._tell_pace(pace)
             if pictures:
                 board.pictures(batch, out.views, self.done)
-            evaluated = self.done % eval_every == 0 or last
-            if evaluated:
-                with meter.pause(), pace.validation():
-                    result = self.validate(progress)
-                self.metrics = {**result.metrics, "step": float(self.done)}
-                self.folder.record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
-                board.scalars("val", result.metrics, self.done)
-                for group, table in result.classes.items():
-                    # A class that no image shows has no score.
-                    board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
-                progress.evaluated(self.done, result)
-            with meter.pause():
-                saves = evaluated or self.done % checkpoint_every == 0
-                if saves:
-                    self.save()
-                if evaluated:
-                    self.hooks.on_eval(self.done, dict(self.metrics))
-                    if result.verdict:
-                        self.say(f"step {self.done}  {result.verdict}")
-            if agreement.stop(stop.requested or self.hooks.stop()) and self.done < cfg.train.steps:
+            saves = False
+            if self.done % eval_every == 0 or last:
+                saves = self._evaluate(board, progress, pace, meter, None if last else wanted)
                 if not saves:
+                    self._leave(stop)
+            elif self.done % checkpoint_every == 0:
+                saves = True
+                with meter.pause():
                     self.save()
-                self._tell_saved(wait=True)
-                raise Interrupted(self.done, stop.number)
+            if agreement.stop(wanted()) and self.done < cfg.train.steps:
+                self._leave(stop, saved=saves)
+
+    def _evaluate(
+        self, board: Board, progress: Progress, pace: Pace, meter: Meter, wanted: Callable[[], bool] | None
+    ) -> bool:
+        """Validate, note the result everywhere and save; ``False``, on every rank, where a stop came in between."""
+        with meter.pause(), pace.validation():
+            try:
+                result = self.validate(progress, wanted)
+            except GivenUp:
+                return False
+        self.metrics = {**result.metrics, "step": float(self.done)}
+        self.folder.record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
+        board.scalars("val", result.metrics, self.done)
+        for group, table in result.classes.items():
+            # A class that no image shows has no score.
+            board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
+        progress.evaluated(self.done, result)
+        with meter.pause():
+            self.save()
+            self.hooks.on_eval(self.done, dict(self.metrics))
+            if result.verdict:
+                self.say(f"step {self.done}  {result.verdict}")
+        return True
+
+    def _leave(self, stop: StopRequest, *, saved: bool = False) -> NoReturn:
+        if not saved:
+            self.save()
+        self._tell_saved(wait=True)
+        raise Interrupted(self.done, stop.number)
 
     def _wrapped(self) -> torch.nn.Module:
         self.net.train()
@@ -475,8 +499,8 @@ class Trainer:
         ids = self.manifest.ids(split)
         return [ids[int(i)] for i in rows]
 
-    def validate(self, progress: Progress | None = None) -> EvalResult:
-        """Evaluate the present network on ``data.val_split``."""
+    def validate(self, progress: Progress | None = None, stop: Callable[[], bool] | None = None) -> EvalResult:
+        """Evaluate the present network on ``data.val_split``; ``stop`` as of :func:`ugrl.eval.evaluate.evaluate`."""
         cfg, seen = self.cfg, 0
 
         def on_batch(ids: Sequence[str]) -> None:
@@ -498,6 +522,7 @@ class Trainer:
                 par=self.par,
                 dtype=self.dtype,
                 on_batch=on_batch,
+                stop=stop,
             )
 
     def _spec(self) -> LoaderSpec:
