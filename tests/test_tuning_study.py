@@ -29,7 +29,7 @@ from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
 from tuning.study import mend_journal, open_storage, open_study, plan, put_back, queue
-from tuning.trial import with_room
+from tuning.trial import asked_to_leave, with_room
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
 from ugrl.storage import place
@@ -593,7 +593,7 @@ def test_a_disk_that_stays_full_ends_the_search_and_fails_no_trial(tmp_path: Pat
         assert found.judge("a", {"full": "trial 0: No space left on device"})
         found.on_trial_complete("a", {"done": True})
         assert found.full and found.suggest("c") == "FINISHED" and found.outlook() == (0, 0)
-        assert (tmp_path / "trials" / "001" / "owner").read_text() == "leave"
+        assert asked_to_leave(tmp_path / "trials" / "001", found.task(found.jobs["b"])["owner"])()
         assert found.leave() == [1]
     assert states(load(search)) == ["WAITING"] * 3
 
