@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -243,3 +244,15 @@ def test_the_noise_of_pairs_is_that_of_a_fit_with_a_column_for_each_configuratio
     found = noise_of(groups).paired
     assert found is not None and found.freedom == len(cells) - rank
     assert found.deviation == pytest.approx(math.sqrt(np.square(values - table @ fitted).sum() / found.freedom))
+
+
+def test_the_noise_of_many_configurations_takes_memory_as_they_are_many() -> None:
+    def peak(count: int) -> int:
+        groups = [{s: k + 0.1 * s * k for s in range(3)} for k in range(count)]
+        tracemalloc.start()
+        noise_of(groups)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(1600) < 6 * peak(400)

@@ -9,7 +9,9 @@ import pstats
 import random
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -354,21 +356,48 @@ def test_rank_correlation_of_ties() -> None:
 # -- many trials ------------------------------------------------------------------------------
 
 
-def calls(trials: int, out: Path) -> int:
-    """Function calls that a report of so many trials takes, without its plots."""
-    story = Story(out, objective=["seg_miou", "step_s"], scheduler={"name": "none"})
-    story.fill(trials, seeds=2)
-    findings = story.findings()
+def calls(work: Callable[[], Any]) -> int:
     profile = cProfile.Profile()
     with profile:
-        write_csv(findings)
-        contents(findings, [], None)
+        work()
     return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
 
 
+def filled(trials: int, out: Path) -> Findings:
+    story = Story(out, objective=["seg_miou", "step_s"], scheduler={"name": "none"})
+    story.fill(trials, seeds=2)
+    return story.findings()
+
+
 def test_the_work_of_a_report_grows_as_its_trials(tmp_path: Path) -> None:
-    few, many = (calls(n, tmp_path) for n in (150, 600))
+    def work(findings: Findings) -> None:
+        write_csv(findings)
+        contents(findings, [], None)
+
+    few, many = (calls(partial(work, filled(n, tmp_path))) for n in (100, 400))
     assert many < 4.5 * few
+    objectives = (Objective("seg_miou"), Objective("step_s"))
+    few, many = (
+        calls(partial(pareto, [TrialRow(k, "COMPLETE", (k / n, k / n)) for k in range(n)], objectives))
+        for n in (100, 400)  # none beats another: each is better in one of the two
+    )
+    assert many < 5 * few
+
+
+def test_the_importance_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    tell = optuna.importance.get_param_importances
+
+    def counted(study: optuna.Study, **more: Any) -> dict[str, float]:
+        told.append(len(study.trials))
+        return tell(study, **more)
+
+    monkeypatch.setattr(optuna.importance, "get_param_importances", counted)
+    draw_only(monkeypatch, "importance", "contour")
+    story = Story(tmp_path)
+    story.fill(18)
+    report(story)
+    assert told == [12]
 
 
 def test_of_many_trials_the_page_and_the_plots_show_a_part_and_say_so(
