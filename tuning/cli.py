@@ -19,6 +19,7 @@ from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from cluster.preflight import Capacity
@@ -275,7 +276,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     quiet_optuna()
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
     if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
-        study, interrupted, halted = _run_on_ray(args, search, warm, console)
+        study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
     finals = open_finals(search, study._storage, create=False)
     if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(findings(search, study, finals), console)
@@ -291,9 +292,17 @@ def ended_search(search: Search) -> optuna.Study | None:
 
 
 def _run_on_ray(
-    args: argparse.Namespace, search: Search, warm: list[tuple[str, dict[str, Any]]], console: Console
+    args: argparse.Namespace,
+    search: Search,
+    warm: list[tuple[str, dict[str, Any]]],
+    console: Console,
+    known: optuna.Study | None,
 ) -> tuple[optuna.Study, int, str]:
-    """Run what is left; the study, the signal that interrupted it (0 for none), and why it stopped early, if it did."""
+    """Run what is left of a study, which may be open already.
+
+    Returns:
+        The study, the signal that interrupted it (0 for none), and why it stopped early, if it did.
+    """
     from cluster.launch import start_ray, stop_ray
     from cluster.stop import aside
     from tuning.placement import concurrent_trials
@@ -301,16 +310,21 @@ def _run_on_ray(
     try:
         have = aside(lambda: start_ray(args.address))
         side_by_side = concurrent_trials(search, have)
-        study = begin(search, resume=args.resume)
+        study = begin(search, resume=args.resume, storage=known._storage if known is not None else None)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
 
 
-def begin(search: Search, *, resume: bool) -> optuna.Study:
+def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -> optuna.Study:
     """The study of a search, and the files that say what the search is.
 
     The files come first: a search that is killed at any moment can be resumed.
+
+    Args:
+        search: The search.
+        resume: Whether the study may exist already.
+        storage: Already open: replaying a journal twice takes seconds.
 
     Raises:
         UgrlError: The storage cannot be opened, or holds another search's study.
@@ -324,9 +338,10 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     from ugrl.storage import place
 
     space, out = search.space, search.out
-    storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None
+    shared = "://" in space.storage and "sqlite:" not in space.storage  # a file lies in the search's own folder
+    storage = storage or (open_storage(space.storage, out) if shared else None)
     name = study_name(space.storage, out)
-    if storage is not None and name in library.get_all_study_names(storage):
+    if shared and name in library.get_all_study_names(storage):
         found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
         if not resume or found != str(out):
             raise ConfigError(

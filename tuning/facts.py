@@ -14,7 +14,7 @@ from tuning.budget import covered
 from tuning.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
 from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
-from tuning.search import Finalist, Findings
+from tuning.search import Finalist, Findings, once
 from tuning.space import trial_config
 from tuning.space import weak_rung as rung_rule
 from ugrl import config as configs
@@ -71,6 +71,7 @@ def remark(row: TrialRow) -> str:
     return "; ".join([*([row.note] if row.note else []), *broken])
 
 
+@once
 def ordered(findings: Findings) -> list[TrialRow]:
     """All trials: those that may be the best by rank, then the rest by what became of them."""
     top = ranked(findings.rows, findings.search.objectives[0])
@@ -80,6 +81,7 @@ def ordered(findings: Findings) -> list[TrialRow]:
     return top + rest
 
 
+@once
 def metric_names(findings: Findings) -> list[str]:
     """Metrics and costs that any trial has and that are no objectives."""
     have = {name for r in findings.rows for run in r.runs for name in run.metrics}
@@ -124,6 +126,7 @@ def _entry(findings: Findings, place: int) -> tuple[TrialRow, Measure, Measure] 
     return rows[place], objective_of(rows[place], findings), measure(rows[place].runs, name, final=True)
 
 
+@once
 def verdict(findings: Findings) -> list[str]:
     """The finding: the first sentence says what is best, the others how sure that is."""
     first = contender(findings)
@@ -258,6 +261,7 @@ def star(findings: Findings) -> str:
 # -- what learning nothing gives --------------------------------------------------------------
 
 
+@once
 def baseline(findings: Findings, name: str, *, final: bool = False) -> float:
     """The score of a predictor that has learned nothing; NaN where no run has noted it.
 
@@ -288,6 +292,7 @@ def dagger(runs: Iterable[Run]) -> str:
     return f" {DAGGER}" if collapsed(runs) else ""
 
 
+@once
 def collapse(findings: Findings) -> str:
     """Which complete trials have learned nothing, and whether the best one is among them."""
     done = [r for r in findings.rows if collapsed(r.runs)]
@@ -329,6 +334,7 @@ def weak_rung(findings: Findings) -> str:
 # -- the paper's point ------------------------------------------------------------------------
 
 
+@once
 def paper_trial(findings: Findings) -> TrialRow | None:
     """The trial at the paper's values: those of the base wherever the paper gives none, else a starting point."""
     base, axes_ = findings.search.base, findings.search.space.search
@@ -406,6 +412,7 @@ class Cost:
         return self.training / self.slots if self.slots else math.nan
 
 
+@once
 def cost(findings: Findings) -> Cost:
     """The cost of a search, finalists included: these count their training times what their trials held."""
     again = [(f.trial, sum(r.seconds for r in f.runs)) for f in findings.finalists]
@@ -433,6 +440,7 @@ def training_seconds(row: TrialRow) -> float:
     return sum(r.seconds for r in row.runs)
 
 
+@once
 def _pace(findings: Findings) -> float:
     """Mean seconds of a step over the runs of complete trials; NaN without one."""
     runs = [run for r in findings.rows if r.state == "COMPLETE" for run in r.runs if run.step and run.seconds]
@@ -457,6 +465,7 @@ def finalist_scores(found: Finalist, findings: Findings) -> tuple[str, str, str]
 # -- the best configuration -------------------------------------------------------------------
 
 
+@once
 def best_tree(findings: Findings) -> dict[str, Any] | None:
     """The recommended trial's whole configuration, validated on the base's own split; ``None`` without one.
 

@@ -53,6 +53,8 @@ from ugrl.storage import place
 from ugrl.text import html, line, markdown
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Rows of a table of trials; more make a page that no browser likes, and all are in the CSV file.
+LONGEST = 1000
 # From so many complete trials on, the range of the best quarter says something.
 QUARTER = 8
 
@@ -200,7 +202,7 @@ def _tiles(findings: Findings) -> tuple[tuple[str, str], ...]:
 
 def _values(findings: Findings) -> tuple[Block, ...]:
     space, best, base = findings.search.space, findings.best, findings.search.base
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     shares = ranking if isinstance(ranking, dict) else {}
     quarter = _best_quarter(findings)
     header = ["searched path", "best", "the paper's", "base", "searched"]
@@ -278,7 +280,10 @@ def _front(findings: Findings) -> tuple[Block, ...]:
 def _all_trials(findings: Findings) -> tuple[Block, ...]:
     if not findings.rows:
         return ()
-    return *filter(None, (star(findings), collapse(findings))), _leaderboard(findings)
+    blocks = [*filter(None, (star(findings), collapse(findings)))]
+    if len(findings.rows) > LONGEST:
+        blocks.append(f"The first {LONGEST} of {len(findings.rows)} trials; trials.csv holds all of them.")
+    return *blocks, _leaderboard(findings)
 
 
 def _leaderboard(findings: Findings) -> Rows:
@@ -291,7 +296,7 @@ def _leaderboard(findings: Findings) -> Rows:
     able = {r.number for r in ranked(findings.rows, objectives[0])}
     best, paper = findings.best, paper_trial(findings)
     rows, marked = [], {}
-    for position, r in enumerate(ordered(findings), 1):
+    for position, r in enumerate(ordered(findings)[:LONGEST], 1):
         rank = str(position) if r.number in able else ""
         rank += f" {STAR}" if best is not None and r.number == best.number else ""
         cells = [rank, str(r.number), r.state, str(r.step), str(len(r.runs))]
@@ -310,7 +315,7 @@ def _leaderboard(findings: Findings) -> Rows:
 
 
 def _mattered(findings: Findings) -> tuple[Block, ...]:
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     if isinstance(ranking, str):
         return ()
     return (Picture("importance", "How much each searched value tells good trials from others (PED-ANOVA)."),)
@@ -367,7 +372,9 @@ def _failures(findings: Findings) -> tuple[Block, ...]:
         for r in findings.rows
         if r.state == "FAIL"
     ]
-    return (Rows(("trial", "step", "host", "error"), tuple(rows)),) if rows else ()
+    table = Rows(("trial", "step", "host", "error"), tuple(rows[:LONGEST]))
+    more = f"The first {LONGEST} of {len(rows)} failed trials; trials.csv holds all of them."
+    return (*([more] if len(rows) > LONGEST else []), table) if rows else ()
 
 
 def _conduct(findings: Findings) -> tuple[Block, ...]:

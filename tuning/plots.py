@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import optuna
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -24,7 +25,7 @@ from optuna.trial import TrialState
 
 from tuning.facts import baseline, paper_trial, paper_values, training_seconds
 from tuning.record import TrialRow, collapsed, label, pareto, percent, ranked
-from tuning.search import Findings
+from tuning.search import Findings, once
 from tuning.space import Axis, SearchSpace
 from ugrl.secrets import masked
 from ugrl.storage import place
@@ -49,6 +50,8 @@ TARGET_QUANTILE = 1 / 3
 # Below so many complete trials a contour shows the triangles between the trials and nothing else.
 CONTOUR = 8
 CONTOUR_AXES = 3
+# Trials that are drawn as a line each; of more, a sample is.
+LINES = 500
 # How far beyond the complete trials' scores others are marked, as a share of their range.
 EDGE = 0.05
 
@@ -90,11 +93,13 @@ def draw(findings: Findings, folder: Path) -> list[str]:
     return notes
 
 
-def importance(study: optuna.Study) -> dict[str, float] | str:
+@once
+def importance(findings: Findings) -> dict[str, float] | str:
     """Each searched path's importance for the first objective, or a line that says why there is none.
 
     COMPLETE trials count alone.
     """
+    study = findings.study
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < ENOUGH:
         return f"importance: {len(complete)} complete trials are too few to tell (from {ENOUGH} on); no plot"
@@ -134,9 +139,10 @@ def history(findings: Findings) -> Figure | str:
 def curves(findings: Findings) -> Figure | str:
     """The objective over steps, a line for each seed of each trial."""
     best = findings.best
-    drawn = [(r, run.curve) for r in findings.rows for run in r.runs if run.curve]
-    if not drawn:
+    rows = [r for r in findings.rows if any(run.curve for run in r.runs)]
+    if not rows:
         return "curves: no trial has validated yet; no plot"
+    drawn = [(r, run.curve) for r in _sample(findings, rows) for run in r.runs if run.curve]
     fig, ax = plt.subplots(figsize=(7, 4))
     seen: set[str] = set()
     for r, curve in drawn:
@@ -156,7 +162,7 @@ def curves(findings: Findings) -> Figure | str:
         seen.add(name)
     _rung_lines(ax, findings)
     _baseline_line(ax, findings)
-    ax.set(xlabel="step", ylabel=_label(findings), title="Learning curves")
+    ax.set(xlabel="step", ylabel=_label(findings), title=f"Learning curves{_of_sample(rows)}")
     ax.set_xlim(0, findings.search.steps * 1.02)
     _legend(ax)
     return fig
@@ -193,7 +199,7 @@ def slices(findings: Findings) -> Figure | str:
 
 def importances(findings: Findings) -> Figure | str:
     """Importances, the largest on top."""
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     if isinstance(ranking, str):
         return ranking
     complete = sum(r.state == "COMPLETE" for r in findings.rows)
@@ -289,7 +295,7 @@ def parallel(findings: Findings) -> Figure | str:
     span = (high - low) or 1.0
     fig, ax = plt.subplots(figsize=(max(6.5, 1.25 * (len(scales) + 1) + 1.5), 4.6))
     best, seen = findings.best, set()
-    for r in sorted(rows, key=lambda r: _y(findings, r)):
+    for r in sorted(_sample(findings, rows), key=lambda r: _y(findings, r)):
         height = min(1.0, max(0.0, (_y(findings, r) - low) / span))
         whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
         name = _best_label(findings) if chosen else "" if whole else "not complete"
@@ -313,7 +319,7 @@ def parallel(findings: Findings) -> Figure | str:
     _parallel_axes(ax, [s.ticks() + (off if s.axis.when else []) for s in scales] + [own], bool(off))
     names = [s.axis.name for s in scales]
     ax.set_xticks(range(len(scales) + 1), [*names, _label(findings)])
-    ax.set_title("Values of each trial, the darker the better", pad=12)
+    ax.set_title(f"Values of each trial, the darker the better{_of_sample(rows)}", pad=12)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     return fig
@@ -369,9 +375,12 @@ def cost(findings: Findings) -> Figure | str:
         these = [r for r in rows if r.state == state]
         if these:
             numbers, held = [r.number for r in these], [weigh(r, r.seconds) for r in these]
-            ax.bar(numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
-            ax.bar(numbers, [weigh(r, training_seconds(r)) for r in these], color=color, label=state.lower())
-    ax.bar([rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
+            _bars(ax, numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
+            trained = [weigh(r, training_seconds(r)) for r in these]
+            _bars(ax, numbers, trained, fc=color, ec="none", label=state.lower())
+    _bars(ax, [rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
+    ax.autoscale_view()
+    ax.set_ylim(bottom=0)
     ax.set(xlabel="trial", ylabel=unit, title="What each trial held")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="x", visible=False)
@@ -388,11 +397,12 @@ def front(findings: Findings) -> Figure | str:
         return ""
     rows = [r for r in findings.rows if r.state == "COMPLETE" and r.values]
     best = pareto(findings.rows, objectives)
+    unbeaten = {r.number for r in best}
     if not best:
         return "pareto: no trial has completed within the constraints; no plot"
     fig, grid = plt.subplots(1, len(objectives) - 1, figsize=(5.6 * (len(objectives) - 1) + 1, 4.2), squeeze=False)
     for k, ax in enumerate(grid.flat, 1):
-        others = [r for r in rows if r not in best]
+        others = [r for r in rows if r.number not in unbeaten]
         for marker, words, these, color in (
             ("o", "complete", [r for r in others if not r.violation], COLORS["COMPLETE"]),
             ("x", "beyond a constraint", [r for r in others if r.violation], COLORS["FAIL"]),
@@ -456,6 +466,26 @@ def rung_steps(space: SearchSpace, steps: int) -> list[int]:
 
 def _scored(findings: Findings) -> list[TrialRow]:
     return [r for r in findings.rows if r.value is not None]
+
+
+def _sample(findings: Findings, rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """As many trials as can be told apart as lines, evenly over the search, with the best one and the paper's."""
+    if len(rows) <= LINES:
+        return list(rows)
+    even = {rows[k * len(rows) // LINES].number for k in range(LINES)}
+    named = {r.number for r in (findings.best, paper_trial(findings)) if r is not None}
+    return [r for r in rows if r.number in even | named]
+
+
+def _of_sample(rows: Sequence[TrialRow]) -> str:
+    return f": a sample of {LINES} of {len(rows)} trials" if len(rows) > LINES else ""
+
+
+def _bars(ax: Axes, x: Sequence[float], heights: Sequence[float], **style: Any) -> None:
+    """Bars from zero as one artist: an artist each is slow for thousands."""
+    sides = ((-0.4, 0), (-0.4, 1), (0.4, 1), (0.4, 0))
+    corners = [[(at + aside, up * height) for aside, up in sides] for at, height in zip(x, heights, strict=True)]
+    ax.add_collection(PolyCollection(corners, **style))
 
 
 def _scale(findings: Findings) -> float:
@@ -562,7 +592,7 @@ def _rung_lines(ax: Axes, findings: Findings) -> None:
 def _leading(findings: Findings) -> list[Axis]:
     """The numeric axes by importance, as many as a contour shows; in the file's order where it is not known."""
     axes_ = [a for a in findings.search.space.search if is_numeric(a)]
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     if isinstance(ranking, dict):
         axes_.sort(key=lambda a: -ranking.get(a.path, 0.0))
     return axes_[:CONTOUR_AXES]

@@ -48,6 +48,8 @@ from ugrl.text import csv_cell, line, plain
 
 TABLE, PAGE, TEXT, PAPER_TEXT = "trials.csv", "report.html", "report.md", "paper.md"
 PLOT_FOLDER = "plots"
+# Trials that the terminal shows, and lines on failed ones; the files hold more.
+SHOWN = 100
 
 
 def write_report(findings: Findings, console: Console) -> None:
@@ -169,7 +171,7 @@ def print_trials(findings: Findings, console: Console) -> None:
     points.add_column("trial", justify="right")
     for axis in axes_:
         (results if wide else points).add_column(_plain(axis.name), justify="right")
-    for r in ordered(findings):
+    for r in ordered(findings)[:SHOWN]:
         chosen = best is not None and r.number == best.number
         style = "bold green" if chosen else "dim" if r.state == "FAIL" else ""
         cells = [f"{STAR} {r.number}" if chosen else str(r.number), r.state, str(r.step)]
@@ -182,6 +184,8 @@ def print_trials(findings: Findings, console: Console) -> None:
     _print(results, console)
     if not wide:
         _print(points, console)
+    if len(findings.rows) > SHOWN:
+        _say(f"The first {SHOWN} of {len(findings.rows)} trials; {TABLE} holds all of them.", console)
 
 
 def finalists_table(findings: Findings) -> Table:
@@ -218,13 +222,17 @@ def paper_table(paper: PaperSection) -> Table:
 
 def print_failures(findings: Findings, console: Console) -> None:
     """Why trials failed or were stopped by a constraint, a line each."""
+    said = 0
     for r in findings.rows:
         reason = first_line(r.error) if r.state == "FAIL" else ""
         text = f"trial {r.number} failed: {reason or 'no reason was recorded'}" if r.state == "FAIL" else ""
         if r.violation and not text:
             text = f"trial {r.number} is out: {remark(r)}"
-        if text:
+        if text and said < SHOWN:
             _say(text, console)
+        said += bool(text)
+    if said > SHOWN:
+        _say(f"{said - SHOWN} more trials failed or are out; {TABLE} holds their reasons.", console)
 
 
 def print_files(findings: Findings, console: Console) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 
@@ -15,6 +18,9 @@ from ugrl.storage import Place
 
 # Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
 SESSION = "session:"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,34 @@ class Findings:
     rows: tuple[TrialRow, ...]
     finalists: tuple[Finalist, ...] = ()
     sessions: tuple[Session, ...] = field(default_factory=tuple)
+    # What :func:`once` has worked out of them.
+    known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def best(self) -> TrialRow | None:
         """The trial to recommend: the first finalist, or the best complete one where nothing was run again."""
-        if self.finalists:
-            return self.finalists[0].trial
-        return best_trial(self.rows, self.search.objectives[0])
+        return _best(self)
+
+
+def once(work: Callable[Concatenate[Findings, P], T]) -> Callable[Concatenate[Findings, P], T]:
+    """A function of findings whose result is kept with them: many parts of a report ask for it."""
+
+    @wraps(work)
+    def found(findings: Findings, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (work, args, tuple(sorted(kwargs.items())))
+        if key not in findings.known:
+            findings.known[key] = work(findings, *args, **kwargs)
+        result: T = findings.known[key]
+        return result
+
+    return found
+
+
+@once
+def _best(findings: Findings) -> TrialRow | None:
+    if findings.finalists:
+        return findings.finalists[0].trial
+    return best_trial(findings.rows, findings.search.objectives[0])
 
 
 def read_sessions(study: optuna.Study) -> tuple[Session, ...]:

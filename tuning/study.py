@@ -184,15 +184,38 @@ def _cut(file: FileIO) -> int:
 def open_journal(path: Path) -> JournalStorage:
     """The storage in a journal's file, read to its end.
 
+    A sound file is parsed once, by Optuna: what is spoiled in the middle stops it, and the end is looked at by itself,
+    since Optuna leaves out a last line that is no record.
+
     Raises:
         ConfigError: A line that is no record, or says what cannot be; names it.
     """
-    mend_journal(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: no regular file; expected the journal of a study")
     backend = _Lines(str(path))
     try:
-        return JournalStorage(backend)
+        storage = JournalStorage(backend)
     except Exception as error:  # whatever replaying a spoiled line leads to
+        if mend_journal(path):
+            return open_journal(path)
         raise ConfigError(spoiled(path, backend.line, line(error))) from None
+    if not _ends_whole(path):
+        mend_journal(path)  # the lines before it stay where they are: the storage goes on from there
+    return storage
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the last line of a journal is a record; only the file's end is read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = 1 << 12
+        while True:
+            start = max(0, size - length)
+            file.seek(start)
+            *lines, last = file.read(size - start).split(b"\n")
+            if len(lines) > 1 or not start:
+                return not last and (not lines or _record(lines[-1]))
+            length *= 4
 
 
 def spoiled(path: Path, number: int, why: str) -> str:
@@ -200,23 +223,26 @@ def spoiled(path: Path, number: int, why: str) -> str:
     return f"{path}: line {number}: no record of a study ({why}); restore the file from a copy, or begin a new search"
 
 
-def mend_journal(path: Path) -> None:
+def mend_journal(path: Path) -> bool:
     """Take out what a machine that died, or a full disk, left half written.
 
     Optuna would read no further than such a line, and what others append after it would be lost. Half a line is no
     record: whoever wrote it was not told that it is safe. It is the last one, or the next record follows it on the same
     line.
 
+    Returns:
+        Whether anything was taken out.
+
     Raises:
         ConfigError: Another line is spoiled: without it, the numbers of what follows would mean something else.
     """
     if not path.exists() or _whole(read_bytes(path, "study's journal", error=ConfigError)):
-        return
+        return False
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()  # nobody is writing now
     try:
         data = path.read_bytes()
-        if not _whole(data):
+        if torn := not _whole(data):
             *lines, last = data.split(b"\n")
             kept = [_mended(path, k, text) for k, text in enumerate(lines, 1)]
             kept += [last] if _record(last) else []
@@ -225,6 +251,7 @@ def mend_journal(path: Path) -> None:
             os.replace(temporary, path)
     finally:
         lock.release()
+    return torn
 
 
 def _whole(data: bytes) -> bool:
