@@ -43,7 +43,7 @@ def documented(program: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", DEPLOY / "README.md"], ids=["README", "deploy"])
+@pytest.mark.parametrize("path", [ROOT / "docs" / "cluster.md", DEPLOY / "README.md"], ids=["docs", "deploy"])
 def test_the_documented_commands_are_ones_that_the_programs_take(path: Path) -> None:
     found = commands(path)
     assert found
