@@ -98,6 +98,30 @@ def test_reading_processes_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+REPORT_MAY = {f"tuning.{name}" for name in ("budget", "options", "plain", "record", "search", "space")}
+
+
+def test_a_report_needs_neither_ray_nor_the_cluster() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'cluster'): sys.modules[name] = None\n"
+        "import tuning.report.files, tuning.report.page, tuning.report.plots\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_parts_of_a_report_do_not_import_in_circles() -> None:
+    """Lines within functions count too; from the rest of the search they take what is read, and no driver."""
+    parts = {f"tuning.report.{file.stem}": imports(file) for file in (ROOT / "tuning" / "report").glob("[a-z]*.py")}
+    for name, found in parts.items():
+        wrong = {n for n in found if n.startswith(("cluster", "tuning")) and n not in parts} - REPORT_MAY
+        assert not wrong, f"{name} imports {wrong}"
+    left = {name: found & parts.keys() for name, found in parts.items()}
+    while free := {name for name, found in left.items() if not found & left.keys()}:
+        left = {name: found for name, found in left.items() if name not in free}
+    assert not left, f"a circle among {sorted(left)}"
+
+
 # Distributions under another name than what is imported.
 NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "mlflow-skinny": "mlflow"}
 NAMES |= {"optuna-dashboard": "optuna_dashboard", "kubernetes-validate": "kubernetes_validate"}
