@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from tuning.options import Objective
-from tuning.record import Run, read_trials
+from tuning.record import Run, Session, read_trials
 from tuning.report.files import write_report
 from tuning.report.read import Finalist, Findings
-from tuning.search import Search, Session
+from tuning.search import Search
 from tuning.space import SearchSpace, build_space
 from tuning.study import distribution
 from ugrl.storage import Place

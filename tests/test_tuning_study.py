@@ -314,9 +314,9 @@ def test_workers_are_placed_node_by_node(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuning import searcher as module
+    from tuning import commit as module
 
-    file = tmp_path / "site-packages" / "searcher.py"
+    file = tmp_path / "site-packages" / "commit.py"
     file.parent.mkdir()
     file.write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -324,7 +324,7 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(module, "__file__", str(file))
     assert module.code_commit() == ""
-    vendored = tmp_path / "vendor" / "tuning" / "searcher.py"
+    vendored = tmp_path / "vendor" / "tuning" / "commit.py"
     vendored.parent.mkdir(parents=True)
     vendored.write_text("")
     for words in (["add", "."], ["commit", "-q", "-m", "within"]):

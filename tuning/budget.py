@@ -9,8 +9,7 @@ import optuna
 from optuna.trial import TrialState
 
 from tuning.options import Budget
-from tuning.record import HELD
-from tuning.search import Session, read_sessions
+from tuning.record import HELD, Session, read_sessions
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.preflight import Capacity
+from tuning.formatting import few, hours, short, span
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
-from tuning.plain import few, hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
 from tuning.steer import remarks

@@ -31,8 +31,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuning.record import DRIVER
-from tuning.search import SESSION
+from tuning.record import DRIVER, SESSION
 from ugrl.errors import BusyError
 from ugrl.ownership import LostError, Ownership, own
 from ugrl.storage import place

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tuning.formatting import clock, score_text, short, span
 from tuning.options import Objective
-from tuning.plain import clock, score_text, short, span
 from tuning.record import TrialRow, best_trial, read_trials
 from tuning.searcher import StudySearch
 from tuning.study import STEP

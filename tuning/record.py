@@ -49,6 +49,8 @@ BASELINES = {
 }
 RUNS, SEEDS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "seeds", "held", "out", "host", "driver", "commit"
 CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
+# Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
+SESSION = "session:"
 
 
 @dataclass(frozen=True)
@@ -290,3 +292,41 @@ def label(name: str) -> str:
         return {"step_s": "step, s", "memory_gb": "memory, GB", "gflop": "step, GFLOP"}[name]
     words = {"miou": "mIoU", "map": "mAP", "f1": "F1", "cam": "CAM"}
     return " ".join(words.get(word, word) for word in name.split("_")) + ", %"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One driver's time with a study.
+
+    Attributes:
+        id: Of the driver.
+        host: Where it ran.
+        pid: Its process.
+        slots: Trials side by side.
+        started: Seconds since the epoch.
+        seen: When it was last heard of.
+        ended: Whether it said goodbye.
+    """
+
+    id: str
+    host: str = ""
+    pid: int = 0
+    slots: int = 1
+    started: float = 0.0
+    seen: float = 0.0
+    ended: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Its length so far."""
+        return max(0.0, self.seen - self.started)
+
+
+def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
+    """The sessions of a study's drivers, by time."""
+    found = [
+        Session(**{k: v for k, v in attrs.items() if k in Session.__dataclass_fields__})
+        for key, attrs in study.user_attrs.items()
+        if key.startswith(SESSION)
+    ]
+    return tuple(sorted(found, key=lambda s: s.started))

@@ -1,19 +1,14 @@
-"""A search that was checked as a whole, and the sessions of its drivers."""
+"""A search that was checked as a whole: what is searched, on which data, and where it is written."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import optuna
-
 from tuning.options import Objective
 from tuning.space import SearchSpace
 from ugrl.config import Config
 from ugrl.storage import Place
-
-# Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
-SESSION = "session:"
 
 
 @dataclass(frozen=True)
@@ -43,41 +38,3 @@ class Search:
     def steps(self) -> int:
         """Of a whole run."""
         return self.base.train.steps
-
-
-@dataclass(frozen=True)
-class Session:
-    """One driver's time with a study.
-
-    Attributes:
-        id: Of the driver.
-        host: Where it ran.
-        pid: Its process.
-        slots: Trials side by side.
-        started: Seconds since the epoch.
-        seen: When it was last heard of.
-        ended: Whether it said goodbye.
-    """
-
-    id: str
-    host: str = ""
-    pid: int = 0
-    slots: int = 1
-    started: float = 0.0
-    seen: float = 0.0
-    ended: bool = False
-
-    @property
-    def seconds(self) -> float:
-        """Its length so far."""
-        return max(0.0, self.seen - self.started)
-
-
-def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
-    """The sessions of a study's drivers, by time."""
-    found = [
-        Session(**{k: v for k, v in attrs.items() if k in Session.__dataclass_fields__})
-        for key, attrs in study.user_attrs.items()
-        if key.startswith(SESSION)
-    ]
-    return tuple(sorted(found, key=lambda s: s.started))

@@ -10,10 +10,8 @@ the storage.
 from __future__ import annotations
 
 import math
-import os
 import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +27,9 @@ from ray.tune.search import Searcher
 from sqlalchemy.exc import OperationalError
 
 from tuning.budget import spent
+from tuning.commit import code_commit
 from tuning.lease import Lease
+from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
     BESIDE,
@@ -47,7 +47,6 @@ from tuning.record import (
     Run,
     read_trials,
 )
-from tuning.report.noise import ROUNDING, Measure, difference, noise_of
 from tuning.search import Search
 from tuning.space import finite, trial_config
 from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, trial_folder
@@ -622,27 +621,6 @@ def why_failed(folder: Path) -> str:
 def _kind(why: str) -> str:
     """An error without its numbers and paths, so that two of a kind are equal."""
     return " ".join(w for w in why.split() if not any(c.isdigit() or c in "/\\" for c in w))
-
-
-def code_commit() -> str:
-    """The commit of the code that runs, where it is a checkout; with ``+`` where files were changed."""
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str | None:
-        env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        try:
-            found = subprocess.run(
-                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=5, env=env
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    # The code may lie within somebody's own repository, be it installed there or kept in a folder of it.
-    top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != here.parents[1] or git("ls-files", "--error-unmatch", here.name) is None:
-        return ""
-    return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
 
 def patiently(work: Callable[[], T], patience_s: float) -> T:

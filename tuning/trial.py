@@ -240,9 +240,8 @@ def train_on_workers(
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
     from cluster.launch import launch
     from cluster.line import Line
-    from tuning.relay import Relay
 
-    relay, line, ended = Relay(reports), Line.open(), threading.Event()
+    line, ended = Line.open(), threading.Event()
 
     def lost() -> bool:
         try:
@@ -265,7 +264,7 @@ def train_on_workers(
             shards=shards,
             out=out,
             workers=shared["workers"],
-            callbacks=[relay],
+            callbacks=[_relay(reports)],
             groups=shared["groups"],
             line=line,
             owner=shared["owner"],
@@ -274,6 +273,31 @@ def train_on_workers(
         ended.set()
         thread.join()
         line.close()
+
+
+def _relay(reports: Reports) -> Any:
+    """The callback of Ray Train that passes rank 0's validations on to the trial: one report for each of them.
+
+    A checkpoint alone is no report.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from cluster.worker import EVALUATED  # brings Ray Train, which a trial of one worker does not need
+
+    class Relay(TuneReportCallback):
+        step = -1.0
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            """Called by the controller once all ranks have reported."""
+            found = metrics[0]
+            # A run that was repaired repeats the validations since its checkpoint.
+            if found.get(EVALUATED) and found["step"] > self.step:
+                self.step = found["step"]
+                scores = {k: v for k, v in found.items() if k not in (EVALUATED, *LOGGED)}
+                reports.log(found)
+                super().after_report(run_context, [reports.made(int(found["step"]), scores)], None)
+
+    return Relay()
 
 
 def logged_costs(values: Mapping[str, float]) -> dict[str, float]:

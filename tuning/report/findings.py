@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.budget import covered
+from tuning.noise import Measure, measure
 from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, TrialRow, ranked
-from tuning.report.noise import Measure, measure
 from tuning.report.read import Findings, once
 from tuning.space import trial_config
 from ugrl import config as configs

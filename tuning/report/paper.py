@@ -17,11 +17,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.plain import short
+from tuning.formatting import short
+from tuning.noise import Gap, Measure, difference, measure, show
 from tuning.record import Run, TrialRow, label, ranked
 from tuning.report.drawing import BEST, COLORS, SHADES, STYLE, save
 from tuning.report.findings import PAPER
-from tuning.report.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
+from tuning.report.luck import by_luck, seed_noise
 from tuning.report.read import Findings
 from tuning.report.sentences import plural
 from ugrl.secrets import masked

@@ -9,8 +9,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 
-from tuning.record import Run, TrialRow, best_trial, mean_metrics, read_trials, standard_error
-from tuning.search import Search, Session, read_sessions
+from tuning.record import Run, Session, TrialRow, best_trial, mean_metrics, read_sessions, read_trials, standard_error
+from tuning.search import Search
 
 P = ParamSpec("P")
 T = TypeVar("T")

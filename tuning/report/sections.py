@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tuning.plain import short
+from tuning.formatting import short
+from tuning.noise import show
 from tuning.record import TrialRow, label, pareto, ranked
 from tuning.report.findings import (
     BEST,
@@ -25,7 +26,6 @@ from tuning.report.findings import (
     train_command,
     training_seconds,
 )
-from tuning.report.noise import show
 from tuning.report.paper import PaperSection
 from tuning.report.plots import importance
 from tuning.report.read import Findings
