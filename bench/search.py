@@ -174,8 +174,9 @@ class World:
         from tuning.options import Objective
         from tuning.search import Search
         from tuning.searcher import StudySearch
-        from tuning.space import build_space
-        from tuning.study import open_study, quiet_optuna
+        from tuning.space_file import build_space
+        from tuning.store import quiet_optuna
+        from tuning.study import open_study
         from ugrl.storage import place
 
         quiet_optuna()
@@ -322,7 +323,7 @@ def tiny_search(out: Path, shards: Any) -> Search:
     """A search of trainings of a second."""
     from tuning.options import Objective
     from tuning.search import Search
-    from tuning.space import build_space
+    from tuning.space_file import build_space
 
     space = build_space(TINY)
     return Search(space, space.base(), shards, (Objective("seg_miou"),), out)
@@ -359,7 +360,7 @@ class overhead:  # noqa: N801
             yield from (Skipped(n, "Ray or Optuna is not installed") for n in overhead.NAMES if ctx.wants(n))
             return
         from bench import ray_use
-        from tuning.study import quiet_optuna
+        from tuning.store import quiet_optuna
         from ugrl.train.run import ensure_shards
 
         quiet_optuna()

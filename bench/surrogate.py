@@ -31,7 +31,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tuning.space import Axis, SearchSpace, build_space
+from tuning.axis import Axis
+from tuning.space import SearchSpace
+from tuning.space_file import build_space
 
 DATA = Path(__file__).resolve().parent / "data" / "shapes.json"
 

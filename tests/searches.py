@@ -18,8 +18,9 @@ from tuning.lease import Lease
 from tuning.options import Objective
 from tuning.search import Search
 from tuning.searcher import StudySearch
-from tuning.space import build_space
-from tuning.study import open_storage, open_study, study_name
+from tuning.space_file import build_space
+from tuning.store import open_storage
+from tuning.study import open_study, study_name
 from ugrl.errors import ConfigError
 from ugrl.storage import place
 from ugrl.train import checkpoint

@@ -20,7 +20,7 @@ from tuning.options import Objective
 from tuning.record import Run, TrialRow
 from tuning.search import Search
 from tuning.searcher import StudySearch
-from tuning.space import build_space
+from tuning.space_file import build_space
 from ugrl.storage import place
 
 STEPS = (60, 120, 180, 240)

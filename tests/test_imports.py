@@ -98,7 +98,11 @@ def test_reading_processes_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-REPORT_MAY = {f"tuning.{name}" for name in ("budget", "formatting", "noise", "options", "record", "search", "space")}
+# What a report takes from the rest of the search: what is read, and no driver.
+REPORT_MAY = {
+    f"tuning.{name}"
+    for name in ("advice", "axis", "budget", "formatting", "noise", "options", "record", "search", "space")
+}
 
 
 def test_a_report_needs_neither_ray_nor_the_cluster() -> None:

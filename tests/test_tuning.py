@@ -31,7 +31,7 @@ from tuning import cli
 from tuning.placement import concurrent_trials, held
 from tuning.record import read_trials
 from tuning.search import Search
-from tuning.study import open_storage
+from tuning.store import open_storage
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint

@@ -20,7 +20,8 @@ from tuning.driver import open_finals, plan_finals
 from tuning.lease import Lease, once
 from tuning.options import Final
 from tuning.search import Search
-from tuning.study import plan, put_back, trial_folder
+from tuning.store import id_of, put_back, read_frozen, storage_of
+from tuning.study import plan
 from ugrl import ownership
 from ugrl.errors import ConfigError
 from ugrl.ownership import Claim, LostError, fence, process_space
@@ -40,12 +41,12 @@ def taking(out: str, storage: str) -> Attempt:
     """A driver that wants the trial of each round."""
     search = a_search(out, storage)
     study = load(search)
-    lease, ids = Lease(study), [t._trial_id for t in study.get_trials(deepcopy=False)]
+    lease, trials = Lease(study), study.get_trials(deepcopy=False)
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:
-        seen = study._storage.get_trial(ids[k])
-        trial = lease.take(study, seen, trial_folder(search.out, k))
+        seen = read_frozen(study, trials[k])
+        trial = lease.take(study, seen, search.folder(k))
         yield trial is not None and lease.holds(study, trial)
         if trial is not None:
             put_back(study, trial)
@@ -75,7 +76,7 @@ def test_of_drivers_that_take_an_orphan_over_at_once_one_does(storage: str, tmp_
     claim = Claim("gone", socket.gethostname(), gone.pid, process_space(), time.time(), number=1, owner=True)
     with searcher(search) as found:
         for trial in found.study.get_trials(deepcopy=False):
-            found.study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            storage_of(found.study).set_trial_state_values(id_of(trial), TrialState.RUNNING)
             (place(found.folder(trial.number)) / "owner" / "gone.json").write(claim.bytes())
         assert len(found.orphans()) == ROUNDS
     assert together(taking, str(tmp_path), storage) == ONE_EACH
@@ -112,7 +113,7 @@ def planning(out: str, storage: str, part: str) -> Attempt:
     """A driver that plans more trials, or more final runs, in each round."""
     search = a_search(out, storage)
     study = load(search)
-    finals = open_finals(search, study._storage)
+    finals = open_finals(search, study)
     assert finals is not None
 
     @contextmanager
@@ -145,10 +146,10 @@ def test_of_drivers_that_plan_at_once_one_does(storage: str, part: str, tmp_path
     with searcher(search) as found:
         for k in range(2):
             play(found, str(k), lambda *_: 0.5)
-        finals = open_finals(search, found.study._storage)
+        finals = open_finals(search, found.study)
     assert together(planning, str(tmp_path), storage, part) == ONE_EACH
     study = load(search)
-    finals = open_finals(search, study._storage)
+    finals = open_finals(search, study)
     assert finals is not None
     grown = [t.system_attrs["fixed_params"] for t in finals.get_trials()] if part != "trials" else study.get_trials()
     assert len(grown) == 2 * ROUNDS + (ROUNDS if part == "trials" else 0)

@@ -25,10 +25,12 @@ from optuna.trial import TrialState
 from cluster.preflight import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, load, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals, sweep_stopped
+from tuning.journal import mend_journal
 from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
-from tuning.study import mend_journal, open_storage, open_study, plan, put_back, queue
+from tuning.store import open_storage, put_back
+from tuning.study import open_study, plan, queue
 from tuning.trial import asked_to_leave, with_room
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
@@ -159,7 +161,7 @@ def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, 
 
 
 def _open(folder: str, gate: Any, told: Any) -> None:
-    from tuning.study import open_storage
+    from tuning.store import open_storage
 
     gate.wait(60)
     try:
@@ -370,7 +372,7 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
     with searcher(search) as found:
         for k in range(4):
             play(found, str(k), lambda *_, k=k: (0.3, 0.6, 0.1, 0.5)[k])
-        finals = open_finals(search, found.study._storage)
+        finals = open_finals(search, found.study)
         plan_finals(search, found.study, finals)
         plan_finals(search, found.study, finals)
         asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
@@ -550,7 +552,7 @@ FILLED = """
 import resource, sys
 from pathlib import Path
 import optuna
-from tuning.study import open_journal
+from tuning.store import open_journal
 path, none = Path(sys.argv[1]) / "study.journal", resource.RLIM_INFINITY
 study = optuna.create_study(storage=open_journal(path))
 other = optuna.load_study(storage=open_journal(path), study_name=study.study_name)

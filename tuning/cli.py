@@ -19,7 +19,6 @@ from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from cluster.preflight import Capacity
@@ -93,7 +92,7 @@ def build_report_parser() -> argparse.ArgumentParser:
 
 def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
     """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
-    from tuning.space import load_space
+    from tuning.space_file import load_space
 
     name = args.space or (known if known is not None else "shapes")
     return load_space(
@@ -171,7 +170,8 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
 
 def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
     """Refuse to continue a search as another one, naming the first difference."""
-    from tuning.space import differences, load_space
+    from tuning.space import differences
+    from tuning.space_file import load_space
 
     for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
         raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
@@ -195,8 +195,9 @@ def stored_search(out: Path, storage_url: str | None = None) -> tuple[Search, op
 
     from tuning.options import Objective
     from tuning.search import Search
-    from tuning.space import load_space
-    from tuning.study import OBJECTIVES, WHERE, open_storage, study_name
+    from tuning.space_file import load_space
+    from tuning.store import open_storage
+    from tuning.study import OBJECTIVES, WHERE, study_name
     from ugrl.storage import place
 
     out = out.absolute()
@@ -262,7 +263,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.resume:  # what is resumed may have ended, and then needs no cluster
         check(args.address)
     search = plan_search(args, console)
-    from tuning.steer import remarks
+    from tuning.advice import remarks
 
     for text in () if args.quiet else remarks(search):
         console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
@@ -272,13 +273,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from tuning.driver import nothing_left, open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.study import quiet_optuna
+    from tuning.store import quiet_optuna
 
     quiet_optuna()
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
-    if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
+    if study is None or not nothing_left(search, study, open_finals(search, study, create=False)):
         study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
-    finals = open_finals(search, study._storage, create=False)
+    finals = open_finals(search, study, create=False)
     if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(read_findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
@@ -311,13 +312,13 @@ def _run_on_ray(
     try:
         have = aside(lambda: start_ray(args.address))
         side_by_side = concurrent_trials(search, have)
-        study = begin(search, resume=args.resume, storage=known._storage if known is not None else None)
+        study = begin(search, resume=args.resume, known=known)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
 
 
-def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -> optuna.Study:
+def begin(search: Search, *, resume: bool, known: optuna.Study | None = None) -> optuna.Study:
     """The study of a search, and the files that say what the search is.
 
     The files come first: a search that is killed at any moment can be resumed.
@@ -325,7 +326,7 @@ def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -
     Args:
         search: The search.
         resume: Whether the study may exist already.
-        storage: Already open: replaying a journal twice takes seconds.
+        known: The study, where it is open already: replaying a journal twice takes seconds.
 
     Raises:
         UgrlError: The storage cannot be opened, or holds another search's study.
@@ -334,13 +335,15 @@ def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -
 
     from tuning.lease import PLAN_S
     from tuning.options import public
-    from tuning.study import WHERE, open_storage, open_study, study_name
+    from tuning.store import open_storage, storage_of
+    from tuning.study import WHERE, open_study, study_name
     from ugrl.ownership import own
     from ugrl.storage import place
 
     space, out = search.space, search.out
     shared = "://" in space.storage and "sqlite:" not in space.storage  # a file lies in the search's own folder
-    storage = storage or (open_storage(space.storage, out) if shared else None)
+    opened = open_storage(space.storage, out) if shared else None
+    storage = storage_of(known) if known is not None else opened
     name = study_name(space.storage, out)
     if shared and name in library.get_all_study_names(storage):
         found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
@@ -381,7 +384,7 @@ def _run_parts(
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease, once
     from tuning.progress import TrialProgress
-    from tuning.searcher import patiently
+    from tuning.store import retry_storage
     from tuning.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
@@ -417,7 +420,7 @@ def _run_parts(
             return number, searcher.halted if searcher is not None else ""
         if (halted := searcher.halted) and not halted.startswith("budget."):
             return 0, halted
-        finals = patiently(lambda: open_finals(search, study._storage), search.base.data.storage_patience_s)
+        finals = retry_storage(lambda: open_finals(search, study), search.base.data.storage_patience_s)
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
@@ -475,7 +478,7 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
     """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
     from tuning.dryrun import dry_run, machine
     from tuning.search import Search
-    from tuning.study import quiet_optuna
+    from tuning.store import quiet_optuna
     from ugrl.storage import place
 
     if args.step_s is not None and not 0 < args.step_s < float("inf"):
@@ -503,11 +506,11 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from tuning.driver import open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.study import quiet_optuna
+    from tuning.store import quiet_optuna
 
     quiet_optuna()
     search, study = stored_search(args.study, args.storage)
-    write_report(read_findings(search, study, open_finals(search, study._storage, create=False)), console)
+    write_report(read_findings(search, study, open_finals(search, study, create=False)), console)
     return 0
 
 

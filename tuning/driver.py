@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 from ray import tune
 
@@ -28,8 +27,9 @@ from tuning.options import Repeats, Scheduler
 from tuning.placement import Room, concurrent_trials, held
 from tuning.record import TrialRow, ranked, read_trials
 from tuning.search import Search
-from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
-from tuning.study import FINALS, PLANNED, is_spent, study_name
+from tuning.searcher import IDLE_S, StudyScheduler, StudySearch
+from tuning.store import fixed_params, retry_storage, storage_of
+from tuning.study import PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError, NoRoomError, UgrlError
 from ugrl.hear import SIGNALS
@@ -38,6 +38,8 @@ from ugrl.storage import place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
+# What the name of the study of the final runs ends with.
+FINALS = ":final"
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
 READY = "ready"
@@ -374,9 +376,9 @@ class FinalSearch(StudySearch):
         return self.search.out / "final" / f"{number:03d}"
 
 
-def open_finals(search: Search, storage: BaseStorage, *, create: bool = True) -> optuna.Study | None:
-    """The study of the final runs; ``None`` where there is none and none is to be made."""
-    name = study_name(search.space.storage, search.out) + FINALS
+def open_finals(search: Search, study: optuna.Study, *, create: bool = True) -> optuna.Study | None:
+    """The study of the final runs, beside that of the search; ``None`` where there is none and none is to be made."""
+    storage, name = storage_of(study), study_name(search.space.storage, search.out) + FINALS
     if name not in optuna.get_all_study_names(storage):
         if not create:
             return None
@@ -407,7 +409,7 @@ def plan_finals(
     best = finalists_of(search, study)
     found = finals.get_trials(deepcopy=False)
     have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
-    have |= {tuple(t.system_attrs.get("fixed_params", {}).get(k) for k in ("candidate", "seed")) for t in found}
+    have |= {(fixed.get("candidate"), fixed.get("seed")) for fixed in map(fixed_params, found)}
     # Seed by seed: if the time is cut short, every candidate has as many.
     for k in range(search.space.final.seeds):
         for row in best:
@@ -445,7 +447,7 @@ def run_finals(
     def planned() -> bool:
         return bool(finals.user_attrs.get(READY) == wanted)
 
-    patiently(
+    retry_storage(
         lambda: once(search.out, lambda check: plan_finals(search, study, finals, check), planned),
         search.base.data.storage_patience_s,
     )

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.preflight import Capacity
+from tuning.advice import remarks, weak_rung
 from tuning.formatting import few, hours, short, span
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
+from tuning.sampling import make_pruner, make_sampler, suggest_point
 from tuning.search import Search
-from tuning.space import SearchSpace, weak_rung
-from tuning.steer import remarks
-from tuning.study import make_pruner, make_sampler, plan, suggest_point
+from tuning.space import SearchSpace
+from tuning.study import plan
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 

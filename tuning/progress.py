@@ -20,9 +20,8 @@ from rich.text import Text
 
 from tuning.formatting import clock, score_text, short, span
 from tuning.options import Objective
-from tuning.record import TrialRow, best_trial, read_trials
+from tuning.record import STEP, TrialRow, best_trial, read_trials
 from tuning.searcher import StudySearch
-from tuning.study import STEP
 
 # Off a terminal, the search is heard of at least so often; the trials' logs are looked at so often.
 EVERY_S, LOOK_S = 30.0, 2.0

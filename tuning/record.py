@@ -49,6 +49,8 @@ BASELINES = {
 }
 RUNS, SEEDS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "seeds", "held", "out", "host", "driver", "commit"
 CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
+# What a report of a trial calls the step that the trainer counts.
+STEP = "step"
 # Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
 SESSION = "session:"
 
@@ -179,6 +181,15 @@ class TrialRow:
 def collapsed(runs: Iterable[Run]) -> bool:
     """Whether any of some runs ended no better than a predictor that has learned nothing."""
     return any(r.ended and r.metrics.get(COLLAPSED, 0.0) >= 0.5 for r in runs)
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a finite number.
+
+    >>> finite(float("nan")), finite(1)
+    (False, True)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean_metrics(found: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -38,3 +38,7 @@ class Search:
     def steps(self) -> int:
         """Of a whole run."""
         return self.base.train.steps
+
+    def folder(self, number: int) -> Path:
+        """Where the runs of a trial are written, one folder a seed."""
+        return self.out / "trials" / f"{number:03d}"

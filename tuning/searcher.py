@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from sqlalchemy.exc import OperationalError
 
 from tuning.budget import spent
 from tuning.commit import code_commit
@@ -43,16 +41,19 @@ from tuning.record import (
     OUT,
     RUNS,
     SEEDS,
+    STEP,
     VIOLATION,
     Run,
+    finite,
     read_trials,
 )
+from tuning.sampling import make_sampler, suggest_point
 from tuning.search import Search
-from tuning.space import finite, trial_config
-from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, trial_folder
+from tuning.space import trial_config
+from tuning.store import put_back, read_frozen, retry_storage
+from tuning.study import queue
 from ugrl import config as configs
-from ugrl.command import complain
-from ugrl.errors import AwayError, ConfigError
+from ugrl.errors import ConfigError
 from ugrl.ownership import owned
 from ugrl.storage import StorageError, place
 
@@ -171,8 +172,8 @@ class StudySearch(Searcher):
         return self.patiently(lambda: self._suggest(trial_id))
 
     def patiently(self, work: Callable[[], T]) -> T:
-        """Do something with the storage, which may be away for a while; see :func:`patiently`."""
-        return patiently(work, self.search.base.data.storage_patience_s)
+        """Do something with the storage, which may be away for a while; see :func:`retry_storage`."""
+        return retry_storage(work, self.search.base.data.storage_patience_s)
 
     def open_session(self) -> None:
         """Ray Tune is started anew, and has no processes yet."""
@@ -279,7 +280,7 @@ class StudySearch(Searcher):
 
     def begin(self, trial: Trial) -> Job:
         """A job of a trial that was just taken, with all that is known of it from before."""
-        frozen = self.study._storage.get_trial(trial._trial_id)
+        frozen = read_frozen(self.study, trial)
         folder = self.folder(trial.number)
         job = Job(
             trial,
@@ -304,7 +305,7 @@ class StudySearch(Searcher):
 
     def folder(self, number: int) -> Path:
         """Of a trial's runs."""
-        return trial_folder(self.search.out, number)
+        return self.search.folder(number)
 
     def point(self, trial: Trial) -> dict[str, Any]:
         """The configuration of a trial."""
@@ -482,7 +483,7 @@ class StudySearch(Searcher):
             job.trial.set_user_attr(ERROR, why)
         elif why:
             job.trial.set_user_attr(NOTE, why)
-        if state != TrialState.FAIL and VIOLATION not in self.study._storage.get_trial(job.trial._trial_id).user_attrs:
+        if state != TrialState.FAIL and VIOLATION not in read_frozen(self.study, job.trial).user_attrs:
             for each in self.search.space.constraints:
                 kept = job.value(each.name)
                 job.trial.set_constraint(each.name, (kept if kept is not None else each.limit) - each.limit)
@@ -501,7 +502,7 @@ class StudySearch(Searcher):
 
         Tune would start it again by itself, but not where the process died before the trial had begun.
         """
-        frozen = self.study._storage.get_trial(job.trial._trial_id)
+        frozen = read_frozen(self.study, job.trial)
         deaths = int(frozen.user_attrs.get(DEATHS, 0)) + 1
         job.trial.set_user_attr(DEATHS, deaths)
         if deaths > self.search.space.max_failures:
@@ -621,26 +622,3 @@ def why_failed(folder: Path) -> str:
 def _kind(why: str) -> str:
     """An error without its numbers and paths, so that two of a kind are equal."""
     return " ".join(w for w in why.split() if not any(c.isdigit() or c in "/\\" for c in w))
-
-
-def patiently(work: Callable[[], T], patience_s: float) -> T:
-    """Do something with the storage; a database that is away for a while is waited for.
-
-    Raises:
-        AwayError: It was away for too long.
-    """
-    until, told = time.monotonic() + patience_s, False
-    while True:
-        try:
-            return work()
-        except (OperationalError, StorageInternalError, StorageError, OSError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if time.monotonic() > until:
-                raise AwayError(
-                    f"the study's storage has been away for {patience_s:g} s (data.storage_patience_s; {why}); "
-                    "continue with --resume once it answers"
-                ) from None
-            if not told:
-                complain(f"the study's storage is away ({why}); trying again for up to {patience_s:g} s", word="")
-                told = True
-            time.sleep(2.0)

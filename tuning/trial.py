@@ -19,9 +19,9 @@ from typing import Any
 
 from ray import tune
 
+from tuning.record import STEP
 from tuning.searcher import ERROR_FILE, LEAVE
 from tuning.space import trial_config
-from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from tuning.axis import Axis
 from tuning.formatting import short
 from tuning.noise import show
 from tuning.record import TrialRow, label, pareto, ranked
@@ -42,7 +43,6 @@ from tuning.report.sentences import (
     states,
     verdict,
 )
-from tuning.space import Axis
 from ugrl import config as configs
 from ugrl.secrets import public
 from ugrl.text import line
