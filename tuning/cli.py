@@ -270,7 +270,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
-    from tuning.driver import nothing_left, open_finals
+    from tuning.finals import nothing_left, open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
     from tuning.store import quiet_optuna
@@ -381,7 +381,8 @@ def _run_parts(
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.connect import head_watched
-    from tuning.driver import open_finals, run_finals, run_search
+    from tuning.driver import run_finals, run_search
+    from tuning.finals import open_finals
     from tuning.lease import Lease, once
     from tuning.progress import TrialProgress
     from tuning.store import retry_storage
@@ -412,13 +413,13 @@ def _run_parts(
         )
         more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher, number = _until_interrupted(
-                lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar
+            ledger, number = _until_interrupted(
+                lambda: run_search(search, study, have, lease, observers=[bar], **more), bar
             )
         ugrl.hear.say_then("interrupted")
-        if searcher is None or search.space.final.best == 0:
-            return number, searcher.halted if searcher is not None else ""
-        if (halted := searcher.halted) and not halted.startswith("budget."):
+        if ledger is None or search.space.final.best == 0:
+            return number, ledger.halted if ledger is not None else ""
+        if (halted := ledger.halted) and not halted.startswith("budget."):
             return 0, halted
         finals = retry_storage(lambda: open_finals(search, study), search.base.data.storage_patience_s)
         assert finals is not None
@@ -426,7 +427,7 @@ def _run_parts(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
             again, number = _until_interrupted(
-                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], **more), bar
+                lambda: run_finals(search, study, finals, have, lease, observers=[bar], **more), bar
             )
         return number, halted or again.halted if again is not None else halted
 
@@ -436,8 +437,8 @@ def _until_interrupted(work: Callable[[], Any], bar: Any) -> tuple[Any, int]:
     try:
         return work(), 0
     except KeyboardInterrupt as stopped:
-        if bar.searcher is not None:
-            bar.searcher.leave()
+        if bar.ledger is not None:
+            bar.ledger.leave()
         return None, getattr(stopped, "number", None) or signal.SIGINT
 
 
@@ -503,7 +504,7 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
 
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """``ugrl-tune report``."""
-    from tuning.driver import open_finals
+    from tuning.finals import open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
     from tuning.store import quiet_optuna

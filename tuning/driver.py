@@ -1,48 +1,39 @@
-"""The search itself: Ray Tune runs the trials that the study hands out, until none is left.
+"""One driver of a search: lets Ray Tune run what its ledger hands out, waits where there is no room, hears signals.
 
 A search has two parts. The first spends the budget. The second, where ``final.best`` asks for it, is a study of its own
-beside it, whose trials are (candidate, seed): the best configurations again with seeds that nothing was chosen by,
-measured on the untouched split too.
+beside it; see :mod:`tuning.finals`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import Trial, TrialState
-from ray import tune
+from optuna.trial import TrialState
 
 from cluster.preflight import Capacity
+from tuning.finals import FinalQueue, finals_planned, plan_finals
 from tuning.lease import Lease, once
-from tuning.options import Repeats, Scheduler
+from tuning.ledger import Ledger
 from tuning.placement import Room, concurrent_trials, held
-from tuning.record import TrialRow, ranked, read_trials
+from tuning.processes import IDLE_S
 from tuning.search import Search
-from tuning.searcher import IDLE_S, StudyScheduler, StudySearch
-from tuning.store import fixed_params, retry_storage, storage_of
-from tuning.study import PLANNED, is_spent, study_name
-from ugrl import config as configs
-from ugrl.errors import ConfigError, NoRoomError, UgrlError
+from tuning.store import retry_storage
+from tuning.trial_queue import TrialQueue
+from ugrl.errors import NoRoomError, UgrlError
 from ugrl.hear import SIGNALS
 from ugrl.ownership import FOLDER, own
 from ugrl.storage import place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
-# What the name of the study of the final runs ends with.
-FINALS = ":final"
-# The seeds of the final runs begin so far above the search's own.
-FRESH = 1000
-READY = "ready"
 # How long the end of a process that Tune has ended is waited for, in seconds.
 SWEEP_S = 2.0
 
@@ -51,21 +42,7 @@ def _silent(_: str) -> None:
     return None
 
 
-def _nothing() -> None:
-    return None
-
-
-def run_search(
-    search: Search,
-    study: optuna.Study,
-    have: Capacity,
-    lease: Lease,
-    *,
-    callbacks: Sequence[tune.Callback] = (),
-    reuse: bool = True,
-    patience_s: float = math.inf,
-    say: Callable[[str], None] = _silent,
-) -> StudySearch:
+def run_search(search: Search, study: optuna.Study, have: Capacity, lease: Lease, **more: Any) -> Ledger:
     """Run what is left of a search's budget; returns when it is spent or the user interrupts.
 
     Args:
@@ -73,76 +50,88 @@ def run_search(
         study: From :func:`tuning.study.open_study`.
         have: The cluster.
         lease: This driver's.
-        callbacks: Tune callbacks; one with an attribute ``searcher`` is given the searcher.
-        reuse: Whether a process is used again for the next trial.
-        patience_s: Of :func:`wait_for_work`.
-        say: Told in one line what is waited for.
+        **more: As of :func:`run`.
 
     Returns:
-        The searcher; ``halted`` says why it stopped early, if it did.
+        The ledger; ``halted`` says why the search stopped early, if it did.
     """
     cpus, gpus = held(search, have)
-    searcher = StudySearch(study, search, lease, cpus=cpus, gpus=gpus)
-    run(searcher, have, callbacks=callbacks, reuse=reuse, patience_s=patience_s, say=say)
-    return searcher
+    ledger = Ledger(TrialQueue(study, search, lease), cpus=cpus, gpus=gpus)
+    run(ledger, have, **more)
+    return ledger
+
+
+def run_finals(
+    search: Search, study: optuna.Study, finals: optuna.Study, have: Capacity, lease: Lease, **more: Any
+) -> Ledger:
+    """Run the best trials again with fresh seeds; as :func:`run_search`."""
+    retry_storage(
+        lambda: once(
+            search.out,
+            lambda check: plan_finals(search, study, finals, check),
+            lambda: finals_planned(search, study, finals),
+        ),
+        search.base.data.storage_patience_s,
+    )
+    cpus, gpus = held(search, have)
+    ledger = Ledger(FinalQueue(finals, search, lease, study), cpus=cpus, gpus=gpus)
+    run(ledger, have, part="_final", **more)
+    return ledger
 
 
 def run(
-    searcher: StudySearch,
+    ledger: Ledger,
     have: Capacity,
     *,
-    callbacks: Sequence[tune.Callback] = (),
+    observers: Sequence[Any] = (),
     reuse: bool = True,
     patience_s: float = math.inf,
     say: Callable[[str], None] = _silent,
+    part: str = "",
 ) -> None:
-    """Let Ray Tune run what a searcher hands out.
+    """Let Ray Tune run what a ledger hands out.
+
+    Args:
+        ledger: Of this driver.
+        have: The cluster.
+        observers: As :class:`tuning.tune_adapter.Observer`; one with an attribute ``ledger`` is given the ledger.
+        reuse: Whether a process is used again for the next trial.
+        patience_s: Of :func:`wait_for_work`.
+        say: Told in one line what is waited for.
+        part: What the names of the sessions end with.
 
     Raises:
-        Interrupted: It was; trials that were running are still the searcher's.
+        Interrupted: It was; trials that were running are still the ledger's.
         NoRoomError: A disk has been full for longer than its trials wait; they are in the queue again.
     """
-    search = searcher.search
+    from tuning.tune_adapter import free_resources, run_session  # brings Ray, which the ledger does not need
+
+    search, patience = ledger.search, ledger.search.base.data.storage_patience_s
     side_by_side = concurrent_trials(search, have)
-    callbacks = [_Clock(searcher), *callbacks]
-    callbacks += [_Free(searcher)] if search.space.workers > 1 else []
-    for callback in callbacks:
-        if hasattr(callback, "searcher"):
-            callback.searcher = searcher
-    searcher.room = Room(search, have)
-    with _Stop(searcher, search.base.cluster.stop_s) as stop:
-        while wait_for_work(searcher, patience_s=patience_s, say=say):
-            _session(searcher, side_by_side, callbacks, reuse)
-    if searcher.full:
-        searcher.patiently(searcher.leave)
-        raise NoRoomError(searcher.full)
-    if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
+    for each in observers:
+        if hasattr(each, "ledger"):
+            each.ledger = ledger
+    ledger.processes.room = Room(search, have, free_resources)
+    sessions = itertools.count(1)
+    with _Stop(ledger, search.base.cluster.stop_s) as stop:
+        while wait_for_work(ledger, patience_s=patience_s, say=say):
+            name = f"session_{ledger.lease.id}_{next(sessions)}{part}"
+            run_session(ledger, name, side_by_side=side_by_side, observers=observers, reuse=reuse)
+    if ledger.full:
+        retry_storage(ledger.leave, patience)
+        raise NoRoomError(ledger.full)
+    if stop.asked or ledger.jobs:  # Tune returns from an interrupt as if nothing had been
         raise Interrupted(0, stop.number)
-    sweep_stopped(searcher)
+    sweep_stopped(ledger)
 
 
-def sweep_stopped(searcher: StudySearch) -> None:
-    """Take away what the processes of trials that were stopped early left half-done.
-
-    Tune ends a process that gets no other trial at once; it may own the run of the last one still, or write to it.
-    """
-    for trial in searcher.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)):
-        for run_folder in searcher.folder(trial.number).glob("seed_*"):
-            if any(run_folder.glob(f"{FOLDER}/*.json")) or any(run_folder.glob("checkpoints/.*")):
-                try:
-                    with own(place(run_folder), patience_s=SWEEP_S):
-                        checkpoint.sweep(run_folder / "checkpoints")
-                except (UgrlError, OSError):
-                    continue  # the process of another driver, which comes here as well
-
-
-def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[str], None]) -> bool:
+def wait_for_work(ledger: Ledger, *, patience_s: float, say: Callable[[str], None]) -> bool:
     """Wait until this driver can begin a trial, or nothing is left that it might have to begin.
 
     Outside of Tune, which would hold processes, and hear no signal, while it waits.
 
     Args:
-        searcher: Over the study.
+        ledger: Of this driver.
         patience_s: How long room is waited for while no driver gets on with the search; ``inf`` for ever.
         say: Told in one line what is waited for.
 
@@ -152,12 +141,12 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
     Raises:
         NoRoomError: It was not there by then.
     """
-    told, since = "", time.monotonic()
-    while not searcher.closing:
-        waiting, running = searcher.patiently(searcher.outlook)
+    told, since, patience = "", time.monotonic(), ledger.search.base.data.storage_patience_s
+    while not ledger.closing:
+        waiting, running = retry_storage(ledger.outlook, patience)
         if not waiting and not running:
             return False
-        if waiting and searcher.has_room():
+        if waiting and ledger.processes.has_room():
             return True
         if not waiting:
             text, since = f"{running} trials run for other drivers; waiting for them to end", time.monotonic()
@@ -180,35 +169,6 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
     return False
 
 
-def _session(searcher: StudySearch, side_by_side: int, callbacks: list[tune.Callback], reuse: bool) -> None:
-    """Have Tune run trials until this driver has nothing to begin."""
-    search = searcher.search
-    searcher.open_session()
-    sessions = search.out / "tune"
-    sessions.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the trainer writes its own logs
-    tune.Tuner(
-        tune.with_resources(_trainable(searcher, side_by_side), _placement(searcher)),
-        tune_config=tune.TuneConfig(
-            num_samples=-1,
-            max_concurrent_trials=side_by_side,
-            search_alg=searcher,
-            scheduler=StudyScheduler(searcher),
-            # A driver of Ray Train is killed when it is stopped: it waits for its workers and hears nothing.
-            reuse_actors=reuse and search.space.workers == 1,
-        ),
-        run_config=tune.RunConfig(
-            # A name of its own for each session: Tune would mix a reused one with what it finds there.
-            name=f"session_{searcher.lease.id}_{searcher.session}"
-            + ("_final" if isinstance(searcher, FinalSearch) else ""),
-            storage_path=str(sessions),
-            failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # the searcher's to repair
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    ).fit()
-
-
 class _Stop:
     """The first Ctrl-C or SIGTERM has trials write a checkpoint and go; the second, or ``cluster.stop_s``, ends them.
 
@@ -216,8 +176,8 @@ class _Stop:
     for this. A third signal ends the driver.
     """
 
-    def __init__(self, searcher: StudySearch, patience_s: float) -> None:
-        self.searcher = searcher
+    def __init__(self, ledger: Ledger, patience_s: float) -> None:
+        self.ledger = ledger
         self.number: int | None = None
         self._timer = threading.Timer(patience_s, self._end)
         self._timer.daemon = True
@@ -251,208 +211,23 @@ class _Stop:
             self._end()
             return
         self.number = number
-        self.searcher.ask_to_leave()
+        self.ledger.ask_to_leave()
         self._timer.start()
 
     def _end(self) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-class _Clock(tune.Callback):
-    """What a trial holds counts from when it has got it."""
+def sweep_stopped(ledger: Ledger) -> None:
+    """Take away what the processes of trials that were stopped early left half-done.
 
-    def __init__(self, searcher: StudySearch) -> None:
-        self._searcher = searcher
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.placed(trial.trial_id)
-
-
-class _Free(tune.Callback):
-    """Give back the workers of a trial that ended: a driver that Tune stops is killed, not asked."""
-
-    def __init__(self, searcher: StudySearch) -> None:
-        self._searcher = searcher
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._free(trial.trial_id)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._free(trial.trial_id)
-
-    def _free(self, trial_id: str) -> None:
-        from cluster.worker import free_placement
-
-        number = self._searcher.number(trial_id)
-        if number is not None:
-            folder = self._searcher.folder(number)
-            for run_folder in folder.glob("seed_*"):
-                free_placement(run_folder)
-
-
-def _placement(searcher: StudySearch) -> dict[str, float] | tune.PlacementGroupFactory:
-    if searcher.search.space.workers > 1:
-        # Tune wants some resource from every trial; the driver only waits for its workers.
-        return {"cpu": 0, "memory": 2**20}
-    return {"cpu": searcher.cpus, "gpu": searcher.gpus}
-
-
-def _trainable(searcher: StudySearch, groups: int) -> Callable[[dict[str, Any]], None]:
-    """The function that a trial runs.
-
-    What it needs goes through Ray's object store: Tune pickles the function itself into the search's folder, where
-    credentials of the configuration have no place.
+    Tune ends a process that gets no other trial at once; it may own the run of the last one still, or write to it.
     """
-    search = searcher.search
-    space = search.space
-    costs = {*(o.name for o in search.objectives), *(c.name for c in space.constraints)}
-    shared = {
-        "base": configs.to_dict(search.base),
-        "split": space.split,
-        "shards": search.shards.where,
-        "workers": space.workers,
-        "cpus": searcher.cpus,
-        "gpus": searcher.gpus,
-        "groups": groups,
-        "flops": "gflop" in costs or space.paper == "fig7",
-    }
-
-    def trial(task: dict[str, Any], shared: dict[str, Any]) -> None:
-        from tuning.trial import run_trial
-
-        # Read by Tune in this process: a trial that is stopped ends its step and closes its files before the process
-        # takes the next one. After the two seconds of the default, Tune would drop the next one instead.
-        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "300")
-        run_trial(task, shared)
-
-    return tune.with_parameters(trial, shared=shared)
-
-
-# -- the final runs ------------------------------------------------------------------------------
-
-
-class FinalSearch(StudySearch):
-    """The searcher of the final runs: each trial is one candidate with one fresh seed.
-
-    Args:
-        points: Candidate's number → its point.
-        **more: As of :class:`StudySearch`.
-    """
-
-    def __init__(self, study: optuna.Study, search: Search, lease: Lease, points: Mapping[int, Any], **more: Any):
-        # A candidate is not stopped early, whatever the search's own scheduler and repeats are.
-        space = replace(search.space, scheduler=Scheduler("none"), repeats=Repeats(1), constraints=())
-        super().__init__(study, replace(search, space=space), lease, limit=10**9, **more)
-        self.fresh = False
-        self.points = points
-
-    def point(self, trial: Trial) -> dict[str, Any]:
-        """Of its candidate."""
-        number = trial.suggest_int("candidate", 0, 10**6)
-        if number not in self.points:
-            raise ConfigError(f"final run {trial.number}: candidate {number} is no trial of the search")
-        return dict(self.points[number])
-
-    def seeds(self, trial: Trial) -> tuple[int, ...]:
-        """One that the search has not seen."""
-        return (trial.suggest_int("seed", 0, 2**31 - 1),)
-
-    def measured(self) -> bool:
-        """Always."""
-        return True
-
-    def exhausted(self) -> None:
-        """Never: what the search was for is not left out because it was long."""
-        return
-
-    def folder(self, number: int) -> Path:
-        """Beside the trials."""
-        return self.search.out / "final" / f"{number:03d}"
-
-
-def open_finals(search: Search, study: optuna.Study, *, create: bool = True) -> optuna.Study | None:
-    """The study of the final runs, beside that of the search; ``None`` where there is none and none is to be made."""
-    storage, name = storage_of(study), study_name(search.space.storage, search.out) + FINALS
-    if name not in optuna.get_all_study_names(storage):
-        if not create:
-            return None
-        try:
-            optuna.create_study(storage=storage, study_name=name, directions=[o.direction for o in search.objectives])
-        except optuna.exceptions.DuplicatedStudyError:
-            pass  # another driver was faster
-    return optuna.load_study(
-        storage=storage,
-        study_name=name,
-        sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=optuna.pruners.NopPruner(),
-    )
-
-
-def finalists_of(search: Search, study: optuna.Study) -> list[TrialRow]:
-    """The trials that are run again."""
-    return ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
-
-
-def plan_finals(
-    search: Search, study: optuna.Study, finals: optuna.Study, check: Callable[[], None] = _nothing
-) -> None:
-    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing.
-
-    ``check`` is called before each write; it raises where another driver plans by now.
-    """
-    best = finalists_of(search, study)
-    found = finals.get_trials(deepcopy=False)
-    have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
-    have |= {(fixed.get("candidate"), fixed.get("seed")) for fixed in map(fixed_params, found)}
-    # Seed by seed: if the time is cut short, every candidate has as many.
-    for k in range(search.space.final.seeds):
-        for row in best:
-            made = {"candidate": row.number, "seed": search.base.seed + FRESH + k}
-            if (made["candidate"], made["seed"]) not in have:
-                check()
-                finals.enqueue_trial(made)
-    check()
-    finals.set_user_attr(READY, _wanted(search, study))
-
-
-def _wanted(search: Search, study: optuna.Study) -> list[Any]:
-    """What the final runs are of, as the study of the final runs remembers it."""
-    return [sorted(r.number for r in finalists_of(search, study)), search.space.final.seeds]
-
-
-def nothing_left(search: Search, study: optuna.Study, finals: optuna.Study | None) -> bool:
-    """Whether the trials of the budget and the final runs have all ended."""
-    trials = study.get_trials(deepcopy=False)
-    if study.user_attrs.get(PLANNED) != search.space.trials or not all(is_spent(t) for t in trials):
-        return False
-    if search.space.final.best == 0 or not finalists_of(search, study):
-        return True
-    if finals is None or finals.user_attrs.get(READY) != _wanted(search, study):
-        return False
-    return all(is_spent(t) for t in finals.get_trials(deepcopy=False))
-
-
-def run_finals(
-    search: Search, study: optuna.Study, finals: optuna.Study, have: Capacity, lease: Lease, **more: Any
-) -> FinalSearch:
-    """Run the best trials again with fresh seeds; as :func:`run_search`."""
-    wanted = _wanted(search, study)
-
-    def planned() -> bool:
-        return bool(finals.user_attrs.get(READY) == wanted)
-
-    retry_storage(
-        lambda: once(search.out, lambda check: plan_finals(search, study, finals, check), planned),
-        search.base.data.storage_patience_s,
-    )
-    points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
-    cpus, gpus = held(search, have)
-    searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)
-    run(searcher, have, **more)
-    return searcher
+    for trial in ledger.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)):
+        for run_folder in ledger.queue.folder(trial.number).glob("seed_*"):
+            if any(run_folder.glob(f"{FOLDER}/*.json")) or any(run_folder.glob("checkpoints/.*")):
+                try:
+                    with own(place(run_folder), patience_s=SWEEP_S):
+                        checkpoint.sweep(run_folder / "checkpoints")
+                except (UgrlError, OSError):
+                    continue  # the process of another driver, which comes here as well

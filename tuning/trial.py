@@ -17,10 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
+from tuning.job import ERROR_FILE, LEAVE
 from tuning.record import STEP
-from tuning.searcher import ERROR_FILE, LEAVE
 from tuning.space import trial_config
 from ugrl import config as configs
 from ugrl.config import Config
@@ -40,14 +38,14 @@ OWNER_PATIENCE_S = 600.0
 Report = Callable[[dict[str, Any]], None]
 
 
-def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report = tune.report) -> None:
+def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report) -> None:
     """One trial: train at a point with each of its seeds, report each validation.
 
     A training that fails is reported as ``{"error": …}``, and its traceback left in the trial's ``error.txt``: Tune
     starts a trial again only if its process died.
 
     Args:
-        task: From :meth:`tuning.searcher.StudySearch.task`.
+        task: From :meth:`tuning.trial_queue.TrialQueue.task`.
         shared: What all trials share: ``base`` (a plain configuration), ``split``, ``shards``, ``workers``, ``cpus``,
             ``gpus``, ``groups`` (trials side by side), ``flops`` (whether to count them).
         report: Where reports go.
