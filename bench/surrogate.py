@@ -174,8 +174,8 @@ def unit(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> np.ndarra
 
 def collect(folders: Sequence[Path]) -> Measured:
     """The curves of all runs that came to their end, of searches of one space."""
-    from tuning.cli import stored_search
     from tuning.record import read_trials
+    from tuning.search_folder import stored_search
 
     curves, found = [], None
     for folder in folders:

@@ -114,6 +114,29 @@ def test_a_report_needs_neither_ray_nor_the_cluster() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_search_decides_without_ray() -> None:
+    """The ledger, the queue, the storage and the final runs: only the adapter and the trials' processes need Ray."""
+    code = (
+        "import sys\n"
+        "sys.modules['ray'] = None\n"
+        "import tuning.ledger, tuning.trial_queue, tuning.finals, tuning.placement, tuning.driver, tuning.trial\n"
+        "import tuning.progress, tuning.search_folder, tuning.dryrun, tuning.cli, tests.searches, bench.search\n"
+        "assert 'tuning.report' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tuning_is_imported_in_one_direction() -> None:
+    """Imports within functions count, those for the type checker alone do not; no circle is left."""
+    left = {}
+    for file in (ROOT / "tuning").glob("[a-z]*.py"):
+        names = {name for name in imports(file) if name.startswith("tuning.")}
+        left[f"tuning.{file.stem}"] = {n for n in names if not n.startswith("tuning.report")}
+    while free := {name for name, found in left.items() if not found & left.keys()}:
+        left = {name: found for name, found in left.items() if name not in free}
+    assert not left, f"a circle among {sorted(left)}"
+
+
 def test_the_parts_of_a_report_do_not_import_in_circles() -> None:
     """Lines within functions count too; from the rest of the search they take what is read, and no driver."""
     parts = {f"tuning.report.{file.stem}": imports(file) for file in (ROOT / "tuning" / "report").glob("[a-z]*.py")}

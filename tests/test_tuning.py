@@ -31,6 +31,7 @@ from tuning import cli
 from tuning.placement import concurrent_trials, held
 from tuning.record import read_trials
 from tuning.search import Search
+from tuning.search_folder import stored_search
 from tuning.store import open_storage
 from ugrl import config as configs
 from ugrl.errors import ConfigError
@@ -520,7 +521,7 @@ def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.ray
 def test_what_a_search_was_is_read_back(ended: Path) -> None:
     out = ended
-    search, study = cli.stored_search(out)
+    search, study = stored_search(out)
     assert isinstance(search, Search) and search.objective == "seg_miou"
     rows = read_trials(study, search.objectives)
     assert len(rows) == 5 and yaml.safe_load((out / "space.yaml").read_text())["budget"]["trials"] == 5

@@ -156,7 +156,7 @@ def test_of_drivers_that_plan_at_once_one_does(storage: str, part: str, tmp_path
 
 def beginning(out: str) -> Attempt:
     """A command that begins the search of each round."""
-    from tuning.cli import begin
+    from tuning.search_folder import begin
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:

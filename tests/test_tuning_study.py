@@ -386,7 +386,7 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
 
 
 def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
-    from tuning.cli import warm_points
+    from tuning.search_folder import warm_points
 
     first = search_of(SOUND, tmp_path / "voc", trials=6, **NO_STOP)
     (tmp_path / "voc").mkdir()

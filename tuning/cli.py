@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from tuning.search import Search
     from tuning.space import SearchSpace
 
-SPACE, BASE = "space.yaml", "base.yaml"
-# A resumed search may get a larger budget or another machine; what it searches stays.
-MAY_CHANGE = (
-    *("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures"),
-    "overrides.train.mlflow",
-)
-
 SUMMARY = """\
 examples:
   ugrl-tune --space shapes                              the demo: generated images, minutes on two cores
@@ -113,6 +106,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
     from tuning.search import Search
+    from tuning.search_folder import SPACE, being_written, check_same, exists_already
     from ugrl.train.run import ensure_shards
 
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
@@ -120,8 +114,8 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     known = out / SPACE
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
-            raise _exists(out)
-        if not known.is_file() and not all(_being_written(p) for p in out.iterdir()):
+            raise exists_already(out)
+        if not known.is_file() and not all(being_written(p) for p in out.iterdir()):
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
     resumed = args.resume and known.is_file()
     space = read_space(args, known if resumed else None)
@@ -131,19 +125,6 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
         check_same(space, base, out)
     shards = ensure_shards(base, args.data, console=console)
     return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
-
-
-def _exists(out: Path) -> ConfigError:
-    return ConfigError(
-        f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
-    )
-
-
-def _being_written(path: Path) -> bool:
-    """Whether a file is one that comes before the space file: another driver begins this very search."""
-    from ugrl.ownership import FOLDER
-
-    return path.name in (BASE, FOLDER) or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
 def check_data(search: Search, *, fresh: bool = True) -> Search:
@@ -166,83 +147,6 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
             check_run(base, manifest, split=space.final.split, objective=real)
         found.append(Objective(real) if name else o)
     return replace(search, objectives=tuple(found))
-
-
-def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
-    """Refuse to continue a search as another one, naming the first difference."""
-    from tuning.space import differences
-    from tuning.space_file import load_space
-
-    for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
-        raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
-    stored = configs.build(configs.read_yaml(out / BASE))
-    base = configs.build(configs.public_dict(base))
-    for path in configs.paths():
-        if path != "train.mlflow" and configs.get(stored, path) != configs.get(base, path):
-            raise ConfigError(
-                f"{out}: was started with {path} = {configs.get(stored, path)}, not {configs.get(base, path)}; "
-                "a search is resumed as it was"
-            )
-
-
-def stored_search(out: Path, storage_url: str | None = None) -> tuple[Search, optuna.Study]:
-    """A search and its study from its folder, and from a database whose URL is not wholly written down there.
-
-    Raises:
-        ConfigError: The folder holds none.
-    """
-    import optuna as library
-
-    from tuning.options import Objective
-    from tuning.search import Search
-    from tuning.space_file import load_space
-    from tuning.store import open_storage
-    from tuning.study import OBJECTIVES, WHERE, study_name
-    from ugrl.storage import place
-
-    out = out.absolute()
-    if not (out / SPACE).is_file() or not (out / BASE).is_file():
-        raise ConfigError(f"{out}: holds no search; expected {SPACE} and {BASE} in it")
-    space = load_space(out / SPACE, storage=storage_url)
-    base = configs.build(configs.read_yaml(out / BASE))
-    storage, name = open_storage(space.storage, out), study_name(space.storage, out)
-    if name not in library.get_all_study_names(storage):
-        raise ConfigError(f"{out}: its storage holds no study '{name}'")
-    study = library.load_study(storage=storage, study_name=name)
-    names = study.user_attrs.get(OBJECTIVES, [o.name for o in space.objectives])
-    shards = place(study.user_attrs.get(WHERE, {}).get("shards") or base.data.shards or "data")
-    return Search(space, base, shards, tuple(Objective(n) for n in names), out), study
-
-
-def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[str, Any]]]:
-    """The best points of another search that fit this one, with where they came from.
-
-    Raises:
-        ConfigError: The folder holds no search, or nothing of it can be used.
-    """
-    from tuning.record import ranked, read_trials
-    from tuning.space import complete_point
-
-    other, study = stored_search(Path(folder))
-    rows = ranked(read_trials(study, other.objectives), other.objectives[0])
-    ours = {a.path for a in search.space.search}
-    found: list[tuple[str, dict[str, Any]]] = []
-    why = "no trial of it is complete"
-    for row in rows:
-        shared = {k: v for k, v in row.params.items() if k in ours}
-        origin = f"warm: {Path(folder).name} trial {row.number}"
-        try:
-            point = complete_point(search.space, origin, shared, search.base)
-        except ConfigError as error:
-            why = str(error)
-            continue
-        if shared and point not in [p for _, p in found]:
-            found.append((origin, point))
-        if len(found) == best:
-            break
-    if not found:
-        raise ConfigError(f"--warm-start {folder}: no point fits this search ({why})")
-    return found
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -269,6 +173,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
+    from tuning.search_folder import ended_search, warm_points
+
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
     from tuning.finals import nothing_left, open_finals
     from tuning.report.files import write_report
@@ -283,14 +189,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(read_findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
-
-
-def ended_search(search: Search) -> optuna.Study | None:
-    """The study of a search that is resumed, where there is one and it may have ended."""
-    try:
-        return stored_search(search.out, search.space.storage)[1]
-    except ConfigError:
-        return None
 
 
 def _run_on_ray(
@@ -308,6 +206,7 @@ def _run_on_ray(
     from cluster.launch import start_ray, stop_ray
     from cluster.stop import aside
     from tuning.placement import concurrent_trials
+    from tuning.search_folder import begin
 
     try:
         have = aside(lambda: start_ray(args.address))
@@ -316,58 +215,6 @@ def _run_on_ray(
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
-
-
-def begin(search: Search, *, resume: bool, known: optuna.Study | None = None) -> optuna.Study:
-    """The study of a search, and the files that say what the search is.
-
-    The files come first: a search that is killed at any moment can be resumed.
-
-    Args:
-        search: The search.
-        resume: Whether the study may exist already.
-        known: The study, where it is open already: replaying a journal twice takes seconds.
-
-    Raises:
-        UgrlError: The storage cannot be opened, or holds another search's study.
-    """
-    import optuna as library
-
-    from tuning.lease import PLAN_S
-    from tuning.options import public
-    from tuning.store import open_storage, storage_of
-    from tuning.study import WHERE, open_study, study_name
-    from ugrl.ownership import own
-    from ugrl.storage import place
-
-    space, out = search.space, search.out
-    shared = "://" in space.storage and "sqlite:" not in space.storage  # a file lies in the search's own folder
-    opened = open_storage(space.storage, out) if shared else None
-    storage = storage_of(known) if known is not None else opened
-    name = study_name(space.storage, out)
-    if shared and name in library.get_all_study_names(storage):
-        found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
-        if not resume or found != str(out):
-            raise ConfigError(
-                f"storage '{public(space.storage)}' already holds a study named '{name}', of the search in {found}; "
-                "choose another name for --out, or continue that one with --resume"
-            )
-    with own(place(out), patience_s=PLAN_S):
-        if not resume and (out / SPACE).exists():  # of those that begin it at once, one does
-            raise _exists(out)
-        (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
-        (place(out) / SPACE).write(space.to_yaml().encode())
-        study = open_study(
-            space,
-            out,
-            create=not resume,
-            objectives=search.objectives,
-            steps=search.steps,
-            storage=storage,
-            planned=False,
-        )
-        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
-    return study
 
 
 def _run_parts(
@@ -507,6 +354,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from tuning.finals import open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
+    from tuning.search_folder import stored_search
     from tuning.store import quiet_optuna
 
     quiet_optuna()
