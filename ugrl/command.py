@@ -25,7 +25,7 @@ from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
 BAD_INPUT, FAULT, INTERRUPTED, NO_READER = 2, 70, 130, 141
-MOST = 400
+MOST, MOST_PROBLEMS = 400, 20
 EXITS = """
 exit status:
   0 done   2 bad input, named in one line   3 no room on the cluster   4 the cluster was lost
@@ -121,7 +121,10 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     except UgrlError as error:
         if os.environ.get("UGRL_DEBUG") == "1":
             traceback.print_exc()
-        complain(str(error))
+        for problem in error.problems[:MOST_PROBLEMS]:
+            complain(problem)
+        if len(error.problems) > MOST_PROBLEMS:
+            complain(f"and {len(error.problems) - MOST_PROBLEMS} more")
         return error.status
     except KeyboardInterrupt:
         complain(interrupted, word="")

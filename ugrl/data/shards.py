@@ -27,11 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
 from ugrl.storage import Place, StorageError, lasting, place
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

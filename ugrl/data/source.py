@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.data.images import decode_labels, decode_rgb, encode_labels, orientation
 from ugrl.errors import DataError
 from ugrl.row import IGNORE, Row
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 _FACTORIES = {
     "shapes": ("ugrl.data.shapes", "open_shapes"),

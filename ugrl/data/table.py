@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.data.source import CONTROL
 from ugrl.errors import DataError
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 SPLITS = ("train", "val")
 _SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
