@@ -31,7 +31,8 @@ from ugrl.data.images import decode_pixels, decode_rgb
 from ugrl.data.loader import LocalLoader
 from ugrl.data.make import BatchMaker, Loaded, OnDevice
 from ugrl.data.reader import ShardReader
-from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
+from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows
+from ugrl.files import write_whole
 from ugrl.types import Row
 
 CROP, BATCH, SEED, VIEWS = 512, 8, 0, 2
@@ -97,7 +98,7 @@ def write_shards(rows: list[Row], folder: Path) -> Path:
     write_rows(path, iter(rows))
     shard = ShardInfo(path.name, len(rows), path.stat().st_size, sha256(path))
     split = SplitInfo(len(rows), 0, (shard,))
-    write_text(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
+    write_whole(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
     return folder
 
 

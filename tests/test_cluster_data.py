@@ -24,8 +24,9 @@ from ugrl.data.augment import Augment
 from ugrl.data.make import Loaded
 from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
 from ugrl.data.reader import ShardReader
-from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
+from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows
 from ugrl.errors import DataError
+from ugrl.files import write_whole
 from ugrl.train.loop import LoaderSpec
 
 pytestmark = pytest.mark.ray
@@ -242,7 +243,7 @@ def cut_image(folder: Path, manifest: Manifest) -> None:
     write_rows(path, iter(rows))
     shard = ShardInfo(path.name, len(rows), path.stat().st_size, sha256(path))
     split = SplitInfo(len(rows), len(rows), (shard,))
-    write_text(folder / "manifest.json", replace(manifest, splits={"train": split}).to_json())
+    write_whole(folder / "manifest.json", replace(manifest, splits={"train": split}).to_json())
 
 
 @pytest.mark.parametrize(

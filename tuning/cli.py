@@ -317,8 +317,8 @@ def begin(search: Search, *, resume: bool) -> optuna.Study:
     """
     import optuna as library
 
-    from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
+    from ugrl.secrets import public_database as public
 
     space, out = search.space, search.out
     storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None

@@ -8,7 +8,6 @@ is an ordinary path and is used as one.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import time
@@ -24,6 +23,7 @@ from pyarrow import fs as pafs
 
 from ugrl import foreign, secrets
 from ugrl.errors import UgrlError
+from ugrl.files import replacing, write_whole
 from ugrl.text import brief, line
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def _filesystem(scheme: str, netloc: str, query: str) -> tuple[Any, str]:
             options["retry_strategy"] = pafs.AwsDefaultS3RetryStrategy(max_attempts=2)
             found = pafs.S3FileSystem(**{k: v for k, v in options.items() if k in _S3_OPTIONS})
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise StorageError(f"{scheme}://{_host(netloc)}: {_line(error)}", lasting=True) from None
+        raise StorageError(f"{secrets.short(f'{scheme}://{netloc}')}: {_line(error)}", lasting=True) from None
     return found, path.strip("/")
 
 
@@ -94,10 +94,6 @@ _S3_OPTIONS = {
     "force_virtual_addressing",
     "tls_ca_file_path",
 }
-
-
-def _host(netloc: str) -> str:
-    return netloc.rsplit("@", 1)[-1]
 
 
 def _line(error: BaseException) -> str:
@@ -160,10 +156,7 @@ class Place:
 
     def __str__(self) -> str:
         """The path, or the URI without credentials and options."""
-        if self.local is not None:
-            return self.where
-        u = urlsplit(self.where)
-        return urlunsplit((u.scheme, _host(u.netloc), u.path, "", ""))
+        return self.where if self.local is not None else secrets.short(self.where)
 
     __repr__ = __str__
 
@@ -283,16 +276,7 @@ class Place:
         try:
             if self.local is not None:
                 self.local.parent.mkdir(parents=True, exist_ok=True)
-                draft = self.local.with_name(f".{self.local.name}.{os.getpid()}.tmp")
-                try:
-                    with draft.open("wb") as handle:
-                        handle.write(data)
-                        handle.flush()
-                        os.fsync(handle.fileno())
-                    os.replace(draft, self.local)
-                except BaseException:
-                    draft.unlink(missing_ok=True)  # a full disk needs the room
-                    raise
+                write_whole(self.local, data)
                 return
             found, path = self.filesystem()
             with found.open_output_stream(path) as file:  # an object appears when it is closed
@@ -341,18 +325,16 @@ class Place:
             ) from None
 
     def _download(self, to: Path) -> Path:
-        draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        Place(str(draft)).delete()
-        if self.is_dir():
-            draft.mkdir()
-            for name in self.names():
-                (draft / name).write_bytes((self / name).read())
-        else:
-            draft.write_bytes(self.read())
-        if to.is_dir():
-            shutil.rmtree(to)
-        os.replace(draft, to)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(to, durable=False) as draft:
+            if self.is_dir():
+                draft.mkdir()
+                for name in self.names():
+                    (draft / name).write_bytes((self / name).read())
+            else:
+                draft.write_bytes(self.read())
+            if to.is_dir():
+                shutil.rmtree(to)
         return to
 
 

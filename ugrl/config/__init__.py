@@ -25,7 +25,6 @@ from ugrl.config.load import find_yaml as find_yaml
 from ugrl.config.load import load as load
 from ugrl.config.load import parse_overrides as parse_overrides
 from ugrl.config.load import public_dict as public_dict
-from ugrl.config.load import public_tree as public_tree
 from ugrl.config.load import read_yaml as read_yaml
 from ugrl.config.tree import SCALES as SCALES
 from ugrl.config.tree import CamConfig as CamConfig
@@ -42,4 +41,5 @@ from ugrl.config.tree import Steps as Steps
 from ugrl.config.tree import TrainConfig as TrainConfig
 from ugrl.config.tree import UncertaintyConfig as UncertaintyConfig
 from ugrl.config.values import build as build
+from ugrl.secrets import public_tree as public_tree
 from ugrl.text import nearest as nearest

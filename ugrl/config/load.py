@@ -15,7 +15,7 @@ from ugrl.config.keys import override, show, to_dict
 from ugrl.config.tree import Config
 from ugrl.config.values import build
 from ugrl.errors import ConfigError
-from ugrl.secrets import HIDDEN, has_credentials, masked
+from ugrl.secrets import HIDDEN, masked, public_tree
 from ugrl.text import line, nearest
 
 
@@ -130,13 +130,6 @@ def dump(tree: Any, **layout: Any) -> str:
 def public_dict(cfg: Config) -> dict[str, Any]:
     """:func:`to_dict` as it may be written down or shown: credentials within it are hidden."""
     return public_tree(to_dict(cfg))
-
-
-def public_tree(value: Any) -> Any:
-    """A tree whose texts hold no credentials."""
-    if isinstance(value, dict):
-        return {k: public_tree(v) for k, v in value.items()}
-    return masked(value) if isinstance(value, str) and has_credentials(value) else value
 
 
 def check_revealed(cfg: Config, where: object) -> None:

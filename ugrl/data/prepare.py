@@ -37,12 +37,11 @@ from ugrl.data.shards import (
     open_shard,
     partial_of,
     sha256,
-    sync,
     write_rows,
-    write_text,
 )
 from ugrl.data.source import RowError, Source
 from ugrl.errors import BusyError, DataError
+from ugrl.files import DRAFT, replacing, sync, write_whole
 from ugrl.row import Row
 from ugrl.seeding import derive
 from ugrl.storage import Place
@@ -192,20 +191,12 @@ def write_shard(
             census.add(row)
             yield row
 
-    draft, path = folder / f"{job.file}.tmp", folder / job.file
-    try:
+    with replacing(folder / job.file) as draft:
         count, masks = write_rows(draft, rows())
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    if count == 0:
-        return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
-    done = ShardDone(
-        job.split, job.file, count, masks, draft.stat().st_size, sha256(draft), dict(left_out), census.to_tree()
-    )
-    os.replace(draft, path)
-    sync(folder)
-    return done
+        if count == 0:
+            return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
+        size, digest = draft.stat().st_size, sha256(draft)
+    return ShardDone(job.split, job.file, count, masks, size, digest, dict(left_out), census.to_tree())
 
 
 def prepare(
@@ -273,7 +264,7 @@ def prepare(
                 hint = " or with --on-error skip" if isinstance(error, RowError) and on_error == "raise" else ""
                 stay = f"{len(done)} of {len(jobs)} shards stay in {line(partial)}"
                 raise DataError(f"{error} ({stay}; run again{hint} to go on from there)") from None
-            write_text(partial / MANIFEST, manifest.to_json())
+            write_whole(partial / MANIFEST, manifest.to_json())
             os.replace(partial, out)
             sync(out.parent)
             (out / JOURNAL).unlink()
@@ -332,9 +323,11 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
     """Shards that an earlier run finished, by file name."""
     path = partial / JOURNAL
     if not path.is_file():
-        if strangers := sorted(p.name for p in partial.iterdir() if p.name != f"{JOURNAL}.tmp"):
+        if strangers := sorted(p.name for p in partial.iterdir() if not p.name.endswith(DRAFT)):
             raise DataError(f"{partial}: holds '{strangers[0]}' but no journal; remove the folder")
-        write_text(path, json.dumps({"options": options, "shards": []}, indent=1))
+        for draft in partial.iterdir():  # of a process that was killed
+            draft.unlink()
+        write_whole(path, json.dumps({"options": options, "shards": []}, indent=1))
         return {}
     try:
         tree = foreign.read_json(path, "journal")
@@ -357,7 +350,7 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
     for path in partial.iterdir():
         if path.name in done or path.name == JOURNAL:
             continue
-        if path.is_dir() or not path.name.removesuffix(".tmp").endswith((".parquet", ".json")):
+        if path.is_dir() or not path.name.endswith((".parquet", ".json", DRAFT)):
             raise DataError(f"{line(path)}: not made by ugrl prepare; move it away to go on")
         path.unlink()
     return done
@@ -407,7 +400,7 @@ def _write_all(
         for shard in results:
             done[shard.file] = shard
             journal = {"options": options, "shards": [asdict(s) for s in done.values()]}
-            write_text(partial / JOURNAL, json.dumps(journal, ensure_ascii=False))
+            write_whole(partial / JOURNAL, json.dumps(journal, ensure_ascii=False))
             if shard_map is not None:
                 bar.advance(sizes[shard.file])
 

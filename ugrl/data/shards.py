@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -417,27 +416,7 @@ def write_rows(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
             writer.write_table(to_table(group), row_group_size=ROW_GROUP)
     if count == 0:
         path.unlink()
-    else:
-        sync(path)
     return count, masks
-
-
-def sync(path: Path) -> None:
-    """Have a file's or folder's contents on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one go."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    os.replace(draft, path)
-    sync(path.parent)
 
 
 def sha256(path: Path | Place) -> str:

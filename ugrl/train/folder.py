@@ -18,9 +18,9 @@ from pathlib import Path
 from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
-from ugrl.data.shards import sync, write_text
 from ugrl.distributed import is_main, rank
 from ugrl.errors import DataError
+from ugrl.files import replacing, write_whole
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
 from ugrl.train.saver import Saved, Saver, Snapshot, send_files
@@ -82,7 +82,7 @@ class RunFolder:
             home = self.mirror
             retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
         config = config_mod.public_dict(self.cfg)
-        write_text(out / "config.yaml", config_mod.dump(config))
+        write_whole(out / "config.yaml", config_mod.dump(config))
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
@@ -169,11 +169,8 @@ class RunFolder:
 def _cut_log(path: Path, done: int) -> None:
     if not path.is_file():
         return
-    draft = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, draft.open("wb") as new:
+    with replacing(path) as draft, path.open("rb") as old, draft.open("wb") as new:
         new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done))
-    sync(draft)
-    os.replace(draft, path)
 
 
 def _keeps(text: bytes, done: int) -> bool:

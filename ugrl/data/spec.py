@@ -1,0 +1,60 @@
+"""What is asked of a loader: one object from the trainer to the tasks that read. It needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ugrl.config import DataConfig
+from ugrl.storage import Place
+
+OnDevice = Literal["none", "normalize", "augment"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    """One rank's batches of the steps ``start_step … total_steps - 1``.
+
+    Attributes:
+        shards: A prepared folder.
+        split: Of it, to train on.
+        num_classes: F, the foreground classes.
+        data: The section ``data`` of the run: how samples are cut, and with which threads and caches they are loaded.
+        seed: Of the run.
+        global_batch: Rows of all ranks at a step.
+        rank: This rank.
+        world: Number of ranks.
+        start_step: First step, counted from 0 over the whole run.
+        total_steps: Of the run; a local loader goes on without end.
+        pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
+        masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
+    """
+
+    shards: str | Path | Place
+    split: str
+    num_classes: int
+    seed: int
+    global_batch: int
+    data: DataConfig = DataConfig()
+    rank: int = 0
+    world: int = 1
+    start_step: int = 0
+    total_steps: int = 0
+    pin_memory: bool = False
+    masks_every: int = 1
+
+    @property
+    def local_batch(self) -> int:
+        """Rows of this rank at a step."""
+        return self.global_batch // self.world
+
+    @property
+    def on_device(self) -> OnDevice:
+        """What is left to the device: with ``auto`` a GPU, for which memory is pinned, gets 8-bit pixels.
+
+        A quarter of the bytes is enough for a GPU; a CPU gains nothing.
+        """
+        if self.data.on_device == "auto":
+            return "normalize" if self.pin_memory else "none"
+        return self.data.on_device
