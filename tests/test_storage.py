@@ -15,7 +15,7 @@ import torch
 from tests.s3server import Server, bucket_server
 from tests.tiny import tiny_tree
 from ugrl.cli import main as ugrl
-from ugrl.config import build
+from ugrl.config import DataConfig, build
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import CheckpointError, DataError
@@ -134,7 +134,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     here, cache = ShardReader(shards, "train"), tmp_path / "cache"
 
     def reader(most: int = 100) -> ShardReader:
-        return ShardReader(there, "train", cache_dir=cache, cache_disk_mb=most)
+        return ShardReader(there, "train", DataConfig(cache_dir=str(cache), cache_disk_mb=most))
 
     assert reader()[0] == here[0]
     (copy,) = cache.glob("*.parquet")
@@ -160,7 +160,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     upload(shards, there)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert ShardReader(there, "train", cache_dir=blocked, cache_disk_mb=9)[2] == here[2]
+    assert ShardReader(there, "train", DataConfig(cache_dir=str(blocked), cache_disk_mb=9))[2] == here[2]
 
 
 def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ is an ordinary path and is used as one.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -24,7 +25,7 @@ from pyarrow import fs as pafs
 from ugrl import foreign, secrets
 from ugrl.errors import UgrlError
 from ugrl.files import replacing, write_whole
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -57,43 +58,44 @@ def is_uri(where: object) -> bool:
 @lru_cache(maxsize=32)
 def _filesystem(scheme: str, netloc: str, query: str) -> tuple[Any, str]:
     """The filesystem of a URI's root, and the part of its path that stands for the root."""
-    root = urlunsplit((scheme, netloc, "/", query, ""))
     try:
-        found, path = pafs.FileSystem.from_uri(root)
         if scheme == "s3":
-            options = found.__reduce__()[1][0]
-            options.update(connect_timeout=CONNECT_S, request_timeout=REQUEST_S)
-            options.setdefault("retry_strategy", None)
-            options["retry_strategy"] = pafs.AwsDefaultS3RetryStrategy(max_attempts=2)
-            found = pafs.S3FileSystem(**{k: v for k, v in options.items() if k in _S3_OPTIONS})
+            return _s3(netloc, query)
+        found, path = pafs.FileSystem.from_uri(urlunsplit((scheme, netloc, "/", query, "")))
     except (pa.ArrowException, ValueError, OSError) as error:
         raise StorageError(f"{secrets.short(f'{scheme}://{netloc}')}: {_line(error)}", lasting=True) from None
     return found, path.strip("/")
 
 
-_S3_OPTIONS = {
-    "access_key",
-    "secret_key",
-    "session_token",
-    "anonymous",
-    "region",
-    "scheme",
-    "endpoint_override",
-    "connect_timeout",
-    "request_timeout",
-    "retry_strategy",
-    "role_arn",
-    "session_name",
-    "external_id",
-    "load_frequency",
-    "proxy_options",
-    "background_writes",
-    "default_metadata",
-    "allow_bucket_creation",
-    "allow_bucket_deletion",
-    "force_virtual_addressing",
-    "tls_ca_file_path",
-}
+def _s3(netloc: str, query: str) -> tuple[Any, str]:
+    """The filesystem of ``s3://netloc/?query``, as pyarrow makes it but with our time limits, and its bucket."""
+    user, _, bucket = netloc.rpartition("@")
+    name, _, word = user.partition(":")
+    asked = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := sorted(asked.keys() - {*_S3_TEXTS, *_S3_FLAGS}):
+        raise ValueError(f"unknown option {brief(unknown[0])}{nearest(unknown[0], [*_S3_TEXTS, *_S3_FLAGS])}")
+    texts = {key: asked[key] for key in _S3_TEXTS if asked.get(key)}
+    if "endpoint_override" not in texts:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            texts["endpoint_override"] = endpoint
+        elif "region" not in texts:
+            texts["region"] = pafs.resolve_s3_region(bucket)
+    made = pafs.S3FileSystem(
+        **texts,
+        **{key: asked[key].lower() in ("true", "1") for key in _S3_FLAGS if key in asked},
+        access_key=unquote(name) or None,
+        secret_key=unquote(word) or None,
+        connect_timeout=CONNECT_S,
+        request_timeout=REQUEST_S,
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=2),
+    )
+    return made, bucket
+
+
+# What the query of an S3 URI may say.
+_S3_TEXTS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
+_S3_FLAGS = ("allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open")
 
 
 def _line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ugrl.config import DataConfig
 from ugrl.data.images import decode_labels, decode_pixels
 from ugrl.data.warp import Axis, nearest, opencv, resample
 from ugrl.errors import DataError
@@ -88,6 +89,11 @@ class Augment:
     scale_min: float = 0.5
     scale_max: float = 2.0
     mirror: bool = True
+
+    @classmethod
+    def of(cls, data: DataConfig, num_classes: int) -> Augment:
+        """What the section ``data`` of a run says."""
+        return cls(data.crop, num_classes, data.scale_min, data.scale_max, data.mirror)
 
     def __call__(self, row: Row, rng: np.random.Generator) -> Sample:
         """Cut a sample.

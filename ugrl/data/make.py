@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.device import Labels, PixelBatch, RawBatch, cut_axes
 from ugrl.data.images import decode_pixels
 from ugrl.data.order import sample_rng
+from ugrl.data.spec import LoaderSpec
+from ugrl.data.spec import OnDevice as OnDevice
 from ugrl.types import Batch, Row
-
-OnDevice = Literal["none", "normalize", "augment"]
 
 
 class Loaded(Protocol):
@@ -100,6 +100,17 @@ class BatchMaker:
         self.augment, self.seed, self.on_device = augment, seed, on_device
         self.cache, self.pin_memory = cache, pin_memory
         self._memory = Recycler()
+
+    @classmethod
+    def of(cls, spec: LoaderSpec, cache: PixelCache | None) -> BatchMaker:
+        """The one that makes the batches that a loader is asked for."""
+        return cls(
+            Augment.of(spec.data, spec.num_classes),
+            seed=spec.seed,
+            on_device=spec.on_device,
+            cache=cache,
+            pin_memory=spec.pin_memory,
+        )
 
     def start(self, count: int, *, with_masks: bool = True) -> Draft:
         """An empty batch of ``count`` samples."""

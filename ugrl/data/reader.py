@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ugrl.config import DataConfig
 from ugrl.data.pages import MappedShard, Unusual
 from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, check_row, from_table, open_shard, reading
@@ -25,6 +26,7 @@ from ugrl.storage import Place, StorageError, retry
 # Shards that a thread keeps open: opening one costs a fifth of reading a row, but hundreds of shards times
 # threads would exhaust handles.
 OPEN_SHARDS = 4
+DEFAULTS = DataConfig()
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
@@ -35,9 +37,7 @@ class ShardReader:
     Args:
         shards: A prepared folder (a path, or a URI of a remote one), or its manifest.
         split: Name of the split.
-        cache_dir: Of remote shards, where this node keeps copies; ``None`` fetches row groups as they are asked for.
-        cache_disk_mb: How much may be kept, in 10⁶ bytes; 0 keeps nothing.
-        patience_s: How long a remote storage that does not answer is asked again.
+        data: Of remote shards, where this node keeps copies and how long a storage that is away is asked again.
 
     Raises:
         DataError: As :meth:`Manifest.load`, or no such split.
@@ -47,19 +47,16 @@ class ShardReader:
         self,
         shards: str | Path | Place | Manifest,
         split: str,
-        *,
-        cache_dir: str | Path | None = None,
-        cache_disk_mb: int = 0,
-        patience_s: float = 120.0,
+        data: DataConfig = DEFAULTS,
     ) -> None:
         self.manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
         self.split = split
         info = self.manifest.split(split)
         self._paths = self.manifest.paths(split)
-        self._patience = patience_s
+        self._patience = data.storage_patience_s
         self._cache = None
-        if cache_dir is not None and cache_disk_mb > 0 and isinstance(self.manifest.root, Place):
-            self._cache = ShardCache(Path(cache_dir), cache_disk_mb, patience_s=patience_s)
+        if data.cache_dir is not None and data.cache_disk_mb > 0 and isinstance(self.manifest.root, Place):
+            self._cache = ShardCache(Path(data.cache_dir), data.cache_disk_mb, patience_s=self._patience)
         self._ends = list(accumulate(s.rows for s in info.shards))
         self._footers: dict[int, tuple[Any, list[int]]] = {}
         self._mapped: dict[int, MappedShard | None] = {}
