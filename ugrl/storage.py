@@ -256,8 +256,8 @@ class Place:
 
         Args:
             what: It is, for the message.
-            most: Bytes.
-            error: Class of the refusal.
+            most: Largest size that is read, in bytes.
+            error: Class of the exception that refuses it.
 
         Raises:
             StorageError: A remote storage has no such file, or does not answer.
@@ -309,7 +309,7 @@ class Place:
         """Make this a folder of a local folder's files.
 
         Args:
-            folder: Holds files alone.
+            folder: A local folder of files, without further folders.
             last: Of them, the one that marks the rest as whole: it is taken away first, and written last.
         """
         files = sorted((p for p in folder.iterdir() if p.is_file()), key=lambda p: p.name == last)
@@ -370,7 +370,7 @@ def retry(what: str, action: Callable[[], T], *, patience_s: float, log: Callabl
     """Do something on a storage that may be away or full for a while.
 
     Args:
-        what: For the log.
+        what: Name of the work, for the log.
         action: Raises OSError or StorageError where the storage refuses.
         patience_s: How long it is tried again, with growing pauses.
         log: Told when waiting begins, and when it is over.

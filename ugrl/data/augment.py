@@ -53,7 +53,7 @@ class Cut:
     """Which part of the scaled image a sample shows, and where.
 
     Attributes:
-        y: Rows.
+        y: The cut along rows.
         x: Columns, before any mirroring.
         top: First row of the crop that shows the image.
         left: First column of the crop that shows the image, after any mirroring.
@@ -78,9 +78,9 @@ class Augment:
 
     Attributes:
         crop: Side of the square sample, pixels.
-        num_classes: F.
+        num_classes: F, the foreground classes.
         scale_min: Smallest scale, relative to the original image.
-        scale_max: Largest scale.
+        scale_max: Largest scale, relative to the original image; drawn uniformly.
         mirror: Whether half of the samples are mirrored.
     """
 
@@ -137,8 +137,8 @@ class Augment:
         """What a cut shows of an image, resampled and mirrored: uint8 (y.size, x.size, 3).
 
         Args:
-            image_HW3: The whole image.
-            cut: See :meth:`cut`.
+            image_HW3: The decoded image, uint8 (H, W, 3).
+            cut: What :meth:`cut` drew.
             out_CC3: uint8 (crop, crop, 3) to write it into, zeros around it; then a view of it returns.
         """
         part_HW3 = resample(image_HW3, cut.y, cut.x)
@@ -218,7 +218,7 @@ def eval_sample(row: Row, num_classes: int) -> Sample:
 
     Args:
         row: Image, tags and perhaps a mask.
-        num_classes: F.
+        num_classes: F, the foreground classes.
 
     Raises:
         DataError: The image or mask is broken.

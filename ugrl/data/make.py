@@ -35,9 +35,9 @@ class Draft:
 
     Attributes:
         images: float32 (B, 3, crop, crop), uint8 (B, crop, crop, 3), or ``None`` where images stay raw.
-        ids: Row ids.
-        tags_BF: float32.
-        boxes_B4: int64.
+        ids: Ids of the rows.
+        tags_BF: float32 (B, F): 1 for each class that the image shows, else 0.
+        boxes_B4: int64 (B, 4), see :class:`ugrl.types.Batch`.
         masks: uint8 (crop, crop) each, or ``None``.
         raw: Parts of the decoded images, uint8 (h, w, 3) each.
         axes_B23: float64, see :class:`ugrl.data.device.RawBatch`.
@@ -81,8 +81,8 @@ class BatchMaker:
     """Decodes, cuts and stacks.
 
     Args:
-        augment: Decides the cuts.
-        seed: Of the run.
+        augment: Draws the cuts and makes them.
+        seed: Seed of the run, from which each cut is drawn.
         on_device: What is left to the device: nothing, normalising, or all but decoding.
         cache: Where decoded images are kept.
         pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
@@ -143,11 +143,11 @@ class BatchMaker:
         """Make sample k; from any thread.
 
         Args:
-            draft: Of the batch.
-            k: Slot.
+            draft: The batch in the making.
+            k: The sample's slot in it.
             row: Of the shards; its image is not looked at where ``kept`` is given.
             epoch: Decides the cut, with the seed and the row's id.
-            kept: See :meth:`kept`.
+            kept: The decoded row of :meth:`kept`, if there is one.
 
         Raises:
             DataError: The image or mask is broken.

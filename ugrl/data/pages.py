@@ -4,6 +4,12 @@ Parquet libraries read whole row groups: to get one image, a group's other seven
 image itself costs. Shards are uncompressed and plainly encoded, so that the bytes of an image lie in the file as they
 are; where they lie follows from the lengths that stand before them. Whatever looks different is left to the library.
 
+Measured with pyarrow 26 on 400 rows of 100 kB with masks of 8 kB, in random order (rows per second of processor time,
+file in memory / dropped from it before; size of the file): this module 26,300 / 10,700 (43.9 MB); the library with
+groups of eight rows 4,400 / 3,100, and with groups of one row 6,900 / 4,100 (44.0 MB). A memory-mapped Arrow file with
+batches of eight rows, looked up once, gives 28,400 / 20,300 (43.9 MB): a shard format of that kind would need no reader
+of its own here, but its single columns lie far apart in a remote file.
+
 The layout is Parquet's own: a column chunk is a sequence of pages, a page is a header (Thrift's compact protocol), the
 definition levels where values may be absent (runs and packed bits), and values as length (4 bytes, little-endian) and
 bytes.
@@ -41,7 +47,7 @@ class MappedShard:
     """The rows of one shard on a local disk, from any number of threads.
 
     Args:
-        path: The shard.
+        path: The file of the shard, on a local disk.
         file: The same, opened by the library.
     """
 
@@ -100,7 +106,7 @@ def row_groups(data: memoryview, columns: list[int]) -> list[tuple[int, list[Chu
     The library knows this, too, but ends the process where a damaged footer describes a chunk that cannot be.
 
     Raises:
-        Unusual: It makes no sense.
+        Unusual: The bytes are no footer.
     """
     try:
         size = _UINT.unpack_from(data, len(data) - 8)[0]

@@ -59,8 +59,8 @@ class ShardJob:
     Attributes:
         split: Of the shards (``train``, ``tune_val``, ``val``).
         origin: Split of the source that the ids belong to.
-        file: Name of the shard.
-        ids: Rows, in order.
+        file: Name of the shard's file.
+        ids: Ids of its rows, in order.
     """
 
     split: str
@@ -100,7 +100,7 @@ def hold_out(
         ids: Of the source's train split.
         tags: Tags of an id, or ``None`` where unknown (then the hash alone decides).
         share: A share below 1, or a number of rows.
-        seed: Of the hash.
+        seed: Seed of the hash that decides.
 
     Raises:
         DataError: Nothing would be left in train, or nothing held out though asked for.
@@ -165,9 +165,9 @@ def write_shard(
     """Write one shard under a temporary name, then rename it; works in any process.
 
     Args:
-        source: Where rows come from.
-        job: Which ones.
-        folder: Where the shard goes.
+        source: The data set.
+        job: Which rows of it go into which shard.
+        folder: Folder in which the shard is written.
         on_error: As for :func:`prepare`.
         on_row: Called with 1 before each row.
 
@@ -213,10 +213,10 @@ def prepare(
     """Write a source to a folder of shards.
 
     Args:
-        source: Where rows come from.
+        source: The data set.
         out: The folder; it must not exist.
         tune_val: Share (below 1) or number of training rows held out as ``tune_val``; 0 for none.
-        shard_rows: Source rows a shard.
+        shard_rows: Rows of the source that go into one shard.
         on_error: Whether a row that cannot be used stops the work, or is left out and counted.
         seed: Of the held-out choice.
         progress: Whether progress goes to stderr.
@@ -279,7 +279,7 @@ def target(out: str | Path, root: Path | None) -> Path:
     """The folder to write, checked before any work is paid for.
 
     Args:
-        out: Its name.
+        out: Name of the folder.
         root: Of the source, whose files may not be touched.
 
     Raises:

@@ -36,7 +36,7 @@ class ShardReader:
 
     Args:
         shards: A prepared folder (a path, or a URI of a remote one), or its manifest.
-        split: Name of the split.
+        split: Name of the split to read.
         data: Of remote shards, where this node keeps copies and how long a storage that is away is asked again.
 
     Raises:
@@ -104,10 +104,6 @@ class ShardReader:
     def shard_of(self, index: int) -> str:
         """The shard that a row lies in, for messages; reads nothing."""
         return str(self._paths[bisect.bisect_right(self._ends, index)])
-
-    def where(self, index: int) -> str:
-        """Shard and id of a row, for messages."""
-        return f"{self.shard_of(index)}, row {self.ids[index]}"
 
     def _footer(self, shard: int) -> tuple[Any, list[int]]:
         """The shard's metadata, and the row index at which each of its row groups ends; read once."""

@@ -26,7 +26,7 @@ class ShardCache:
     reader.
 
     Args:
-        folder: On a local disk.
+        folder: Folder of the copies, on a local disk.
         most_mb: How much may be kept, in 10⁶ bytes.
         patience_s: How long a remote storage that does not answer is asked again.
     """

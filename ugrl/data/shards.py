@@ -77,11 +77,11 @@ class Manifest:
 
     Attributes:
         root: The folder (not written to the file).
-        source: Name of the source.
+        source: Name of the source, as ``voc``.
         options: The options that decided the rows.
         class_names: The F foreground classes.
-        splits: By name.
-        schema_version: Of the shards.
+        splits: Splits by name, as ``train``.
+        schema_version: Version of the shards' columns.
         census: What :class:`ugrl.data.census.Inventory` counted; empty in older folders.
     """
 
@@ -274,7 +274,7 @@ def reading(path: Path | Place, what: str) -> Iterator[None]:
     """Around the Parquet library: whatever it makes of damaged bytes is one line.
 
     Args:
-        path: Of the shard.
+        path: The shard, as messages name it.
         what: Of it cannot be read, for the message.
 
     Raises:
@@ -300,7 +300,7 @@ def open_shard(
     Args:
         path: The file; a local one is mapped into memory, of a remote one only what is asked for is fetched.
         metadata: Its footer, where it has been read and checked before.
-        rows: That it must hold.
+        rows: Number of rows that the manifest promises.
 
     Raises:
         DataError: Missing, not Parquet, of another schema, or with a footer that makes no sense.

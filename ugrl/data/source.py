@@ -119,7 +119,7 @@ def make_row(
         image: Bytes of an image file, kept as they are.
         tags: Class indices in any order.
         mask: Label PNG or ``None``; one of another depth than 8 bits is written anew.
-        num_classes: F.
+        num_classes: F, the foreground classes.
         where: Names the image file in errors.
         mask_where: Names the mask file in errors.
 

@@ -17,14 +17,14 @@ class LoaderSpec:
     """One rank's batches of the steps ``start_step … total_steps - 1``.
 
     Attributes:
-        shards: A prepared folder.
-        split: Of it, to train on.
+        shards: The prepared folder, a path or a URI.
+        split: Split that is trained on.
         num_classes: F, the foreground classes.
         data: The section ``data`` of the run: how samples are cut, and with which threads and caches they are loaded.
-        seed: Of the run.
+        seed: Seed of the run, from which order and cuts are drawn.
         global_batch: Rows of all ranks at a step.
-        rank: This rank.
-        world: Number of ranks.
+        rank: Rank whose batches are wanted, from 0.
+        world: Number of ranks, among which each global batch is divided.
         start_step: First step, counted from 0 over the whole run.
         total_steps: Of the run; a local loader goes on without end.
         pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.

@@ -55,7 +55,7 @@ def read_table(path: Path, classes: tuple[str, ...] | None) -> list[Entry]:
     """The images of a table.
 
     Args:
-        path: Of the table.
+        path: The CSV file.
         classes: What is a class name, where that is known; otherwise the table says so.
 
     Raises:
