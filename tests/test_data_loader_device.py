@@ -15,7 +15,7 @@ from tests.tiny import tiny_tree
 from ugrl import config as configs
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.device import PixelBatch, RawBatch, triangles
-from ugrl.data.make import BatchMaker, Recycler
+from ugrl.data.make import BatchMaker, BufferPool
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shapes import ShapesSource, ShapesSpec
@@ -197,7 +197,7 @@ def test_masks_are_made_at_the_steps_that_want_them(reader):
 
 
 def test_memory_is_lent_again_only_when_nothing_refers_to_it():
-    recycler = Recycler()
+    recycler = BufferPool()
     first = recycler.empty((4, 5), np.float32)
     place, view = first.data_ptr(), first[1:]
     second = recycler.empty((4, 5), np.float32)

@@ -256,3 +256,13 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find(there / "runs" / "none")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden-word"
+
+
+def test_the_query_of_an_s3_uri_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"^s3://b: unknown option 'regoin'; did you mean 'region'\?$"):
+        place("s3://key:word@b/x?regoin=eu-west-1").exists()
+    found, path = place("s3://key:w%2Ford@b/x/y?region=eu-west-1&allow_bucket_creation=true").filesystem()
+    assert (found.region, path) == ("eu-west-1", "b/x/y")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # as pyarrow takes it for a URI
+    with pytest.raises(StorageError, match="^s3://other/x: "):
+        place("s3://key:word@other/x").exists()

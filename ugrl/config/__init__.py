@@ -40,6 +40,8 @@ from ugrl.config.tree import ShapesConfig as ShapesConfig
 from ugrl.config.tree import Steps as Steps
 from ugrl.config.tree import TrainConfig as TrainConfig
 from ugrl.config.tree import UncertaintyConfig as UncertaintyConfig
+from ugrl.config.values import bounds_text as bounds_text
 from ugrl.config.values import build as build
+from ugrl.config.values import type_name as type_name
 from ugrl.secrets import public_tree as public_tree
 from ugrl.text import nearest as nearest

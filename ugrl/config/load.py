@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ugrl import foreign
-from ugrl.config.keys import override, show, to_dict
+from ugrl.config.keys import check_paths, override, paths, show, to_dict
 from ugrl.config.tree import Config
 from ugrl.config.values import build
 from ugrl.errors import ConfigError
@@ -70,12 +70,20 @@ def load(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     Raises:
         ConfigError: As :func:`ugrl.config.values.build`; each problem names the file.
     """
-    path = find_yaml(name)
+    path, values, known = find_yaml(name), dict(overrides or {}), paths()
     tree = read_yaml(path)
+    problems: list[str] = []
     try:
-        return build(override(tree, overrides or {}))
+        check_paths(values)
     except ConfigError as error:
-        raise error.of(line(path.name)) from None
+        problems += error.problems
+    try:
+        cfg = build(override(tree, {key: value for key, value in values.items() if key in known}))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems).of(line(path.name))
+    return cfg
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
             return int(value) if isinstance(value, int) else int(number)
     if hint is str and isinstance(value, str) and len(value) <= MOST_CHARACTERS and not _CONTROL.search(value):
         return value
-    raise ConfigError(f"config key '{path}' is {show(value)}; expected {_type_name(hint)}")
+    raise ConfigError(f"config key '{path}' is {show(value)}; expected {type_name(hint)}")
 
 
 def _number(value: Any) -> float | None:
@@ -113,15 +113,20 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """What a field's type takes, in the words of messages and of the configuration reference.
+
+    >>> type_name(float | None), type_name(tuple[int, ...])
+    ('a number or null', 'a list of an integer')
+    """
     if hint == Steps:
         return "a number of steps, or a share of train.steps below 1"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _type_name(a) for a in get_args(hint))
+        return " or ".join("null" if a is type(None) else type_name(a) for a in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_type_name(get_args(hint)[0])}"
+        return f"a list of {type_name(get_args(hint)[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text of one line"}
     return str(names.get(hint, getattr(hint, "__name__", str(hint))))
 
@@ -130,5 +135,13 @@ def _check_bounds(path: str, value: Any, bounds: Mapping[str, float]) -> None:
     """Refuse a number, or a list with a number, outside of its bounds; ``null`` has none."""
     for one in value if isinstance(value, tuple) else (value,):
         if one is not None and not all(_BOUNDS[k][1](float(one), float(b)) for k, b in bounds.items()):
-            wanted = " and ".join(f"{_BOUNDS[k][0]} {b:g}" for k, b in bounds.items())
-            raise ConfigError(f"config key '{path}' is {show(one)}; expected {wanted}")
+            raise ConfigError(f"config key '{path}' is {show(one)}; expected {bounds_text(bounds)}")
+
+
+def bounds_text(bounds: Mapping[str, float]) -> str:
+    """The bounds of a field, from its metadata.
+
+    >>> bounds_text({"gt": 0, "le": 1})
+    '> 0 and ≤ 1'
+    """
+    return " and ".join(f"{_BOUNDS[k][0]} {b:g}" for k, b in bounds.items())

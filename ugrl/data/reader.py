@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl.config import DataConfig
-from ugrl.data.pages import MappedShard, Unusual
+from ugrl.data.pages import MappedShard, UnsupportedLayout
 from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, check_row, from_table, open_shard, reading
 from ugrl.errors import DataError
@@ -91,7 +91,7 @@ class ShardReader:
         row = None
         with reading(self._paths[shard], f"row {local} is unreadable"):
             if mapped is not None:
-                with suppress(Unusual):  # the library reads it, or words what is wrong with it
+                with suppress(UnsupportedLayout):  # the library reads it, or words what is wrong with it
                     row = mapped.row(local, group, first)
             if row is None:
                 row = from_table(self._group(shard, group).slice(local - first, 1))[0]
@@ -109,7 +109,7 @@ class ShardReader:
         """The shard's metadata, and the row index at which each of its row groups ends; read once."""
         with self._lock:
             if shard not in self._footers:
-                meta = self._patiently(shard, lambda: self._metadata(shard))
+                meta = self._retried(shard, lambda: self._metadata(shard))
                 ends = list(accumulate(meta.row_group(g).num_rows for g in range(meta.num_row_groups)))
                 self._footers[shard] = meta, ends
             return self._footers[shard]
@@ -131,7 +131,7 @@ class ShardReader:
     def _group(self, shard: int, group: int) -> pa.Table:
         # Each thread keeps its last row group: reading in order then reads every group once.
         if getattr(self._last, "key", None) != (shard, group):
-            self._last.table = self._patiently(shard, lambda: self._read(shard, group))
+            self._last.table = self._retried(shard, lambda: self._read(shard, group))
             self._last.key = (shard, group)
         return self._last.table
 
@@ -147,7 +147,7 @@ class ShardReader:
             self._last.files.pop(shard, None)  # a connection that broke is not used again
             raise
 
-    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+    def _retried(self, shard: int, action: Callable[[], T]) -> T:
         """Do something that may have to wait for a remote storage; a local disk is asked once."""
         if not isinstance(self._paths[shard], Place):
             return action()
