@@ -184,7 +184,7 @@ def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> N
 def test_a_server_that_is_away_for_a_while_is_waited_for(shards: Path, server: Server, tmp_path: Path) -> None:
     there = place(server.uri(f"bucket/{tmp_path.name}"))
     upload(shards, there)
-    reader, here = ShardReader(there, "train", patience_s=60), ShardReader(shards, "train")
+    reader, here = ShardReader(there, "train", DataConfig(storage_patience_s=60)), ShardReader(shards, "train")
     assert reader[0] == here[0]
     timer = server.pause(4)
     assert reader[len(here) - 1] == here[len(here) - 1]  # another row group
