@@ -15,16 +15,9 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
     *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
-    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
-    *(
-        "ugrl.command",
-        "ugrl.hear",
-        "ugrl.terminal",
-        "ugrl.device",
-        "ugrl.ownership",
-        "ugrl.precision",
-        "ugrl.model.specs",
-    ),
+    *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign", "ugrl.files"),
+    *("ugrl.command", "ugrl.hear", "ugrl.terminal", "ugrl.device", "ugrl.ownership", "ugrl.precision"),
+    "ugrl.model.specs",
 }
 # A layer may import itself and everything below it.
 MAY = {

@@ -17,7 +17,7 @@ import torch
 from tests.s3server import Server, bucket_server
 from tests.tiny import tiny_tree
 from ugrl.cli import main as ugrl
-from ugrl.config import build
+from ugrl.config import DataConfig, build
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import CheckpointError, DataError
@@ -136,7 +136,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     here, cache = ShardReader(shards, "train"), tmp_path / "cache"
 
     def reader(most: int = 100) -> ShardReader:
-        return ShardReader(there, "train", cache_dir=cache, cache_disk_mb=most)
+        return ShardReader(there, "train", DataConfig(cache_dir=str(cache), cache_disk_mb=most))
 
     assert reader()[0] == here[0]
     (copy,) = cache.glob("*.parquet")
@@ -162,7 +162,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     upload(shards, there)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert ShardReader(there, "train", cache_dir=blocked, cache_disk_mb=9)[2] == here[2]
+    assert ShardReader(there, "train", DataConfig(cache_dir=str(blocked), cache_disk_mb=9))[2] == here[2]
 
 
 def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> N
 def test_a_server_that_is_away_for_a_while_is_waited_for(shards: Path, server: Server, tmp_path: Path) -> None:
     there = place(server.uri(f"bucket/{tmp_path.name}"))
     upload(shards, there)
-    reader, here = ShardReader(there, "train", patience_s=60), ShardReader(shards, "train")
+    reader, here = ShardReader(there, "train", DataConfig(storage_patience_s=60)), ShardReader(shards, "train")
     assert reader[0] == here[0]
     timer = server.pause(4)
     assert reader[len(here) - 1] == here[len(here) - 1]  # another row group
@@ -300,3 +300,13 @@ def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_
         for process in there:
             process.kill()
             process.communicate()
+
+
+def test_the_query_of_an_s3_uri_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"^s3://b: unknown option 'regoin'; did you mean 'region'\?$"):
+        place("s3://key:word@b/x?regoin=eu-west-1").exists()
+    found, path = place("s3://key:w%2Ford@b/x/y?region=eu-west-1&allow_bucket_creation=true").filesystem()
+    assert (found.region, path) == ("eu-west-1", "b/x/y")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # as pyarrow takes it for a URI
+    with pytest.raises(StorageError, match="^s3://other/x: "):
+        place("s3://key:word@other/x").exists()

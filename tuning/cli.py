@@ -333,9 +333,9 @@ def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -
     import optuna as library
 
     from tuning.lease import PLAN_S
-    from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
     from ugrl.ownership import own
+    from ugrl.secrets import public_database as public
     from ugrl.storage import place
 
     space, out = search.space, search.out

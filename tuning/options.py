@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
-from ugrl.secrets import HIDDEN, masked
 from ugrl.text import brief
 from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
@@ -53,18 +52,6 @@ SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
 # Each of them is in the storage from the beginning.
 MOST_TRIALS = 100_000
-
-
-def public(storage: str) -> str:
-    """A database URL without its password.
-
-    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
-    'postgresql+psycopg://ann:***@db/ugrl'
-    """
-    scheme, sep, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,13 @@ from tuning.options import (
     build_options,
     mapping,
     options_dict,
-    public,
     text,
     warm_steps,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.secrets import public_database as public
 from ugrl.text import brief, line
 
 KINDS = {

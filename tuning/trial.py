@@ -225,12 +225,12 @@ def kept_loader(spec: Any) -> Any:
     from ugrl.data.cache import PixelCache
     from ugrl.train.loop import local_loader
 
-    if spec.cache_mb <= 0:
+    if spec.data.cache_mb <= 0:
         return local_loader(spec)
-    key = (place(spec.shards).where, spec.split, spec.cache_mb)
+    key = (place(spec.shards).where, spec.split, spec.data.cache_mb)
     if key not in _KEPT:
         _KEPT.clear()  # one data set at a time
-        _KEPT[key] = PixelCache(spec.cache_mb)
+        _KEPT[key] = PixelCache(spec.data.cache_mb)
     return local_loader(spec, _KEPT[key])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ugrl.config import Config
@@ -57,7 +59,7 @@ def check_run(
 
 def _any_label(cfg: Config, manifest: Manifest, split: str) -> bool:
     """Whether a mask has a pixel that counts: mostly the first one has."""
-    reader = ShardReader(manifest, split, patience_s=cfg.data.storage_patience_s)
+    reader = ShardReader(manifest, split, replace(cfg.data, cache_dir=None))
     rows = (reader[i] for i in range(judged_rows(cfg, manifest, split)))
     return any(bool((np.asarray(decode_labels(r.mask or b"", f"row {r.id}")) != IGNORE).any()) for r in rows)
 

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from ugrl import foreign
 from ugrl.config import Config, build
-from ugrl.data.shards import MOST_CLASSES, sync, write_text
+from ugrl.data.shards import MOST_CLASSES
 from ugrl.errors import CheckpointError, ConfigError
+from ugrl.files import sync, write_whole
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import brief, line
 
@@ -70,7 +71,7 @@ class Ranked:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def save(

@@ -23,9 +23,9 @@ from pathlib import Path
 from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
-from ugrl.data.shards import sync, write_text
 from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import DataError
+from ugrl.files import replacing, write_whole
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
 from ugrl.train.saver import Saved, Saver, Snapshot, nothing, send_files
@@ -130,7 +130,7 @@ class RunFolder:
         out = self.main
         out.mkdir(parents=True, exist_ok=True)
         config = config_mod.public_dict(self.cfg)
-        write_text(out / "config.yaml", config_mod.dump(config))
+        write_whole(out / "config.yaml", config_mod.dump(config))
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
@@ -225,11 +225,8 @@ class RunFolder:
 def _cut_log(path: Path, done: int) -> None:
     if not path.is_file():
         return
-    draft = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, draft.open("wb") as new:
+    with replacing(path) as draft, path.open("rb") as old, draft.open("wb") as new:
         new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done))
-    sync(draft)
-    os.replace(draft, path)
 
 
 def _keeps(text: bytes, done: int) -> bool:

@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ugrl import config as config_mod
 from ugrl.config import Config
-from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.loader import LocalLoader
-from ugrl.data.make import Loaded, OnDevice, silent
+from ugrl.data.make import Loaded
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
+from ugrl.data.spec import LoaderSpec
 from ugrl.data.transfer import Transfer
 from ugrl.device import resolve
 from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
@@ -53,65 +53,12 @@ from ugrl.train.saver import Snapshot, snapshot
 from ugrl.train.step import Step
 from ugrl.types import Batch
 
-
-@dataclass(frozen=True, slots=True)
-class LoaderSpec:
-    """What a loader must deliver: this rank's batches of steps ``start_step … total_steps - 1``.
-
-    Fields with defaults are those of :class:`ugrl.data.reader.LocalLoader`.
-    """
-
-    shards: str | Path | Place
-    split: str
-    augment: Augment
-    seed: int
-    global_batch: int
-    rank: int
-    world: int
-    start_step: int
-    total_steps: int
-    threads: int
-    prefetch: int
-    pin_memory: bool = False
-    on_device: OnDevice = "none"
-    cache_mb: int = 0
-    masks_every: int = 1
-    cache_dir: str | None = None
-    cache_disk_mb: int = 0
-    patience_s: float = 120.0
-    stall_s: float = 600.0
-    say: Callable[[str], None] = silent
-
-
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
 
 
 def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[Loaded]:
     """Batches read and decoded by threads of this process; ``cache`` holds decoded images from before."""
-    return LocalLoader(
-        ShardReader(
-            spec.shards,
-            spec.split,
-            cache_dir=spec.cache_dir,
-            cache_disk_mb=spec.cache_disk_mb,
-            patience_s=spec.patience_s,
-        ),
-        spec.augment,
-        seed=spec.seed,
-        global_batch=spec.global_batch,
-        rank=spec.rank,
-        world=spec.world,
-        threads=spec.threads,
-        start_step=spec.start_step,
-        prefetch=spec.prefetch,
-        pin_memory=spec.pin_memory,
-        on_device=spec.on_device,
-        cache_mb=spec.cache_mb,
-        masks_every=spec.masks_every,
-        cache=cache,
-        stall_s=spec.stall_s,
-        say=spec.say,
-    )
+    return LocalLoader(spec, cache=cache)
 
 
 def nothing(*_: Any) -> None:
@@ -197,13 +144,7 @@ class Trainer:
         self.class_names = self.manifest.class_names
         num = len(self.class_names)
         self.train_ids = len(self.manifest.ids(cfg.data.train_split))
-        self.val_reader = ShardReader(
-            self.manifest,
-            cfg.data.val_split,
-            cache_dir=cfg.data.cache_dir,
-            cache_disk_mb=cfg.data.cache_disk_mb,
-            patience_s=cfg.data.storage_patience_s,
-        )
+        self.val_reader = ShardReader(self.manifest, cfg.data.val_split, cfg.data)
         self.objective = check_run(cfg, self.manifest)
         self.data = self.manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
         self.folder = RunFolder(
@@ -530,39 +471,20 @@ class Trainer:
         return LoaderSpec(
             shards=self.shards,
             split=cfg.data.train_split,
-            augment=Augment(
-                crop=cfg.data.crop,
-                scale_min=cfg.data.scale_min,
-                scale_max=cfg.data.scale_max,
-                mirror=cfg.data.mirror,
-                num_classes=len(self.class_names),
-            ),
+            num_classes=len(self.class_names),
+            data=cfg.data,
             seed=cfg.seed,
             global_batch=cfg.train.global_batch,
             rank=rank(),
             world=world_size(),
             start_step=self.done,
             total_steps=cfg.train.steps,
-            threads=cfg.data.threads,
-            prefetch=cfg.data.prefetch,
             pin_memory=self.device.type == "cuda",
-            on_device=self._on_device(),
-            cache_mb=cfg.data.cache_mb,
             # Only pictures show masks, and rank 0 draws them.
             masks_every=cfg.train.at(cfg.train.picture_every) if self.folder.home is not None and is_main() else 0,
-            cache_dir=cfg.data.cache_dir,
-            cache_disk_mb=cfg.data.cache_disk_mb,
-            patience_s=cfg.data.storage_patience_s,
             stall_s=cfg.train.stall_s,
             say=self._say_waiting,
         )
-
-    def _on_device(self) -> OnDevice:
-        """What the loader leaves to the device; a quarter of the bytes is enough for a GPU, a CPU gains nothing."""
-        wanted = self.cfg.data.on_device
-        if wanted == "auto":
-            return "normalize" if self.device.type == "cuda" else "none"
-        return wanted
 
     def _means(self, window: list[dict[str, Tensor]], local: dict[str, float]) -> dict[str, float]:
         """Mean of each named value over the steps that have it, over ranks; one transfer.

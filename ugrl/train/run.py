@@ -149,7 +149,7 @@ def stored_config(out: Place) -> Config:
     try:
         return config_mod.build(tree)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {line(error)}") from None
+        raise error.of(where) from None
 
 
 def check_same(new: Config, old: Config, out: Path | Place) -> None:

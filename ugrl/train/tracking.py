@@ -19,6 +19,7 @@ from typing import Any
 
 from ugrl import foreign
 from ugrl.errors import ConfigError, DataError
+from ugrl.files import replacing
 from ugrl.secrets import masked, public
 
 EXPERIMENT = "ugrl"
@@ -190,9 +191,8 @@ class MlflowSink:
         return str(found.experiment_id) if found else str(self._client.create_experiment(name))
 
     def _write(self) -> None:
-        fresh = self.note.with_name(self.note.name + ".tmp")
-        fresh.write_text(json.dumps(self._seen) + "\n", encoding="utf-8")
-        fresh.replace(self.note)
+        with replacing(self.note, durable=False) as draft:
+            draft.write_text(json.dumps(self._seen) + "\n", encoding="utf-8")
 
 
 def scalars_of(group: str, values: Mapping[str, float], step: int) -> list[Scalar]:
