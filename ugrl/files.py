@@ -38,7 +38,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(draft, path)
     except BaseException as error:
         _remove(draft)
-        if isinstance(error, OSError):  # the system names none where a file cannot grow
+        if isinstance(error, OSError) and error.errno:  # the system names no file where one cannot grow
             error.filename = error.filename or str(path)
         raise
     if durable:

@@ -1,7 +1,7 @@
 """Every key of a run: its type, default, bounds and one text, by component.
 
 The text under a field says what it does, with unit and equation. :func:`ugrl.config.keys.field_texts` reads these
-texts, and the configuration reference is made of them. Equations are those of the paper, see the README.
+texts, and the configuration reference is made of them. Equations are those of the paper, see docs/method.md.
 """
 
 from __future__ import annotations
