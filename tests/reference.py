@@ -98,7 +98,7 @@ def ref_pseudo_labels(planes, classes, box, size, high, low):
     return labels, conf
 
 
-def ref_random_walk(cam, ahat, beta, log_iterations):
+def ref_random_walk(cam, ahat, beta):
     """One map of N values along an N x N affinity."""
     count = len(cam)
     walk = []
@@ -106,8 +106,6 @@ def ref_random_walk(cam, ahat, beta, log_iterations):
         row = [ahat[i][j] ** beta for j in range(count)]
         total = sum(row)
         walk.append([v / total if total > 0 else 0.0 for v in row])
-    for _ in range(log_iterations):
-        walk = [[sum(walk[i][k] * walk[k][j] for k in range(count)) for j in range(count)] for i in range(count)]
     return [sum(walk[i][j] * cam[j] for j in range(count)) for i in range(count)]
 
 

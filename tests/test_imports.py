@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOPS = ("ugrl", "cluster", "tuning")
 GROUND = {
-    *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types"),
+    *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types", "ugrl.grid"),
     *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
     *("ugrl.command", "ugrl.terminal", "ugrl.device", "ugrl.ownership", "ugrl.precision", "ugrl.model.specs"),
 }

@@ -21,8 +21,8 @@ from bench.baseline.losses import (
 from bench.baseline.network import PublicNet
 from ugrl.config import Config
 from ugrl.errors import ConfigError
+from ugrl.grid import sample_nearest
 from ugrl.method.cam import CamOutput
-from ugrl.method.losses import sample_nearest
 from ugrl.method.pool import reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR

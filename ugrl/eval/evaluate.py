@@ -22,7 +22,7 @@ from ugrl.distributed import rank, world_size
 from ugrl.eval.crf import dense_crf
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
-from ugrl.method.cam import multi_scale_cam, passes
+from ugrl.method.cam import CamPass, multi_scale_cam
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
@@ -164,7 +164,6 @@ class SharedPasses:
         net: In eval mode.
         images_B3HW: The batch.
         plain: What the plain pass at scale 1 has given already.
-        order: Of :func:`ugrl.method.cam.passes`.
         wanted: (scale, mirrored) of the segmentation.
 
     Attributes:
@@ -176,19 +175,17 @@ class SharedPasses:
         net: UGRLNet,
         images_B3HW: Tensor,
         plain: ModelOutput,
-        order: list[tuple[float, bool]],
         wanted: set[tuple[float, bool]],
     ) -> None:
         self.net, self.plain, self.wanted = net, plain, wanted
-        self.order = iter(order)
         self.logits: dict[tuple[float, bool], Tensor] = {}
         if plain.seg_BChw is not None:
             self.logits[1.0, False] = plain.seg_BChw
 
-    def __call__(self, images_B3HW: Tensor, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :func:`ugrl.method.cam.multi_scale_cam` asks for, in its order."""
-        key = next(self.order)
-        if key == (1.0, False):
+    def __call__(self, images_B3HW: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :func:`ugrl.method.cam.multi_scale_cam` asks for."""
+        key = (view.scale, view.mirrored)
+        if view.plain:
             features = self.plain.features
             return self.net.raw_from(features[3]), features[3], self.plain.affinity_BNN
         features, _ = self.net.encoder(images_B3HW)
@@ -248,7 +245,7 @@ def evaluate(
             images, b = batch.images_B3HW, len(batch.ids)
             out = net(images, decode=masks, affinity=want_cam and affinity_trained, embed=False)
             tags_m.add(out.logits_BF.float().sigmoid(), batch.tags_BF)
-            shared = SharedPasses(net, images, out, passes(c.scales, c.mirror), seg_passes)
+            shared = SharedPasses(net, images, out, seg_passes)
             if want_cam:
                 assert batch.masks_BHW is not None
                 labels = batch.masks_BHW.long()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ugrl.errors import UgrlError
-from ugrl.method.cam import resize, spans
+from ugrl.grid import resize_maps, spans
 from ugrl.method.pseudo import check_thresholds
 from ugrl.types import IGNORE
 
@@ -232,18 +232,18 @@ def refine_labels(
             y0, y1, x0, x1 = boxes[b]
             start, end = ranges[b]
             half = max(1, (y1 - y0) // 2), max(1, (x1 - x0) // 2)
-            cam_nhw = resize(cam_PHW[start:end, y0:y1, x0:x1], half)
+            cam_nhw = resize_maps(cam_PHW[start:end, y0:y1, x0:x1], half)
             background_21hw = scores.view(2, 1, 1, 1).expand(2, 1, *half)
             logits_2chw = torch.cat([background_21hw, cam_nhw.expand(2, -1, -1, -1)], 1)
             masks.append(logits_2chw.softmax(1)[:, 1:].flatten(0, 1))
-            halves.append(resize(images_B3HW[b, :, y0:y1, x0:x1], half))
+            halves.append(resize_maps(images_B3HW[b, :, y0:y1, x0:x1], half))
             sizes.append(half)
         refined_BKhw = par(*_canvas(halves, masks), None if len(group) == 1 else sizes)
         for b, half, refined_Khw in zip(group, sizes, refined_BKhw, strict=True):
             y0, y1, x0, x1 = boxes[b]
             start, end = ranges[b]
             classes = 2 * (end - start)
-            full_Khw = resize(refined_Khw[:classes, : half[0], : half[1]], (y1 - y0, x1 - x0))
+            full_Khw = resize_maps(refined_Khw[:classes, : half[0], : half[1]], (y1 - y0, x1 - x0))
             label, conf = _decide(full_Khw.view(2, end - start, y1 - y0, x1 - x0), par.gain, pairs_P2[start:end, 1])
             labels_BHW[b, y0:y1, x0:x1] = label
             conf_BHW[b, y0:y1, x0:x1] = conf

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import UgrlError
+from ugrl.grid import near
 from ugrl.precision import full_precision
 
 MIN_MASS = 1e-6
@@ -60,10 +61,7 @@ def local_affinity(
     if affinity_BNN.shape[-2:] != (h * w, h * w):
         raise UgrlError(f"affinity: {tuple(affinity_BNN.shape[-2:])} pairs, expected {(h * w, h * w)} for grid {grid}")
     a_BNN = affinity_BNN if affinity_BNN.dtype == torch.float64 else affinity_BNN.float()
-    y_h, x_w = torch.arange(h, device=a_BNN.device), torch.arange(w, device=a_BNN.device)
-    near_hh = (y_h[:, None] - y_h).abs() <= radius
-    near_ww = (x_w[:, None] - x_w).abs() <= radius
-    near_NN = (near_hh[:, None, :, None] & near_ww[None, :, None, :]).reshape(h * w, h * w)
+    near_NN = near(grid, radius, a_BNN.device)
     if inside_BN is None:
         keep_BNN = near_NN.expand_as(a_BNN)
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ugrl.method.cam import CamOutput, dense, inside_grid, to_grid
+from ugrl.grid import cell_means, inside_cells, scatter_pairs
+from ugrl.method.cam import CamOutput
 from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
 from ugrl.types import Batch
 
@@ -26,8 +27,9 @@ def batch_vectors(batch: Batch, cam: CamOutput, *, radius: int, local: bool) -> 
     grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
     size = (batch.images_B3HW.shape[-2], batch.images_B3HW.shape[-1])
     b, f = batch.tags_BF.shape
-    inside_BN = inside_grid(batch.boxes_B4, size, grid).to(cam.cam_PHW)
-    m_BCN = class_positions(dense(to_grid(cam.cam_PHW, grid), batch.pairs_P2, b, f).flatten(2), inside_BN)
+    inside_BN = inside_cells(batch.boxes_B4, size, grid).flatten(1).float().to(cam.cam_PHW)
+    cam_BFN = scatter_pairs(cell_means(cam.cam_PHW, grid), batch.pairs_P2, b, f).flatten(2)
+    m_BCN = class_positions(cam_BFN, inside_BN)
     ahat_BNN = None
     if local and cam.affinity_BNN is not None:
         ahat_BNN = local_affinity(cam.affinity_BNN, grid=grid, radius=radius, inside_BN=inside_BN)

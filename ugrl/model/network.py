@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import ConfigError
+from ugrl.grid import inside_cells
 from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import Decoder, ProjectionHead
 from ugrl.model.encoder import CPU_BYTES, SPECS, MiT, attention_logits
@@ -295,9 +296,5 @@ class UGRLNet(nn.Module):
 
 def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Which cells have their centre outside of the box, bool (B, h, w); none where all would have."""
-    axes = []
-    for axis in (0, 1):
-        centre = ((torch.arange(grid[axis]) * 2 + 1) * size[axis]) // (2 * grid[axis])
-        axes.append((centre >= boxes_B4[:, 2 * axis, None]) & (centre < boxes_B4[:, 2 * axis + 1, None]))
-    inside = axes[0][:, :, None] & axes[1][:, None, :]
+    inside = inside_cells(boxes_B4, size, grid)
     return ~(inside | ~inside.flatten(1).any(1)[:, None, None])

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
-from ugrl.method.cam import CamOutput, multi_scale_cam
+from ugrl.grid import sample_nearest
+from ugrl.method.cam import CamOutput, CamPass, multi_scale_cam
 from ugrl.method.contrast import contrastive_loss
 from ugrl.method.losses import (
     affinity_loss,
     classification_loss,
     eligible_tokens,
-    sample_nearest,
     segmentation_loss,
 )
 from ugrl.method.pool import MIN_PER_CLASS, reliable_pool
@@ -176,9 +176,9 @@ class Step:
             plain: F4, queries and keys of the plain images, where they are known already.
         """
 
-        def forward(images: Tensor, first: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-            if plain is None or images is not batch.images_B3HW:
-                return self.net.cam(images, affinity=first and affinity, at_once=self.cfg.train.micro_batch)
+        def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
+            if plain is None or not view.plain:
+                return self.net.cam(images, affinity=view.plain and affinity, at_once=self.cfg.train.micro_batch)
             f4_BDhw, pairs = plain
             return (
                 self.net.raw_from(f4_BDhw),
