@@ -328,7 +328,7 @@ def test_dropped_branches_keep_the_plain_pass_apart(shards: Path) -> None:
         tree = tiny_tree()
         tree["method"]["cam"]["share"] = share
         step = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu").step_fn
-        assert [step.shares(1), step.shares(2)] == expected
+        assert [step.schedule.shares(1), step.schedule.shares(2)] == expected
 
 
 def test_the_encoder_is_one_graph(shards: Path) -> None:

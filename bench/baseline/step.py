@@ -26,12 +26,13 @@ from ugrl.method.cam import CamOutput
 from ugrl.method.pool import reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
+from ugrl.method.schedule import CONTRASTS, WEIGHS_CLS, WEIGHS_SEG
+from ugrl.method.targets import CONF_STEPS
 from ugrl.method.vectors import batch_vectors
 from ugrl.method.weighting import modulation_weights
 from ugrl.model.network import UGRLNet
 from ugrl.model.noise import sample_noise
 from ugrl.seeding import derive
-from ugrl.train.step import CONF_STEPS, CONTRASTS, WEIGHS_CLS, WEIGHS_SEG
 from ugrl.types import IGNORE, Batch, StepOutput
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ugrl.config import Config
 from ugrl.method.build import build_par, build_prototypes
 from ugrl.method.contrast import _cut, _sum_of_losses, _Tile
+from ugrl.method.objective import Objective
 from ugrl.model.build import build_net
 from ugrl.model.encoder import SPECS
 from ugrl.train.step import Step
@@ -80,12 +81,12 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Full(Step):
-    """The step without what a host would ask the values for, so that it also runs on the meta device."""
+class _FullPool(Objective):
+    """The losses without what a host would ask the values for, so that it also runs on the meta device."""
 
     def contrast(self, emb_BDhw: Tensor, labels_Bhw: Tensor, pool_Bhw: Tensor) -> Tensor:
         """Every position is an anchor."""
-        c = self.cfg.method.contrast
+        c = self.method.contrast
         x_BND, key_BN = emb_BDhw.flatten(2).transpose(1, 2), labels_Bhw.flatten(1)
         n, side = key_BN.shape[1], c.tile or TILE
         tiles = [_Tile(0, n, 0, IGNORE, True)] if n <= side else _cut([n], 0, side, True)
@@ -178,7 +179,8 @@ def _made(cfg: Config, num_classes: int, device: torch.device) -> Step:
         torch.manual_seed(0)
         net = build_net(cfg, num_classes, pretrained=False).to(device)
         net.train()
-        return _Full(cfg, net, build_prototypes(cfg, num_classes, net.dim).to(device), build_par(cfg))
+        prototypes = build_prototypes(cfg, num_classes, net.dim).to(device)
+        return Step(cfg, net, prototypes, build_par(cfg), _FullPool(cfg))
 
 
 def _batch(cfg: Config, num_classes: int, images: int, device: torch.device) -> Batch:

@@ -309,7 +309,7 @@ class Trainer:
         try:
             self._introduce()
             every = self.cfg.train.at(self.cfg.train.eval_every)
-            pace = Pace(self.cfg.train.steps, self.step_fn.warmup, every)
+            pace = Pace(self.cfg.train.steps, self.step_fn.schedule.warmup, every)
             bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet, pace=pace)
             with bar as progress, StopRequest() as stop:
                 self._loop(batches, board, progress, pace, stop)
@@ -345,7 +345,7 @@ class Trainer:
 
     def _tell_pace(self, pace: Pace) -> None:
         """Say how long the run will take."""
-        warm = self.done <= self.step_fn.warmup < self.cfg.train.steps
+        warm = self.done <= self.step_fn.schedule.warmup < self.cfg.train.steps
         left, step_s = pace.left(self.done), pace.step_s(warm)
         if left is None or step_s is None:
             return
@@ -482,7 +482,7 @@ class Trainer:
                 cfg,
                 device=self.device,
                 prototypes=self.prototypes,
-                affinity_trained=self.step_fn.uses_affinity and self.done > self.step_fn.warmup,
+                affinity_trained=self.step_fn.schedule.affinity_trained(self.done),
                 par=self.par,
                 dtype=self.dtype,
                 on_batch=on_batch,

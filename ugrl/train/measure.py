@@ -12,6 +12,7 @@ from ugrl.device import resolve
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.build import build_par
 from ugrl.method.refine import PAR
+from ugrl.method.schedule import Schedule
 from ugrl.storage import Place, place
 from ugrl.train.restore import Restored, restore
 
@@ -42,7 +43,7 @@ def measure(
         cfg,
         device=device,
         prototypes=got.prototypes,
-        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.at(cfg.train.cls_warmup_iters),
+        affinity_trained=Schedule.of(cfg).affinity_trained(got.step),
         par=par,
         on_batch=on_batch,
     )
