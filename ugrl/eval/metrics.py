@@ -144,12 +144,6 @@ class Confusion:
         guessed = self.matrix_CC.cpu().sum(0).nonzero().flatten().tolist()
         return guessed[0] if len(guessed) == 1 else None
 
-    @property
-    def accuracy(self) -> float:
-        """Share of counted pixels that are right; NaN when nothing was counted."""
-        matrix = self.matrix_CC.cpu().double()
-        return float(matrix.diagonal().sum() / matrix.sum())
-
     def table(self, class_names: Sequence[str]) -> dict[str, float]:
         """IoU by class name, in order.
 

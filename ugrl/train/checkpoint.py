@@ -43,7 +43,6 @@ from ugrl.text import brief, line
 FORMAT = 1
 PREFIX = "step_"
 BEST = "best.json"
-PARTS = ("model", "prototypes", "optimizer", "random")
 _NAME = re.compile(rf"{PREFIX}[0-9]{{1,15}}")
 _MOST_STEPS = 10**15
 

@@ -90,7 +90,7 @@ class _FullPool(Objective):
         x_BND, key_BN = emb_BDhw.flatten(2).transpose(1, 2), labels_Bhw.flatten(1)
         n, side = key_BN.shape[1], c.tile or TILE
         tiles = [_Tile(0, n, 0, IGNORE, True)] if n <= side else _cut([n], 0, side, True)
-        return _sum_of_losses(x_BND, key_BN, None, tiles, c.tau, padded=False)
+        return _sum_of_losses(x_BND, key_BN, tiles, c.tau, padded=False)
 
 
 def step_gflop(cfg: Config, num_classes: int) -> float:
