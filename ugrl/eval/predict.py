@@ -13,8 +13,8 @@ from PIL import Image
 from ugrl.data.augment import normalize
 from ugrl.data.images import decode_pixels
 from ugrl.errors import DataError
-from ugrl.eval.evaluate import pad_small, seg_scores
 from ugrl.eval.palette import WRITER, write_mask
+from ugrl.eval.passes import pad_small, seg_scores
 from ugrl.foreign import read_bytes
 from ugrl.model.network import UGRLNet
 from ugrl.text import line
