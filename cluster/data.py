@@ -44,7 +44,7 @@ from ugrl.data.reader import wants_masks
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError, UgrlError
 from ugrl.storage import place, retry
-from ugrl.train.loop import LoaderSpec
+from ugrl.train.batches import LoaderSpec
 
 # A block costs Ray about 20 ms of processor time, whatever is in it: worth it for a hundred rows and more.
 BLOCK_BYTES, BLOCK_ROWS = 32_000_000, 4096

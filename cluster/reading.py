@@ -40,7 +40,7 @@ CARRIED = pa.schema([*SCHEMA, *PLACE])
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which rows a rank's stream has, in which order; fields as of :class:`ugrl.train.loop.LoaderSpec`."""
+    """Which rows a rank's stream has, in which order; fields as of :class:`ugrl.train.batches.LoaderSpec`."""
 
     shards: Place
     split: str

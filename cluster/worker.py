@@ -27,8 +27,10 @@ from ugrl.data.make import Loaded
 from ugrl.ownership import fence
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
+from ugrl.train.batches import LoaderSpec
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, LoaderSpec, Trainer, nothing
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"

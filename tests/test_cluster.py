@@ -22,7 +22,7 @@ from ugrl import config as configs
 from ugrl.data.augment import Augment
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
-from ugrl.train.loop import LoaderSpec, local_loader
+from ugrl.train.batches import LoaderSpec, local_loader
 from ugrl.train.run import ensure_shards
 
 TINY = {

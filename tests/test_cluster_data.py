@@ -26,7 +26,7 @@ from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
 from ugrl.errors import DataError
-from ugrl.train.loop import LoaderSpec
+from ugrl.train.batches import LoaderSpec
 
 pytestmark = pytest.mark.ray
 

@@ -16,7 +16,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
 from ugrl.storage import StorageError
-from ugrl.train.loop import LoaderSpec, local_loader
+from ugrl.train.batches import LoaderSpec, local_loader
 
 ray_data = pytest.importorskip("cluster.data", exc_type=ImportError)
 reading = pytest.importorskip("cluster.reading")

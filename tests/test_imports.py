@@ -75,7 +75,7 @@ def test_ugrl_needs_neither_ray_nor_optuna() -> None:
     code = (
         "import sys\n"
         "for name in ('ray', 'optuna', 'matplotlib', 'tensorboardX', 'pandas'): sys.modules[name] = None\n"
-        "import ugrl.cli, ugrl.train.loop, ugrl.train.board, cluster.cli\n"
+        "import ugrl.cli, ugrl.train.loop, ugrl.train.tensorboard, cluster.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

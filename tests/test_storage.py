@@ -21,7 +21,9 @@ from ugrl.data.shards import Manifest
 from ugrl.errors import CheckpointError, DataError
 from ugrl.storage import Place, StorageError, place, retry
 from ugrl.train import checkpoint
-from ugrl.train.loop import Hooks, Trainer, local_loader
+from ugrl.train.batches import local_loader
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_rows_and_batches_are_those_of_the_local_folder(shards: Path, server: Se
     for index in torch.randperm(len(here), generator=torch.Generator().manual_seed(0)).tolist():
         assert here[index] == remote[index]
     cfg = build(tiny_tree(steps=6))
-    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu")._spec() for s in (shards, there)]
+    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu").loader_spec() for s in (shards, there)]
     a, b = (local_loader(spec) for spec in specs)
     for _ in range(6):
         x, y = next(a), next(b)

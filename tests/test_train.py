@@ -307,7 +307,7 @@ def test_sharing_the_plain_pass_changes_nothing_where_nothing_is_dropped(share: 
         calls: list[int] = []
         trainer.net.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.net.train()
-        batches = trainer.loader(trainer._spec())
+        batches = trainer.loader(trainer.loader_spec())
         losses = []
         for step in range(5):
             out = trainer.step_fn(next(batches).to("cpu", torch.float64), step)

@@ -146,7 +146,7 @@ def test_a_bound_instead_of_the_count_changes_no_loss(setting: str, shards: Path
         trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu", dtype=torch.float64)
         trainer.step_fn.target_maker.counts_on_host = counts
         trainer.net.train()
-        batches = trainer.loader(trainer._spec())
+        batches = trainer.loader(trainer.loader_spec())
         for step in range(4):
             out = trainer.step_fn(next(batches).to("cpu", torch.float64), step)
             out.loss.backward()

@@ -116,7 +116,7 @@ def test_a_step_waits_for_nothing(
     trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu")
     trainer.step_fn.target_maker.counts_on_host = False
     trainer.net.train()
-    batches = trainer.loader(trainer._spec())
+    batches = trainer.loader(trainer.loader_spec())
     state = [*trainer.net.parameters(), *trainer.net.buffers(), *trainer.prototypes.buffers()]
     plain = objective_module.contrastive_loss
     called: list[int] = []

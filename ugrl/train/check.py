@@ -10,7 +10,7 @@ from ugrl.data.order import steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
-from ugrl.train.objective import NEEDS_MASKS, resolve_objective
+from ugrl.eval.selection import NEEDS_MASKS, resolve_objective
 from ugrl.types import IGNORE
 
 

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ugrl.config import Config
-from ugrl.method.build import build_par, build_prototypes
 from ugrl.method.contrast import _cut, _sum_of_losses, _Tile
 from ugrl.method.objective import Objective
-from ugrl.model.build import build_net
 from ugrl.model.encoder import SPECS
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import IGNORE, Batch
 

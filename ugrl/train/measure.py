@@ -10,10 +10,10 @@ from ugrl.config import Config
 from ugrl.data.reader import ShardReader
 from ugrl.device import resolve
 from ugrl.eval.evaluate import EvalResult, evaluate
-from ugrl.method.build import build_par
 from ugrl.method.refine import PAR
 from ugrl.method.schedule import Schedule
 from ugrl.storage import Place, place
+from ugrl.train.build import build_par
 from ugrl.train.restore import Restored, restore
 
 

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import CheckpointError
+from ugrl.eval.evaluate import EvalResult
 from ugrl.storage import Place, place, retry
 from ugrl.text import line
 from ugrl.train import checkpoint
+from ugrl.train.observer import Observer
 
 Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
@@ -77,7 +79,7 @@ class Saved:
 
 @dataclass(slots=True)
 class _Shared:
-    """What the thread and the loop share; the thread holds no more, so that a forgotten saver ends."""
+    """What the thread and the loop share; the thread holds no more, so that a forgotten writer ends."""
 
     folder: Path
     mirror: Place | None
@@ -95,7 +97,7 @@ class _Shared:
     last: int | None = None
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints of one run, in order; used by rank 0 alone.
 
     Args:
@@ -126,7 +128,7 @@ class Saver:
         data: str | None = None,
     ) -> None:
         self._s = _Shared(folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log)
-        self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-saver", daemon=True)
+        self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-checkpoints", daemon=True)
         self._thread.start()
         weakref.finalize(self, _end, self._s.jobs)
 
@@ -165,6 +167,27 @@ class Saver:
     def _raise(self) -> None:
         if self._s.error is not None:
             raise self._s.error
+
+
+class CheckpointTimes(Observer):
+    """Has a checkpoint saved after each validation and every so many steps.
+
+    Args:
+        save: Saves the present state; a second call at the same step does nothing.
+        every: Steps between two checkpoints.
+    """
+
+    def __init__(self, save: Callable[[], None], every: int) -> None:
+        self.save, self.every = save, every
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """A checkpoint with the new metrics."""
+        self.save()
+
+    def on_step_end(self, done: int) -> None:
+        """A checkpoint where it is time."""
+        if done % self.every == 0:
+            self.save()
 
 
 def _end(jobs: queue.Queue[Snapshot | None]) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from ugrl.config import Config
 from ugrl.data.shards import sync, write_text
 from ugrl.distributed import is_main, rank
 from ugrl.errors import DataError
+from ugrl.eval.evaluate import EvalResult
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
-from ugrl.train.saver import Saved, Saver, Snapshot, send_files
+from ugrl.train.checkpoint_writer import CheckpointWriter, Saved, Snapshot, send_files
+from ugrl.train.observer import Hooks, Observer
 
 
 class RunFolder:
@@ -55,7 +57,7 @@ class RunFolder:
         self.data = data
         self.path: Path | None = None
         self.mirror = home if home is not None and home.local is None else None
-        self._saver: Saver | None = None
+        self._writer: CheckpointWriter | None = None
         self._waiting: dict[Path, list[str]] = {}
 
     @property
@@ -89,7 +91,7 @@ class RunFolder:
             _cut_log(log, done)
         if self.mirror is not None:
             retry("run folder", lambda: send_files(out, home), patience_s=patience_s, log=self.say)
-        self._saver = Saver(
+        self._writer = CheckpointWriter(
             out,
             mirror=self.mirror,
             config=config,
@@ -132,8 +134,8 @@ class RunFolder:
 
     def submit(self, make: Callable[[], Snapshot]) -> None:
         """Have a state saved in the background (rank 0; the others make none)."""
-        if self._saver is not None:
-            self._saver.submit(make())
+        if self._writer is not None:
+            self._writer.submit(make())
 
     def saved(self, *, wait: bool) -> Saved | None:
         """The newest checkpoint that became whole since the last call.
@@ -141,16 +143,16 @@ class RunFolder:
         Raises:
             CheckpointError: One could not be written.
         """
-        if self._saver is None:
+        if self._writer is None:
             return None
-        found = self._saver.flush() if wait else self._saver.poll()
+        found = self._writer.flush() if wait else self._writer.poll()
         return found[-1] if found else None
 
     def close(self) -> None:
-        """Let the saver end, and send the rest of a remote run; raises nothing."""
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
+        """Let the checkpoint writer end, and send the rest of a remote run; raises nothing."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         if self.mirror is not None and self.path is not None:
             home, files = self.mirror, self.path
             try:
@@ -164,6 +166,30 @@ class RunFolder:
                 self.say(f"{home}: the last lines of the logs could not be sent ({error})")
             shutil.rmtree(files, ignore_errors=True)
         self.path = None
+
+
+class LogFiles(Observer):
+    """``metrics.jsonl``, and ``seen/`` where ``train.record_ids`` asks for it."""
+
+    def __init__(self, folder: RunFolder, hooks: Hooks) -> None:
+        self.folder, self.hooks = folder, hooks
+
+    def on_batch(self, done: int, ids: Sequence[str]) -> None:
+        """A line for each step."""
+        self.folder.note_ids({"step": done}, ids)
+
+    def on_log(self, done: int, values: Mapping[str, float]) -> None:
+        """A line of means."""
+        self.hooks.check_write()
+        self.folder.record({"step": done, **values})
+
+    def on_eval_batch(self, done: int, ids: Sequence[str], images: int, total: int) -> None:
+        """A line for each batch."""
+        self.folder.note_ids({"eval": done}, ids)
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """A line of metrics."""
+        self.folder.record({"step": done, **{f"val/{k}": v for k, v in result.metrics.items()}})
 
 
 def _cut_log(path: Path, done: int) -> None:
