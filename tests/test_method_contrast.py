@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baseline.contrast import naive
-from bench.measure import LiveBytes
+from bench.memory import LiveBytes
 from tests.reference import contrastive_loss_loops, numeric_gradient
 from ugrl.errors import ConfigError
 from ugrl.method import contrast

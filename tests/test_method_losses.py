@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import LiveBytes
+from bench.memory import LiveBytes
 from tests.reference import (
     affinity_loss_loops,
     bilinear_loops,

@@ -96,11 +96,7 @@ def evaluate(
     segmentation = MaskScores("seg", names, device, segmentation_labels)
     collectors: list[Collector] = [TagScores(names)]
     if with_cam:  # before the segmentation, which takes over some of the CAM's passes
-        collectors.append(MaskScores("cam", names, device, cam_labels))
-    if with_cam and cfg.eval.refined_cam and par is not None:
-        collectors.append(MaskScores("refined", names, device, refined_labels(par)))
-    if with_cam and prototypes is not None:
-        collectors.append(UncertaintyScores(cfg, prototypes, affinity_trained))
+        collectors += _cam_collectors(cfg, names, device, prototypes, affinity_trained, par)
     if masks:
         collectors.append(segmentation)
     if masks and cfg.eval.crf:
@@ -130,6 +126,23 @@ def evaluate(
     metrics["collapsed"] = float(bool(verdict))
     net.train(was_training)
     return EvalResult(metrics, {name: tables[name] for name in TABLES if name in tables}, n, verdict)
+
+
+def _cam_collectors(
+    cfg: Config,
+    names: Sequence[str],
+    device: torch.device,
+    prototypes: Prototypes | None,
+    affinity_trained: bool,
+    par: PAR | None,
+) -> list[Collector]:
+    """What is measured of the CAM; arguments as of :func:`evaluate`."""
+    found: list[Collector] = [MaskScores("cam", names, device, cam_labels)]
+    if cfg.eval.refined_cam and par is not None:
+        found.append(MaskScores("refined", names, device, refined_labels(par)))
+    if prototypes is not None:
+        found.append(UncertaintyScores(cfg, prototypes, affinity_trained))
+    return found
 
 
 def collapse(metrics: Mapping[str, float], only: str | None = None) -> str:

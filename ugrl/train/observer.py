@@ -55,6 +55,16 @@ class Observer:
         """Wait, for a bounded time, until everything is written."""
 
 
+def _told(name: str) -> Any:
+    """A method that calls the one of that name of every observer in turn."""
+
+    def tell(self: Observers, *args: Any) -> None:
+        for observer in self.all:
+            getattr(observer, name)(*args)
+
+    return tell
+
+
 class Observers(Observer):
     """Several observers as one: each is told in turn."""
 
@@ -62,55 +72,9 @@ class Observers(Observer):
         self.all = list(observers)
         self.draws = any(o.draws for o in self.all)
 
-    def on_batch(self, done: int, ids: Sequence[str]) -> None:
-        """See :class:`Observer`, as for all that follow."""
-        for o in self.all:
-            o.on_batch(done, ids)
-
-    def on_log(self, done: int, values: Mapping[str, float]) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_log(done, values)
-
-    def on_step(self, done: int) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_step(done)
-
-    def on_pictures(self, done: int, batch: Batch, views: Mapping[str, Tensor]) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_pictures(done, batch, views)
-
-    def on_eval_batch(self, done: int, ids: Sequence[str], images: int, total: int) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_eval_batch(done, ids, images, total)
-
-    def on_eval(self, done: int, result: EvalResult) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_eval(done, result)
-
-    def on_step_end(self, done: int) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_step_end(done)
-
-    def on_checkpoint(self, done: int, where: Place | None, metrics: Mapping[str, float]) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.on_checkpoint(done, where, metrics)
-
-    def leave(self, status: str) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.leave(status)
-
-    def close(self) -> None:
-        """Tell all."""
-        for o in self.all:
-            o.close()
+    on_batch, on_log, on_step, on_pictures = map(_told, ("on_batch", "on_log", "on_step", "on_pictures"))
+    on_eval_batch, on_eval, on_step_end = map(_told, ("on_eval_batch", "on_eval", "on_step_end"))
+    on_checkpoint, leave, close = map(_told, ("on_checkpoint", "leave", "close"))
 
 
 def nothing(*_: Any) -> None:
