@@ -26,7 +26,7 @@ class Scores:
     """What a collector has found.
 
     Attributes:
-        metrics: Name → value.
+        metrics: Values by the name of the metric.
         classes: Metric → class name → value.
     """
 
@@ -67,8 +67,8 @@ class MaskScores:
 
     Args:
         name: ``seg``, ``cam``, …: scores are called ``<name>_miou`` and ``<name>_iou``.
-        names: Foreground classes.
-        device: Where counts are added up.
+        names: Names of the foreground classes, in the order of their indices.
+        device: Device that the counts are added up on.
         labels_of: The labels of a batch, (B, H, W).
     """
 

@@ -50,7 +50,7 @@ class EvalResult:
             there are no masks, scores what a predictor without any skill does, else 0.
         classes: Metric → class name → value, for the table.
         images: Images seen, over all ranks.
-        verdict: Where it is collapsed, in which way, in words.
+        verdict: In which way the network is collapsed, in words; empty where it is not.
     """
 
     metrics: dict[str, float]
@@ -76,13 +76,13 @@ def evaluate(
 
     Args:
         net: The bare network; put into eval mode here and back afterwards.
-        reader: The split.
+        reader: Reader of the split to measure on.
         cfg: The run: ``eval`` and ``method.cam`` are read.
-        device: Where the network is.
+        device: Device of the network.
         prototypes: Given them, the uncertainty's AUROC is measured beside the classifier's.
         affinity_trained: Whether Â is in use (L_aux active), as in training.
-        par: For ``eval.refined_cam``.
-        dtype: Of the network.
+        par: Refinement to measure where ``eval.refined_cam`` is set.
+        dtype: Type of the network's weights.
         on_batch: Called with the ids of each batch of this rank, once it is through.
 
     Returns:
@@ -149,7 +149,7 @@ def collapse(metrics: Mapping[str, float], only: str | None = None) -> str:
     """In which way a score is that of a predictor without any skill; empty where it is not.
 
     Args:
-        metrics: Of a validation.
+        metrics: Metrics of a validation, by name.
         only: The one class that the segmentation predicts for every pixel, if there is such a one.
 
     >>> collapse({"seg_miou": 0.1204, "seg_background_miou": 0.12}, "background")

@@ -51,7 +51,7 @@ class Confusion:
     """int64 confusion matrix over a split; rows are the ground truth, columns the prediction.
 
     Args:
-        num_classes: C, background included.
+        num_classes: Number of classes C (with background).
         device: Where the matrix lives; it never leaves it while it is being filled.
 
     Attributes:
@@ -151,7 +151,7 @@ class Confusion:
             class_names: C names, background first.
 
         Raises:
-            UgrlError: Not C names.
+            UgrlError: The number of names is not C.
         """
         if len(class_names) != self.classes:
             raise UgrlError(f"confusion: got {len(class_names)} class names, expected {self.classes}")
@@ -209,7 +209,7 @@ class TagMetrics:
     """Image-level classification: mean average precision and F1.
 
     Args:
-        classes: F, without background.
+        classes: Number of foreground classes F (without background).
         threshold: A probability above it is a predicted tag.
     """
 
@@ -270,7 +270,7 @@ class TagMetrics:
         """Average precision and prevalence by class name; a class without a positive has no precision (NaN).
 
         Args:
-            class_names: F names.
+            class_names: Names of the F foreground classes, in the order of their indices.
         """
         score_nF, tags_nF = self._found()
         precision = [average_precision(score_nF[:, f], tags_nF[:, f]) for f in range(self.classes)]
@@ -296,7 +296,7 @@ class UncertaintyMetrics:
         """Collect pairs; one with a NaN (no u, or no ground truth) is left out.
 
         Args:
-            u_P: Uncertainty.
+            u_P: Uncertainty of each pair, in [0, 2].
             cam_iou_P: IoU of the class's CAM with the ground truth.
             prob_P: The classifier's probability.
 

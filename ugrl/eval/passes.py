@@ -98,9 +98,9 @@ def seg_scores(
     """Class probabilities (B, C, H, W), averaged over scales and mirror images.
 
     Args:
-        net: In eval mode.
+        net: Network in eval mode.
         images_B3HW: Normalised images of any size.
-        scales: Of the input.
+        scales: Factors of the image size.
         mirror: Whether to add each scale's mirror image.
         known: Logits by (scale, mirrored) of passes that were made already.
     """
@@ -127,11 +127,11 @@ class BatchPasses:
     """The forward passes over one batch. Each is made once, when it is first asked for, and serves all that need it.
 
     Args:
-        net: In eval mode.
+        net: Network in eval mode.
         cfg: The run: ``eval.seg_scales``, ``eval.mirror`` and ``method.cam`` are read.
         batch: On the network's device.
-        images_host_B3HW: Its images as they were read, on the CPU.
-        plain: What the plain pass at scale 1 has given.
+        images_host_B3HW: Images of the batch as they were read, on the CPU.
+        plain: Output of the plain pass at scale 1.
 
     Attributes:
         logits: Decoder logits by (scale, mirrored) of the passes that were made and that the segmentation needs.

@@ -107,15 +107,15 @@ def predict_image(
     """Labels (H, W) uint8 of one image of any size.
 
     Args:
-        net: In eval mode.
+        net: Network in eval mode.
         image_HW3: uint8.
-        device: Where the network is.
+        device: Device of the network.
         scales: Scales of the input that are averaged.
         mirror: Whether to average with the mirror image.
         crf: Whether to sharpen with a dense CRF.
 
     Raises:
-        DataError: It is too large.
+        DataError: The image is too large.
     """
     h, w = image_HW3.shape[:2]
     if h * w * max(1.0, *scales) ** 2 > MOST_PIXELS:
@@ -143,9 +143,9 @@ def predict(
     """Write the mask of each image and yield its path with its labels.
 
     Args:
-        net: The network.
+        net: Network; it is put into eval mode.
         targets: Image → mask, from :func:`plan_targets`.
-        device: Where the network is.
+        device: Device of the network.
         scales: Scales of the input that are averaged.
         mirror: Whether to average with the mirror image.
         crf: Whether to sharpen with a dense CRF.

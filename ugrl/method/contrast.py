@@ -146,7 +146,7 @@ def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: 
     """Gradient of the sum of own losses by every embedding, as anchor and as key.
 
     Args:
-        sim: The similarities.
+        sim: Similarities of all anchors, tile by tile.
         tiles: Own and foreign tiles.
         logk_2GN: log of what multiplies −e^{S/τ} of a positive and +e^{S/τ} of a negative pair, per anchor; −∞ for
             anchors that do not count and for foreign ones.

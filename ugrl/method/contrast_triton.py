@@ -153,7 +153,7 @@ def fused_loss(
     Args:
         emb_BND: Embeddings. In ``batch`` scope all ranks come with the same shape.
         key_BN: int64 class of each anchor, 255 where there is none.
-        tau: Temperature.
+        tau: Temperature τ > 0.
         scope: ``image`` or ``batch``.
 
     Returns:

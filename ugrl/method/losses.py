@@ -28,7 +28,7 @@ def unit_shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         counts: int64, any shape: entries on this rank. Every rank calls with the same shape.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         Same shape; ``ranks`` where no rank has an entry (nothing will be multiplied by it).

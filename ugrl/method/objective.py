@@ -22,9 +22,9 @@ class Objective:
         """The sum, and its terms ``cls, seg, ucl, aux`` without their factors.
 
         Args:
-            batch: This rank's samples.
-            out: Of the heads that :meth:`ugrl.method.schedule.Schedule.heads` names.
-            targets: Of the same batch and step.
+            batch: Samples of this rank.
+            out: Output of the heads that :meth:`ugrl.method.schedule.Schedule.heads` names.
+            targets: Targets of the same batch and step.
         """
         terms = self.terms(batch, out, targets)
         lam = self.method.loss

@@ -46,7 +46,7 @@ def reliable_pool(
         u_BC: Uncertainty by image and class; a class without one is given 0 by the caller.
         conf_Bhw: Confidence, any scale that grows with it.
         keep: K in (0, 1].
-        kind: See above.
+        kind: ``stratified``, ``ranked`` or ``random``, as described above.
         keys_B: int64, a function of (seed, step, image).
 
     Returns:
@@ -119,7 +119,7 @@ def stratified_quota(area_BC: Tensor, u_BC: Tensor, budget_B: Tensor) -> Tensor:
 
     Args:
         area_BC: int64 pixels of each class.
-        u_BC: Uncertainty.
+        u_BC: Uncertainty of each image and class, in [0, 2].
         budget_B: int64 pixels to choose, at most Σ area.
 
     Returns:

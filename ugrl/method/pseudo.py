@@ -16,7 +16,7 @@ def check_thresholds(high: float, low: float) -> None:
     """Raise unless ``0 <= low <= high``.
 
     Raises:
-        UgrlError: Names both values.
+        UgrlError: The order is another; the message names both values.
     """
     if not 0.0 <= low <= high:
         raise UgrlError(f"pseudo-label thresholds: got low {low} and high {high}, expected 0 <= low <= high")
@@ -41,7 +41,7 @@ def pseudo_labels(
         cam_PHW: Normalised maps in [0, 1).
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
-        batch: B.
+        batch: Number of images B.
         high: Threshold of a class, exclusive.
         low: Threshold of background, inclusive.
 
@@ -125,11 +125,11 @@ def propagate_cam(
     is that of the largest scale, here the only one that is computed, of scale 1.
 
     Args:
-        cam_PHW: Normalised maps.
+        cam_PHW: Normalised CAM of each pair, in [0, 1).
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
         affinity_BNN: Affinity logits on ``grid``, N = h·w.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
-        grid: ``(h, w)``.
+        grid: Cells ``(h, w)`` of the last stage's map.
         radius: Chebyshev distance beyond which A is not trained, in cells.
         beta: As in :func:`random_walk`.
 

@@ -117,7 +117,7 @@ class PAR:
         """Apply the affinity ``iterations`` times.
 
         Args:
-            affinity_BNhw: From :meth:`affinity`.
+            affinity_BNhw: Weights of the neighbours, from :meth:`affinity`.
             masks_BKhw: Any number of masks per image.
             sizes: As given to :meth:`affinity`.
 
@@ -194,8 +194,8 @@ def refine_labels(
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)`` on the CPU.
         images_B3HW: Normalised images (any affine scale per channel).
-        batch: B.
-        par: The refinement.
+        batch: Number of images B.
+        par: Pixel-adaptive refinement to apply.
         high: Background score of the first run.
         low: Background score of the second run.
         together: Refine all images in one batch instead of one by one; the same labels. ``None``: except on a CPU,

@@ -48,10 +48,10 @@ class Targets:
     """What the losses are told; ``None`` where this step has no use for it.
 
     Attributes:
-        cam_PHW: Normalised maps.
-        u_BC: Uncertainty.
+        cam_PHW: Normalised CAM of each pair, in [0, 1).
+        u_BC: Uncertainty of each image and class, in [0, 2].
         w_BF: Weights of the tags in the classification loss.
-        labels_BHW: Pseudo-labels.
+        labels_BHW: Pseudo-labels, int64: 0 background, 1…F classes, 255 ignored.
         w_BC: Weights of the pixels of each class in the segmentation loss.
         small_Bhw: The pseudo-labels on F1's grid.
         pool_Bhw: bool, the reliable pool on F1's grid.
@@ -90,10 +90,10 @@ class TargetMaker:
     """Makes the targets of a batch. The prototypes are its only state, and they move after they were read.
 
     Args:
-        cfg: The run.
-        prototypes: Of the classes.
+        cfg: Configuration of the run.
+        prototypes: Prototypes of the C classes.
         par: The refinement of ``method.cam.refine``, if there is one.
-        stride: Of F1 over the image.
+        stride: Pixels of the image per cell of F1.
 
     Attributes:
         counts_on_host: Whether the host may wait to learn how large the pool is, to cut the heads' work to it; by
@@ -114,8 +114,8 @@ class TargetMaker:
         """The targets of a batch; moves the prototypes.
 
         Args:
-            batch: This rank's samples, on the network's device.
-            step: Counted from 0.
+            batch: Samples of this rank, on the network's device.
+            step: Number of the training step, counted from 0.
             forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so.
         """
         schedule = self.schedule

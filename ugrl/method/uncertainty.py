@@ -47,7 +47,7 @@ def local_affinity(
 
     Args:
         affinity_BNN: Logits, one per pair of positions, N = h·w in row-major order.
-        grid: (h, w).
+        grid: Cells ``(h, w)`` of the affinity's map.
         radius: Chebyshev distance in grid cells; the one the affinity loss uses.
         inside_BN: 1 where the position shows the image, or ``None`` for everywhere.
 
@@ -79,8 +79,8 @@ def class_vectors(
     """r_c = Σ_p ω_c,p F4_p with ω_c ∝ Â·M_c (Eqs. 2 and 3, a vector instead of a scalar).
 
     Args:
-        f4_BDN: Last-stage features.
-        m_BCN: :func:`class_positions`.
+        f4_BDN: Features of the encoder's last stage, flattened.
+        m_BCN: Maps of the classes, from :func:`class_positions`.
         tags_BF: 1 for the classes the image shows; background always counts as shown.
         ahat_BNN: :func:`local_affinity`, or ``None`` for the identity (while the affinity is untrained).
 

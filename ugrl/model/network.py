@@ -50,7 +50,7 @@ class UGRLNet(nn.Module):
     """Everything with learned weights.
 
     Attributes:
-        encoder: MiT.
+        encoder: Mix Transformer (SegFormer), four stages.
         classifier: 1×1 without bias from F4 to the F classes; its weights on F4 are the raw CAM.
         g_cls: Affinity head (Eq. 1).
         decoder: Fused map z and class logits.
@@ -75,7 +75,7 @@ class UGRLNet(nn.Module):
         """Builds the network with fresh weights from torch's current random state.
 
         Args:
-            num_classes: F, without background.
+            num_classes: Number of foreground classes F (without background).
             backbone: A key of :data:`ugrl.model.encoder.SPECS`.
             decoder_dim: Channels of z.
             d_seg: Channels of an embedding.
@@ -86,7 +86,7 @@ class UGRLNet(nn.Module):
             dropout: Drop rate of z's channels.
 
         Raises:
-            ConfigError: An unknown name.
+            ConfigError: A name is unknown.
         """
         super().__init__()
         if backbone not in SPECS:
@@ -188,7 +188,7 @@ class UGRLNet(nn.Module):
         """Class scores of F4.
 
         Args:
-            f4_BDhw: Last-stage features.
+            f4_BDhw: Features of the encoder's last stage.
             boxes_B4: Valid boxes in pixels of an image of ``size``, on the CPU; ``None`` pools every position.
             size: ``(H, W)`` of the images, needed with boxes.
 
@@ -261,9 +261,9 @@ class UGRLNet(nn.Module):
         """Optimiser groups; every parameter is in exactly one.
 
         Args:
-            lr: Of the backbone.
-            head_ratio: Heads over backbone.
-            weight_decay: Of everything but norms and the heads' biases.
+            lr: Learning rate of the backbone.
+            head_ratio: Learning rate of the heads over that of the backbone.
+            weight_decay: Weight decay of all parameters but norms and the heads' biases.
             norm_lr_mult: Backbone norms over backbone; the public code has 0.
 
         Returns:

@@ -50,9 +50,9 @@ def run_step(
     """Losses of a batch, and their gradients in the parameters; moves the prototypes.
 
     Args:
-        step_fn: The method's step.
-        batch: This rank's samples, on the network's device.
-        step: Counted from 0.
+        step_fn: The training step of the method.
+        batch: Samples of this rank, on the network's device.
+        step: Number of the training step, counted from 0.
         model: The network as wrapped by DDP; the bare one by default.
         views: Whether to keep tensors for pictures.
         micro_batch: Most images that the encoder keeps activations of; 0: all.

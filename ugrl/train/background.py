@@ -42,7 +42,7 @@ class BackgroundWriter(Generic[Item]):
 
     Args:
         name: For messages: where the items go.
-        writer: What writes them.
+        writer: Writer that takes the items.
         say: Told in one line what the user should know; by default it goes to stderr.
     """
 

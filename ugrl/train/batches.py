@@ -80,11 +80,11 @@ def spec_of(
     """What a run asks its loader for, on this rank.
 
     Args:
-        cfg: The run.
-        shards: A prepared folder.
-        num_classes: F, without background.
-        start_step: Steps done before.
-        device: Where the training runs.
+        cfg: Configuration of the run.
+        shards: Folder that ``ugrl prepare`` has written.
+        num_classes: Number of foreground classes F (without background).
+        start_step: Number of steps done before.
+        device: Device of the training.
         masks: Whether this rank draws pictures, which alone show masks.
     """
     data, train = cfg.data, cfg.train

@@ -28,8 +28,8 @@ def build_net(cfg: Config, num_classes: int, *, pretrained: bool = True) -> UGRL
     """A network with weights that are a function of ``cfg.seed`` (and ``model.weights``).
 
     Args:
-        cfg: The run.
-        num_classes: F, without background.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
         pretrained: Whether to load ``model.weights``; a checkpoint's reader does not need them.
 
     Raises:
@@ -58,8 +58,8 @@ def build_prototypes(cfg: Config, num_classes: int, dim: int) -> Prototypes:
     """Prototypes for F classes and background.
 
     Args:
-        cfg: The run.
-        num_classes: F, without background.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
         dim: D, channels of the encoder's last stage.
     """
     u = cfg.method.uncertainty
@@ -87,17 +87,17 @@ class Parts:
     """What a run is made of.
 
     Attributes:
-        device: Where the network is.
-        dtype: Of weights and images.
-        manifest: Of the shards.
-        val_reader: Of ``data.val_split``.
+        device: Device of the network.
+        dtype: Type of weights and images.
+        manifest: Manifest of the prepared shards.
+        val_reader: Reader of ``data.val_split``.
         objective: The metric that the run is judged by.
-        fingerprint: Of the splits that the run reads.
-        net: The bare network.
-        prototypes: Of the classes.
+        fingerprint: Hash of the splits that the run reads; it tells whether a resumed run sees the same images.
+        net: Network, not wrapped by DDP.
+        prototypes: Prototypes of the C classes.
         par: The refinement of ``method.cam.refine``, if there is one.
-        optimizer: Of the network's parameters.
-        step: The method's step.
+        optimizer: AdamW over the network's parameters.
+        step: The training step of the method.
     """
 
     device: torch.device
@@ -119,10 +119,10 @@ def build_run(
     """Build a run, after a check that it can be trained and judged on these shards.
 
     Args:
-        cfg: The run.
-        shards: A prepared folder.
+        cfg: Configuration of the run.
+        shards: Folder that ``ugrl prepare`` has written.
         device: ``"cuda"`` where there is one, by default.
-        dtype: Of weights and images, instead of ``train.dtype``.
+        dtype: Type of weights and images; ``train.dtype`` by default.
         pretrained: Whether to load ``model.weights``; a resumed run does not need them.
 
     Raises:

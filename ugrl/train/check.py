@@ -21,7 +21,7 @@ def check_run(
 
     Args:
         cfg: The run; its own values go together (:func:`ugrl.config.build` has seen to crops, scales and warm-ups).
-        manifest: Of the shards.
+        manifest: Manifest of the prepared shards.
         split: Judged on; ``data.val_split`` by default.
         objective: Judged by; ``eval.objective`` by default.
         fresh: Whether it starts from ``model.weights``, which must be at hand then.

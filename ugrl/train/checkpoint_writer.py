@@ -38,10 +38,10 @@ class Snapshot:
     """A state to be written.
 
     Attributes:
-        step: Steps done.
-        metrics: The last validation's.
+        step: Number of steps done.
+        metrics: Metrics of the last validation.
         parts: Tensors by file name, on the host once ``ready`` has passed.
-        ready: Of a GPU, when its copies have ended.
+        ready: CUDA event after which the copies are complete; ``None`` on a CPU.
     """
 
     step: int
@@ -104,7 +104,7 @@ class CheckpointWriter:
         folder: The run's local folder.
         mirror: Where the run lives, if that is a remote storage.
         config: The configuration as a plain dict.
-        class_names: Foreground classes.
+        class_names: Names of the foreground classes, in the order of their indices.
         data: Fingerprint of the splits that the run reads.
         objective: Metric that the best are chosen by, larger is better.
         keep: Latest checkpoints that are kept.
@@ -281,7 +281,7 @@ def send_files(folder: Path, mirror: Place) -> None:
     """What a run's folder holds beside checkpoints, to the storage.
 
     Raises:
-        StorageError: It does not take them.
+        StorageError: The storage does not accept the files.
     """
     for name in FILES:
         if (folder / name).is_file():

@@ -100,8 +100,8 @@ def step_gflop(cfg: Config, num_classes: int) -> float:
     class, no pixel ignored, the contrastive pool at its full size.
 
     Args:
-        cfg: The run.
-        num_classes: Foreground classes.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
 
     Returns:
         GFLOP (10⁹ operations).
@@ -128,10 +128,10 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
     What is timed has fewer images, and smaller ones where one is too much already; its time is scaled by operations.
 
     Args:
-        cfg: The run.
-        num_classes: Foreground classes.
-        device: Where.
-        gflop: Of :func:`step_gflop`.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
+        device: Device to compute on.
+        gflop: Operations of a step, from :func:`step_gflop`.
     """
     most = TIMED_GFLOP * (ON_GPU if device.type == "cuda" else 1.0)
     small = replace(cfg, data=replace(cfg.data, crop=_timed_crop(cfg, most / gflop)))

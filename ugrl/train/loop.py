@@ -46,20 +46,20 @@ class Trainer:
     """One run of one configuration on one data set.
 
     Args:
-        cfg: The run.
-        shards: A prepared folder.
+        cfg: Configuration of the run.
+        shards: Folder that ``ugrl prepare`` has written.
         out: Where to write, a path or a URI; ``None`` writes nothing. A remote run is written to a local folder first.
         loader: Where batches come from; by default from the shards, in this process.
-        hooks: What to tell others.
+        hooks: Functions that are called with what happens.
         resume_from: A checkpoint folder to continue from.
         console: For progress and tables.
-        quiet: No progress.
+        quiet: Whether to show no progress.
         device: ``"cuda"`` where there is one, by default.
-        dtype: Of weights and images, instead of ``train.dtype``.
+        dtype: Type of weights and images; ``train.dtype`` by default.
 
     Attributes:
         done: Steps that are done.
-        metrics: Of the last validation, with its ``step``.
+        metrics: Metrics of the last validation, and its ``step``.
 
     Raises:
         UgrlError: The shards, the configuration or the checkpoint cannot be used together.
@@ -166,7 +166,7 @@ class Trainer:
         every rank; the second signal acts at once.
 
         Raises:
-            Interrupted: It was asked to stop.
+            Interrupted: The run was asked to stop.
             CheckpointError: Checkpoints cannot be written.
             UgrlError: ``train.nan_patience`` steps in a row had no finite loss or gradients; a broken row or shard.
         """

@@ -30,8 +30,8 @@ def measure(
 
     Args:
         got: From :func:`ugrl.train.restore.restore`, on the device.
-        reader: Of the split.
-        device: Where.
+        reader: Reader of the split to measure on.
+        device: Device to compute on.
         cfg: Instead of the checkpoint's own configuration.
         par: Refinement of the CAM, where it is wanted.
         on_batch: Called with the ids of each batch, once it is through.
@@ -54,8 +54,8 @@ def measure_run(out: str | Place, shards: str | Place, split: str) -> dict[str, 
 
     Args:
         out: The run's folder, a path or a URI.
-        shards: Prepared shards.
-        split: Of the shards.
+        shards: Folder that ``ugrl prepare`` has written.
+        split: Name of a split of the shards.
 
     Raises:
         UgrlError: There is no checkpoint, or no such split.

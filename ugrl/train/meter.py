@@ -57,7 +57,7 @@ class Meter:
         """A step has ended.
 
         Args:
-            images: Of all workers together: the global batch.
+            images: Images of all workers together: the global batch.
         """
         self._steps += 1
         self._images += images
@@ -97,7 +97,7 @@ class LogWindow:
     """Losses and statistics of the steps since the last line of the log.
 
     Args:
-        device: Where they are.
+        device: Device of the losses and statistics.
     """
 
     def __init__(self, device: torch.device) -> None:

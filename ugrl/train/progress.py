@@ -165,11 +165,11 @@ class Progress(Observer):
     """Shows steps, time left, images/s and losses; a line at most every few seconds off a terminal.
 
     Args:
-        console: Where.
+        console: Console to print to.
         total: Steps of the run.
-        done: Steps done before.
+        done: Number of steps done before.
         enabled: Whether to show anything.
-        pace: What knows the time left; without it none is shown.
+        pace: Estimate of the time left; without it none is shown.
         every_s: Seconds between two lines off a terminal.
     """
 
@@ -248,7 +248,7 @@ class TimeLeft(Observer):
     """Says how long the run will take, as soon as a kind of step is known well enough.
 
     Args:
-        pace: What knows it.
+        pace: Estimate of the time left.
         total: Steps of the run.
         say: Told in one line.
     """

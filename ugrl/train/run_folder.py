@@ -33,8 +33,8 @@ class RunFolder:
 
     Args:
         home: Where the run lives; ``None`` writes nothing.
-        cfg: The run.
-        class_names: Foreground classes.
+        cfg: Configuration of the run.
+        class_names: Names of the foreground classes, in the order of their indices.
         objective: Metric that the best checkpoints are chosen by.
         data: Fingerprint of the splits that the run reads.
         say: Told in one line what the user should know.

@@ -46,9 +46,9 @@ class Step:
     """The method's training step for one configuration (Table 3's settings included).
 
     Args:
-        cfg: The run.
-        net: The bare network.
-        prototypes: Of the classes; every step moves them.
+        cfg: Configuration of the run.
+        net: Network, not wrapped by DDP.
+        prototypes: Prototypes of the C classes; every step moves them.
         par: The refinement of ``method.cam.refine``, if there is one.
         objective: The losses; by default those of the configuration.
     """
@@ -65,8 +65,8 @@ class Step:
         """Losses of one batch at one step; moves the prototypes.
 
         Args:
-            batch: This rank's samples, on the network's device.
-            step: Counted from 0.
+            batch: Samples of this rank, on the network's device.
+            step: Number of the training step, counted from 0.
             model: The network as wrapped by DDP; the bare one by default.
             views: Whether to keep tensors for pictures.
         """
@@ -95,8 +95,8 @@ class Step:
         The CAM's passes go through the bare network: no drop-path, no decoder.
 
         Args:
-            batch: This rank's samples, on the network's device.
-            step: Counted from 0.
+            batch: Samples of this rank, on the network's device.
+            step: Number of the training step, counted from 0.
             plain: F4, queries and keys of the training pass, where it stands in for the plain CAM pass.
         """
         net, affinity = self.net, self.target_maker.wants_affinity(step)
@@ -126,10 +126,10 @@ class Step:
         """The losses, given what the heads answered.
 
         Args:
-            batch: This rank's samples.
-            out: Of the heads that the schedule names.
-            targets: Of :meth:`targets`.
-            step: Counted from 0.
+            batch: Samples of this rank.
+            out: Output of the heads that the schedule names.
+            targets: Result of :meth:`targets`.
+            step: Number of the training step, counted from 0.
             views: Whether to keep tensors for pictures.
         """
         loss, terms = self.objective(batch, out, targets)

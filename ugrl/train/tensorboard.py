@@ -43,7 +43,7 @@ class TensorBoard(Observer):
         say: Told in one line of trouble; by default it goes to stderr.
 
     Attributes:
-        writer: What writes, if tensorboardX is there.
+        writer: Background writer of the event files; ``None`` without tensorboardX.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, say: Say | None = None) -> None:

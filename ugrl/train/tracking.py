@@ -54,7 +54,7 @@ def check_mlflow(where: str) -> None:
     """Refuse ``train.mlflow`` where MLflow is not installed, or cannot use the folder.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: MLflow is not installed, or the folder has a name that it cannot use.
     """
     if "://" not in where and re.search("[?]|%[0-9a-fA-F]{2}", str(Path(where).absolute())):
         raise ConfigError(f"train.mlflow is '{where}': MLflow takes no folder with ? or %20 in its name")
@@ -96,8 +96,8 @@ class MlflowObserver(Observer):
     Args:
         where: A tracking URI, or a folder.
         note: ``OUT/mlflow.json``, which keeps the run's id.
-        name: Of the run.
-        params: Its configuration.
+        name: Name of the run.
+        params: Configuration of the run.
         say: Told in one line of trouble; by default it goes to stderr.
 
     Raises:
@@ -136,8 +136,8 @@ class MlflowWriter:
     Args:
         where: A tracking URI, or a folder. The experiment is ``ugrl``, or what ``MLFLOW_EXPERIMENT_NAME`` says.
         note: ``OUT/mlflow.json``.
-        name: Of the run.
-        params: Its configuration, nested or not.
+        name: Name of the run.
+        params: Configuration of the run, nested or flat.
 
     Raises:
         ConfigError: MLflow is not installed.
