@@ -14,10 +14,10 @@ from ugrl.eval.crf import dense_crf
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
 from ugrl.eval.passes import BatchPasses
+from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
-from ugrl.method.vectors import batch_vectors
 from ugrl.types import IGNORE
 
 

@@ -105,7 +105,7 @@ def evaluate(
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
     indices = list(range(rank(), n, world_size()))
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for read in shape_batches(reader, indices, cfg.data.threads, net.encoder.spec.min_size):
+        for read in shape_batches(reader, indices, cfg.data.threads, net.min_size):
             batch = read.to(device, dtype)
             plain = net(batch.images_B3HW, decode=masks, affinity=with_cam and affinity_trained, embed=False)
             seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)

@@ -114,7 +114,7 @@ def seg_scores(
                 if x is None:
                     x = images_B3HW
                     if scale != 1.0:
-                        x = resize(x, scaled(size, scale, net.encoder.spec.min_size))
+                        x = resize(x, scaled(size, scale, net.min_size))
                 logits = net.segment(x.flip(-1) if flip else x)
             p = resize(logits.float(), size).softmax(1)
             p = p.flip(-1) if flip else p
@@ -168,7 +168,7 @@ class BatchPasses:
             batch.boxes_B4,
             scales=c.scales,
             mirror=c.mirror,
-            least=self.net.encoder.spec.min_size,
+            least=self.net.min_size,
         )
 
     def _forward(self, images_B3HW: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -121,7 +121,7 @@ def predict_image(
     if h * w * max(1.0, *scales) ** 2 > MOST_PIXELS:
         at = f" at scale {max(scales):g}" if max(scales) > 1 else ""
         raise DataError(f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: cut it into parts")
-    x = torch.from_numpy(pad_small(normalize(image_HW3), net.encoder.spec.min_size))[None].to(device)
+    x = torch.from_numpy(pad_small(normalize(image_HW3), net.min_size))[None].to(device)
     probs = seg_scores(net, x, scales, mirror)[0, :, :h, :w]
     if crf:
         from ugrl.eval.crf import dense_crf

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ugrl.distributed import all_gather_rows, all_gather_rows_grad, rank, world_size
-from ugrl.method.anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
+from ugrl.method.contrast_anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
 from ugrl.method.contrast_kernels import gradient_kernel, sums_kernel
 from ugrl.method.losses import unit_shares
 from ugrl.types import IGNORE

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ugrl.errors import UgrlError
 from ugrl.grid import cell_means, inside_cells, inside_pixels, resize_maps, stack_pairs
-from ugrl.method.uncertainty import local_affinity
+from ugrl.method.class_vectors import local_affinity
 from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 

@@ -15,13 +15,13 @@ from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.grid import sample_nearest
 from ugrl.method.cam import CamOutput, Forward, multi_scale_cam
+from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.losses import eligible_tokens
 from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.schedule import Schedule
-from ugrl.method.vectors import batch_vectors
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.seeding import derive
 from ugrl.types import IGNORE, Batch, Focus

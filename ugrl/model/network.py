@@ -57,6 +57,8 @@ class UGRLNet(nn.Module):
         g_seg: Embeddings of z (Eq. 9).
         layers: L, branches that drop-path may drop.
         dim: D, channels of F4.
+        stride: Pixels of the image per cell of F1.
+        min_size: Shortest image side that the encoder takes.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class UGRLNet(nn.Module):
         self.pooling = pooling
         self.dim = spec.dims[3]
         self.heads = spec.heads[3]
+        self.stride, self.min_size = spec.strides[0], spec.min_size
         self.encoder = MiT(spec)
         self.layers = self.encoder.layers
         self.classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
@@ -235,7 +238,10 @@ class UGRLNet(nn.Module):
             raws, f4s, affinities = zip(*parts, strict=True)
             return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
         features, pairs = self.encoder(images)
-        f4_BDhw = features[3]
+        return self.cam_of(features[3], pairs, affinity=affinity)
+
+    def cam_of(self, f4_BDhw: Tensor, pairs: Pairs, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`cam` returns, from F4 and the queries and keys of a pass that was made already."""
         affinity_BNN = self.g_cls.from_pairs(pairs, self.heads) if affinity else None
         return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
 

@@ -58,7 +58,7 @@ class Step:
     ) -> None:
         self.cfg, self.net = cfg, net
         self.schedule = Schedule.of(cfg)
-        self.target_maker = TargetMaker(cfg, prototypes, par, stride=net.encoder.spec.strides[0])
+        self.target_maker = TargetMaker(cfg, prototypes, par, stride=net.stride)
         self.objective = objective or Objective(cfg)
 
     def __call__(self, batch: Batch, step: int, *, model: nn.Module | None = None, views: bool = False) -> StepOutput:
@@ -104,8 +104,7 @@ class Step:
         def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
             if plain is None or not view.plain:
                 return net.cam(images, affinity=view.plain and affinity, at_once=self.cfg.train.micro_batch)
-            f4_BDhw, pairs = plain
-            return net.raw_from(f4_BDhw), f4_BDhw, net.g_cls.from_pairs(pairs, net.heads) if affinity else None
+            return net.cam_of(*plain, affinity=affinity)
 
         return self.target_maker(batch, step, forward)
 

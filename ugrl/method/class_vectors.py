@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import UgrlError
-from ugrl.grid import near
+from ugrl.grid import cell_means, inside_cells, near, scatter_pairs
+from ugrl.method.cam import CamOutput
 from ugrl.precision import full_precision
+from ugrl.types import Batch
 
 MIN_MASS = 1e-6
 """Smallest Σω (positions' worth of map) that still makes a class vector."""
@@ -99,3 +101,28 @@ def class_vectors(
         omega_BCN = omega_BCN / mass_BC.clamp(min=MIN_MASS)[..., None]
         r_BCD = omega_BCN @ f_BDN.mT
         return r_BCD.masked_fill(~present_BC[..., None], 0), present_BC
+
+
+@torch.no_grad()
+def batch_vectors(batch: Batch, cam: CamOutput, *, radius: int, local: bool) -> tuple[Tensor, Tensor]:
+    """Class vectors r of a batch (Eq. 2, repaired: a vector, not a scalar, per image and class).
+
+    Args:
+        batch: Tags, pairs and boxes are read.
+        cam: Its CAM, with F4 and, where Â is wanted, the affinity logits.
+        radius: Chebyshev radius of Â, in cells.
+        local: Whether to spread the class weights by Â; without it Â is the identity.
+
+    Returns:
+        r (B, C, D), zero where absent, and bool (B, C): which exist.
+    """
+    grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
+    size = (batch.images_B3HW.shape[-2], batch.images_B3HW.shape[-1])
+    b, f = batch.tags_BF.shape
+    inside_BN = inside_cells(batch.boxes_B4, size, grid).flatten(1).float().to(cam.cam_PHW)
+    cam_BFN = scatter_pairs(cell_means(cam.cam_PHW, grid), batch.pairs_P2, b, f).flatten(2)
+    m_BCN = class_positions(cam_BFN, inside_BN)
+    ahat_BNN = None
+    if local and cam.affinity_BNN is not None:
+        ahat_BNN = local_affinity(cam.affinity_BNN, grid=grid, radius=radius, inside_BN=inside_BN)
+    return class_vectors(cam.f4_BDhw.flatten(2), m_BCN, batch.tags_BF, ahat_BNN)
