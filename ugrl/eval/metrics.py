@@ -205,16 +205,19 @@ def auroc(score_n: Tensor, positive_n: Tensor) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
+# A probability above this is a predicted tag.
+PREDICTED = 0.5
+
+
 class TagMetrics:
     """Image-level classification: mean average precision and F1.
 
     Args:
         classes: Number of foreground classes F (without background).
-        threshold: A probability above it is a predicted tag.
     """
 
-    def __init__(self, classes: int, threshold: float = 0.5) -> None:
-        self.classes, self.threshold = classes, threshold
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
         self._rows = torch.zeros((0, 2, classes), dtype=torch.float64)
         self._new: list[Tensor] = []
         self._reduced = False
@@ -252,7 +255,7 @@ class TagMetrics:
             all entries pooled. NaN where nothing has a positive.
         """
         score_nF, tags_nF = self._found()
-        guess_nF = score_nF > self.threshold
+        guess_nF = score_nF > PREDICTED
         hit_F = (guess_nF & tags_nF).sum(0).double()
         both_F = (guess_nF.sum(0) + tags_nF.sum(0)).double()
         classes = tags_nF.any(0).nonzero().flatten().tolist()
