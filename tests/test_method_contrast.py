@@ -292,12 +292,12 @@ def test_cpu_never_imports_triton_by_itself():
 
 def test_pairs_visit_upper_tiles_once_and_most_need_no_mask():
     counts = [300, 0, 500, 200]
-    tiles = contrast._cut(counts, 0, 100, True)
+    tiles = contrast.tiles_of(counts, 0, 100, True)
     assert [(t.start, t.stop) for t in tiles] == [(i, i + 100) for i in range(0, 1000, 100)]
     pairs = list(contrast._pairs(tiles))
     assert len(pairs) == 55 and len(set(pairs)) == 55
     assert {a.relation(b) for a, b in pairs} == {"same", "different"}
-    uneven = contrast._cut([150, 250], 0, 100, True)
+    uneven = contrast.tiles_of([150, 250], 0, 100, True)
     kinds = [a.relation(b) for a, b in contrast._pairs(uneven)]
     assert (uneven[1].low, uneven[1].high) == (0, 1) and kinds.count("mixed") == 4
 

@@ -38,7 +38,7 @@ from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A run of anchors that are sorted by class."""
 
     start: int
@@ -47,23 +47,24 @@ class _Tile(NamedTuple):
     high: int  # class of the last
     own: bool  # anchors whose loss is computed here; the others only serve as keys
 
-    def relation(self, other: _Tile) -> Literal["same", "different", "mixed"]:
+    def relation(self, other: Tile) -> Literal["same", "different", "mixed"]:
+        """Whether all pairs of the two are of one class, none is, or some are."""
         if self.low == self.high == other.low == other.high:
             return "same"
         return "different" if self.high < other.low or other.high < self.low else "mixed"
 
 
-def _cut(counts: Sequence[int], start: int, size: int, own: bool) -> list[_Tile]:
+def tiles_of(counts: Sequence[int], start: int, size: int, own: bool) -> list[Tile]:
     """Tiles of a block of anchors that begins at ``start`` and holds ``counts[c]`` of class c in turn."""
     ends = list(accumulate(counts[:IGNORE]))
     edges = range(0, ends[-1], size)
     return [
-        _Tile(start + a, start + b, bisect_right(ends, a), bisect_right(ends, b - 1), own)
+        Tile(start + a, start + b, bisect_right(ends, a), bisect_right(ends, b - 1), own)
         for a, b in ((a, min(a + size, ends[-1])) for a in edges)
     ]
 
 
-def _pairs(tiles: Sequence[_Tile]) -> Iterator[tuple[_Tile, _Tile]]:
+def _pairs(tiles: Sequence[Tile]) -> Iterator[tuple[Tile, Tile]]:
     """Rows are own tiles; of two own ones only (earlier, later), which serves both directions."""
     for i, rows in enumerate(tiles):
         if rows.own:
@@ -77,7 +78,7 @@ class _Similarity:
         self.x_GND, self.class_GN, self.tau, self.padded = x_GND, class_GN, tau, padded
         self.shift = 1.0 / tau
 
-    def _tile(self, rows: _Tile, keys: _Tile, offset: float) -> Tensor:
+    def _tile(self, rows: Tile, keys: Tile, offset: float) -> Tensor:
         return torch.baddbmm(
             self.x_GND.new_full((1, 1, 1), offset),
             self.x_GND[:, rows.start : rows.stop],
@@ -85,7 +86,7 @@ class _Similarity:
             alpha=1.0 / self.tau,
         )
 
-    def _exclude(self, tile: Tensor, rows: _Tile, keys: _Tile, value: float) -> Tensor:
+    def _exclude(self, tile: Tensor, rows: Tile, keys: Tile, value: float) -> Tensor:
         if rows is keys:
             tile.diagonal(dim1=1, dim2=2).fill_(value)
         if self.padded:
@@ -94,17 +95,17 @@ class _Similarity:
             tile.masked_fill_(out, value)
         return tile
 
-    def logits(self, rows: _Tile, keys: _Tile) -> Tensor:
+    def logits(self, rows: Tile, keys: Tile) -> Tensor:
         return self._exclude(self._tile(rows, keys, 0.0), rows, keys, float("-inf"))
 
-    def exps(self, rows: _Tile, keys: _Tile) -> Tensor:
+    def exps(self, rows: Tile, keys: Tile) -> Tensor:
         return self._exclude(self._tile(rows, keys, -self.shift).exp_(), rows, keys, 0.0)
 
-    def same(self, rows: _Tile, keys: _Tile) -> Tensor:
+    def same(self, rows: Tile, keys: Tile) -> Tensor:
         """bool: pairs of one class."""
         return self.class_GN[:, rows.start : rows.stop, None] == self.class_GN[:, None, keys.start : keys.stop]
 
-    def by_kind(self, tile: Tensor, rows: _Tile, keys: _Tile, absent: float) -> Iterator[tuple[int, Tensor]]:
+    def by_kind(self, tile: Tensor, rows: Tile, keys: Tile, absent: float) -> Iterator[tuple[int, Tensor]]:
         """The tile as (0, positives) and (1, negatives), what is not of the kind being ``absent``."""
         relation = rows.relation(keys)
         if relation == "mixed":
@@ -115,7 +116,7 @@ class _Similarity:
             yield (0 if relation == "same" else 1), tile
 
 
-def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log_sums(sim: _Similarity, tiles: Sequence[Tile], kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums log P and log N of the own anchors, (G, N) each, −∞ where a sum is empty.
 
     ``kept`` is the only tile's e^{S/τ − shift}, if there is a single one and the shift is fixed.
@@ -142,7 +143,7 @@ def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> 
     return sums_2GN[0], sums_2GN[1]
 
 
-def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: Tensor | None) -> Tensor:
+def _gradient(sim: _Similarity, tiles: Sequence[Tile], logk_2GN: Tensor, kept: Tensor | None) -> Tensor:
     """Gradient of the sum of own losses by every embedding, as anchor and as key.
 
     Args:
@@ -166,7 +167,7 @@ def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: 
     return grad_GND.mul_(1.0 / sim.tau)
 
 
-def _gradient_tile(sim: _Similarity, k_2GN: Tensor, rows: _Tile, keys: _Tile, kept: Tensor | None) -> Tensor:
+def _gradient_tile(sim: _Similarity, k_2GN: Tensor, rows: Tile, keys: Tile, kept: Tensor | None) -> Tensor:
     """Derivative of the sum of own losses by the tile of S/τ: e^{S/τ} times (k of the row + k of the key).
 
     ``k_2GN`` is shifted and signed with a fixed shift, else it is the logarithm that :func:`_gradient` got.
@@ -195,7 +196,7 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any,
         x_GND: Tensor,
         class_GN: Tensor,
-        tiles: Sequence[_Tile],
+        tiles: Sequence[Tile],
         tau: float,
         padded: bool,
         with_grad: bool,
@@ -303,7 +304,16 @@ def _compiles(emb_BDhw: Tensor) -> bool:
     return torch.cuda.get_device_capability(emb_BDhw.device) >= (8, 0)
 
 
-def _sum_of_losses(x_GND: Tensor, class_GN: Tensor, tiles: Sequence[_Tile], tau: float, padded: bool) -> Tensor:
+def sum_of_losses(x_GND: Tensor, class_GN: Tensor, tiles: Sequence[Tile], tau: float, padded: bool) -> Tensor:
+    """Σ ℓ_i over the own anchors that have a positive.
+
+    Args:
+        x_GND: Unit-length rows of G groups of anchors, sorted by class.
+        class_GN: Class of each row, 255 where it is no anchor.
+        tiles: Runs of rows; those of other ranks only serve as keys.
+        tau: Temperature τ > 0.
+        padded: Whether rows that are no anchors lie within the tiles.
+    """
     with_grad = x_GND.requires_grad and torch.is_grad_enabled()
     # uint8 classes make the masks of mixed tiles cheap; 255 marks padding.
     total: Tensor = _SumOfLosses.apply(x_GND, class_GN.to(torch.uint8), tiles, tau, padded, with_grad)
@@ -318,17 +328,17 @@ def _per_image(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Tensor
     # Without a negative or without a positive there is nothing to compute.
     active = [b for b, counts in enumerate(counts_BL) if _has_loss(counts)]
     index_BN = order_BN + torch.arange(len(order_BN), device=order_BN.device)[:, None] * order_BN.shape[1]
-    groups: list[tuple[slice, int, list[_Tile]]]
+    groups: list[tuple[slice, int, list[Tile]]]
     if longest <= tile:  # all images at once, padded with pixels that are no anchors
-        groups = [(slice(None), longest, [_Tile(0, longest, 0, IGNORE, True)])] if active else []
+        groups = [(slice(None), longest, [Tile(0, longest, 0, IGNORE, True)])] if active else []
     else:
-        groups = [(slice(b, b + 1), sizes_B[b], _cut(counts_BL[b], 0, tile, True)) for b in active]
+        groups = [(slice(b, b + 1), sizes_B[b], tiles_of(counts_BL[b], 0, tile, True)) for b in active]
     if not groups:
         total = _zero(emb_BND)
     else:
         rows = list(Take.apply(emb_BND, *(index_BN[images, :n] for images, n, _ in groups)))[::-1]
         sums = [
-            _sum_of_losses(
+            sum_of_losses(
                 rows.pop(),
                 class_BN[images, :n],
                 tiles,
@@ -356,9 +366,9 @@ def _across_batch(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Ten
         pad = longest - own
         x_1ND = all_gather_rows_grad(torch.nn.functional.pad(x_1ND[0], (0, 0, 0, pad)))[None]
         class_1N = all_gather_rows(torch.nn.functional.pad(class_1N[0], (0, pad), value=IGNORE))[None]
-    tiles = [t for r, counts in enumerate(counts_RL) for t in _cut(counts, r * longest, tile, r == rank())]
+    tiles = [t for r, counts in enumerate(counts_RL) for t in tiles_of(counts, r * longest, tile, r == rank())]
     anchors = sum(n for n in totals_L[:IGNORE] if n > 1)
-    return _sum_of_losses(x_1ND, class_1N, tiles, tau, padded=False) * (world_size() / anchors)
+    return sum_of_losses(x_1ND, class_1N, tiles, tau, padded=False) * (world_size() / anchors)
 
 
 def _has_loss(counts: Sequence[int]) -> bool:

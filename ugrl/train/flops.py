@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ugrl.config import Config
-from ugrl.method.contrast import _cut, _sum_of_losses, _Tile
+from ugrl.method.contrast import Tile, sum_of_losses, tiles_of
 from ugrl.method.objective import Objective
 from ugrl.model.encoder import SPECS
 from ugrl.train.build import build_net, build_par, build_prototypes
@@ -88,8 +88,8 @@ class _FullPool(Objective):
         c = self.method.contrast
         x_BND, key_BN = emb_BDhw.flatten(2).transpose(1, 2), labels_Bhw.flatten(1)
         n, side = key_BN.shape[1], c.tile or TILE
-        tiles = [_Tile(0, n, 0, IGNORE, True)] if n <= side else _cut([n], 0, side, True)
-        return _sum_of_losses(x_BND, key_BN, tiles, c.tau, padded=False)
+        tiles = [Tile(0, n, 0, IGNORE, True)] if n <= side else tiles_of([n], 0, side, True)
+        return sum_of_losses(x_BND, key_BN, tiles, c.tau, padded=False)
 
 
 def step_gflop(cfg: Config, num_classes: int) -> float:
