@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs-installed
 
-.PHONY: demo test test-clusters test-full campaign fuzz lint bench clean help
+.PHONY: demo test test-clusters test-full campaign fuzz lint bench docs clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
@@ -17,6 +18,7 @@ help:
 	@echo "make fuzz   mutated files for every reader, for long (EXAMPLES=2000 of each)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
+	@echo "make docs   the documentation as a site, in build/site"
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -60,6 +62,16 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Installed apart from the rest: the tests do without it.
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

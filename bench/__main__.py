@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller: ten minutes on two cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables for a README")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables as Markdown")
     parser.add_argument("--plots", type=Path, default=Path("bench/out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="inside an operator; default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

@@ -222,7 +222,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The same tables for a README."""
+    """The same tables as Markdown."""
     lines = ["| entry | ours | baseline | ratio (spread) | memory | gate | holds |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for e in report.entries:

@@ -6,13 +6,13 @@ import argparse
 import math
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ugrl.hear
 from ugrl import config as configs
 from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError, UgrlError
@@ -20,8 +20,8 @@ from ugrl.errors import ConfigError, UgrlError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.line import Line
-    from ugrl.train.interrupt import StopRequest
+    from cluster.stop import Talk
+    from ugrl.ownership import Ownership
     from ugrl.train.run import RunPlan
 
 SUMMARY = """\
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ugrl.train.loop import Trainer
     from ugrl.train.observer import Hooks
 
-    with own(plan.out) as held:
+    with own(plan.out) as held, ugrl.hear.owning(held.give_back):
         trainer = Trainer(
             plan.cfg,
             shards=plan.shards,
@@ -166,93 +166,72 @@ def _stored(args: argparse.Namespace, words: dict[str, Any]) -> configs.Config |
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
-    from cluster.connect import check, head_watched
-    from cluster.launch import launch, start_ray, stop_ray
-    from cluster.line import Line
-    from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
-    from cluster.sweep import check_visible, sweep_placement_groups
-    from cluster.watch import watch
-    from ugrl.data.shards import Manifest
+    from cluster.connect import check
+    from cluster.launch import stop_ray
+    from cluster.stop import Talk, patiently
     from ugrl.ownership import own
     from ugrl.train.interrupt import StopRequest
     from ugrl.train.run import plan_run
 
-    workers, origin = cfg.cluster.workers or 1, "--address" if args.address else "cluster.address"
-    check(cfg.cluster.address, origin)
+    check(cfg.cluster.address, _origin(args))
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
 
     def say(text: str) -> None:
         if not args.quiet:
             console.print(text, soft_wrap=True)
 
-    stop: StopRequest | None = None
-    lease = ExitStack()
-    try:
-        held = lease.enter_context(own(plan.out))
-        have = start_ray(cfg.cluster.address, origin)
+    talk = Talk()
+    with ExitStack() as stack:
+        held = stack.enter_context(own(plan.out))
+        stack.enter_context(ugrl.hear.owning(held.give_back))
+        stop = stack.enter_context(StopRequest())
+        try:
+            patiently(lambda: _launch(args, plan, held, console, talk, say), stop, talk, say)
+        except KeyboardInterrupt:
+            status = _interrupted(args, plan, console, stop.number)
+            if talk.left_behind:  # a thread that waits for Ray would keep this process
+                console.file.flush()
+                ugrl.hear.leave(status)
+            stop_ray()
+            return status
+        except BaseException:
+            stop_ray()
+            raise
+        stop_ray()
+    _ended(plan, console)
+    return 0
+
+
+def _origin(args: argparse.Namespace) -> str:
+    return "--address" if args.address else "cluster.address"
+
+
+def _launch(
+    args: argparse.Namespace, plan: RunPlan, held: Ownership, console: Console, talk: Talk, say: Callable[[str], None]
+) -> None:
+    """Everything that needs Ray; not in the main thread, which hears signals meanwhile."""
+    from cluster.connect import head_watched
+    from cluster.launch import launch, start_ray
+    from cluster.line import Line
+    from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
+    from cluster.sweep import check_visible, sweep_placement_groups
+    from cluster.watch import watch
+    from ugrl.data.shards import Manifest
+
+    workers = plan.cfg.cluster.workers or 1
+    have = start_ray(plan.cfg.cluster.address, _origin(args))
+    with head_watched(plan.cfg.cluster.head_s, say):
         first = check_fits(plan.cfg, workers, have)
         for group in sweep_placement_groups():
             say(f"placement group {group[:12]} of a job that has ended: given back")
         patience_s = math.inf if args.wait else plan.cfg.cluster.busy_s
         wait_until_free(worker_resources(plan.cfg, have), first, say=say, patience_s=patience_s)
         check_store(plan.cfg, Manifest.load(plan.shards), first, have)
-        check_visible(plan.out, plan.shards)
-        say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 20 s")
-        line = Line.open()
-        with (
-            watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet),
-            head_watched(plan.cfg.cluster.head_s, say),
-            StopRequest() as stop,
-        ):
-            patiently(
-                lambda: launch(
-                    plan.cfg,
-                    shards=plan.shards,
-                    out=plan.out,
-                    workers=workers,
-                    line=line,
-                    say=say,
-                    owner=held.id,
-                ),
-                stop,
-                line,
-                say,
-            )
-    except KeyboardInterrupt:
-        return _interrupted(args, plan, console, stop.number if stop is not None else None)
-    finally:
-        stop_ray()
-        lease.close()
-    _ended(plan, console)
-    return 0
-
-
-def patiently(work: Callable[[], object], stop: StopRequest, line: Line, say: Callable[[str], None]) -> None:
-    """Do the work in a thread, so that the first Ctrl-C or SIGTERM can ask its workers to save and leave.
-
-    Raises:
-        Interrupted: They did.
-        BaseException: Whatever the work raised.
-    """
-    raised: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=body, name="launch", daemon=True)
-    thread.start()
-    told = False
-    while thread.is_alive():
-        thread.join(0.2)
-        if stop.requested and not told:
-            told = True
-            say("stopping after a checkpoint; once more to stop at once")
-            line.stop()
-    if raised:
-        raise raised[0]
+        check_visible(plan.out, plan.shards, plan.cfg.cluster.start_timeout_s, say)
+        say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 10 s")
+        talk.line = line = Line.open()
+        with watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet):
+            launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, line=line, say=say, owner=held.id)
 
 
 def _ended(plan: RunPlan, console: Console) -> None:
@@ -276,7 +255,8 @@ def _interrupted(args: argparse.Namespace, plan: RunPlan, console: Console, numb
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``ugrl-train``: 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
-    return enter(build_parser(), argv, run, "interrupted before training started")
+    with ugrl.hear.heard("interrupted before training started"):
+        return ugrl.hear.ended(enter(build_parser(), argv, run, "interrupted"))
 
 
 if __name__ == "__main__":

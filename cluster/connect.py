@@ -6,6 +6,7 @@ this machine does not let them start.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -24,11 +25,14 @@ from typing import Any
 from ugrl.command import complain
 from ugrl.errors import ClusterError, ConfigError
 from ugrl.secrets import masked
+from ugrl.storage import StorageError
 from ugrl.text import line
 
 ANSWER_S = 10.0
 # How often a driver looks whether its cluster's head still answers.
 LOOK_S = 5.0
+# Workers that take longer to begin are told of.
+BEGIN_S = 60.0
 # Fewer let a private cluster's processes die one by one; it is the hard limit that counts, Ray raises the other one.
 LEAST_FILES = 256
 # A Unix socket's path, and what Ray puts behind the folder for temporary files: ray/session_…/sockets/plasma_store.
@@ -86,17 +90,39 @@ def connect(address: str | None = None, origin: str = "--address", *, cpus: int 
             _own_token()
             # Nobody is told the address of a private cluster's dashboard: ten processes less to start.
             private: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False, **quiet}
-            try:
-                ray.init(**private)
-            except Exception:  # a machine under load may not have Ray's processes ready in time
-                ray.shutdown()
-                ray.init(**private)
+            with _any_port():
+                try:
+                    ray.init(**private)
+                except Exception:  # a machine under load may not have Ray's processes ready in time
+                    ray.shutdown()
+                    ray.init(**private)
         else:
             with _one_try():
                 ray.init(address=address, **quiet)
     except Exception as error:  # Ray raises all kinds, a bare Exception among them
         ray.shutdown()
         raise ConfigError(f"{shown}: {reason(error)}{_hint(error)}") from None
+
+
+@contextmanager
+def _any_port() -> Iterator[None]:
+    """Have the agent of a private cluster take a free port.
+
+    Beside another Ray of this machine it would try the usual one for 3.5 s, and everything waits for it.
+    """
+    from ray._private.parameter import RayParams
+
+    plain = RayParams.__init__
+
+    @functools.wraps(plain)
+    def made(self: Any, *args: Any, **more: Any) -> None:
+        plain(self, *args, **{"dashboard_agent_listen_port": 0, **more})
+
+    RayParams.__init__ = made
+    try:
+        yield
+    finally:
+        RayParams.__init__ = plain
 
 
 @contextmanager
@@ -133,21 +159,16 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
     def watch() -> None:
         since: float | None = None
         while not ended.wait(LOOK_S):
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
-            except OSError:
+            if not _answers(host.strip("[]"), int(port)):
                 now = time.monotonic()
                 if since is None:
                     since = now
                     say(f"the cluster's head at {address} does not answer; waiting up to {patience_s:g} s for it")
                 elif now - since > patience_s:
-                    if sys.stderr.isatty():
-                        sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
-                    complain(
+                    leave(
                         f"the cluster was lost: its head at {address} has not answered for {patience_s:g} s "
                         "(cluster.head_s); continue with --resume on one that runs"
                     )
-                    os._exit(ClusterError.status)
                 continue
             if since is not None:
                 since = None
@@ -160,6 +181,65 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
     finally:
         ended.set()
         thread.join(timeout=LOOK_S)
+
+
+def leave(text: str) -> None:
+    """Leave the process from a thread, with one line: the main one waits in Ray, which has no deadline there."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
+    complain(text)
+    os._exit(ClusterError.status)
+
+
+@contextmanager
+def begin_watched(begun: Callable[[], bool], patience_s: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Leave when workers have not begun to train for a while.
+
+    Ray Train waits for their place (``cluster.start_timeout_s``), but without end for their processes: on a mount that
+    hangs, none gets to its first line.
+
+    Args:
+        begun: Whether they have.
+        patience_s: How long they may take.
+        say: Told in one line that they take long.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        since, told = time.monotonic(), False
+        while not ended.wait(min(LOOK_S, patience_s)):
+            waited = time.monotonic() - since
+            try:
+                if begun():
+                    return
+            except StorageError:
+                continue
+            if waited > patience_s:
+                leave(f"the cluster was lost: its workers have not begun for {patience_s:g} s; continue with --resume")
+            if waited > BEGIN_S and not told:
+                say(f"the workers have not begun for {BEGIN_S:g} s; waiting up to {patience_s:g} s for them")
+                told = True
+
+    thread = threading.Thread(target=watch, name="begin", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=LOOK_S)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a head answers; the kernel takes connections for one that is stopped."""
+    try:
+        with socket.create_connection((host, port), timeout=LOOK_S) as talk:
+            return _encrypted() or _speaks_grpc(talk)
+    except OSError:
+        return False
+
+
+def _encrypted() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false")
 
 
 def _running(shown: str) -> str:
@@ -183,7 +263,7 @@ def _check_port(address: str, shown: str) -> None:
     host = found[2] if found[1] else _as_ray(found[2])
     try:
         with socket.create_connection((host, port), timeout=ANSWER_S) as talk:
-            is_ray = os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false") or _speaks_grpc(talk)
+            is_ray = _encrypted() or _speaks_grpc(talk)
     except (OSError, UnicodeError) as error:
         why = line(getattr(error, "strerror", None) or error).lower()
         raise ConfigError(f"{shown}: no Ray cluster answers there ({why}); {_way_out(shown)}") from None

@@ -23,9 +23,10 @@ import gc
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ from ray.exceptions import RayError
 from cluster.pace import Pace
 from cluster.reading import ERRORS, Carried, Wanted, fetch, unpack
 from ugrl.data.cache import PixelCache
-from ugrl.data.make import BatchMaker, Draft, Loaded
+from ugrl.data.make import BatchMaker, Draft, Loaded, awaited
 from ugrl.data.reader import wants_masks
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError, UgrlError
@@ -231,6 +232,8 @@ class Feeder:
         )
         self.pool = ThreadPoolExecutor(spec.threads, "ugrl-decode") if spec.threads > 0 else None
         self.made: queue.SimpleQueue[Future[Loaded]] = queue.SimpleQueue()
+        self.coming: Future[Loaded] | None = None
+        self.step = spec.start_step
         self.room = threading.Semaphore(max(1, spec.prefetch))
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._feed, name="ugrl-feed", daemon=True)
@@ -252,9 +255,21 @@ class Feeder:
 
     def next(self) -> Loaded:
         """The batch of the next step."""
-        batch = self.made.get().result()
+        awaited(self._ready, self.step, stall_s=self.spec.stall_s, say=self.spec.say)
+        assert self.coming is not None
+        batch, self.coming = self.coming.result(), None
+        self.step += 1
         self.room.release()
         return batch
+
+    def _ready(self, seconds: float) -> bool:
+        """Whether the next batch is there, or comes within some seconds."""
+        until = time.monotonic() + seconds
+        try:
+            self.coming = self.coming or self.made.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        return bool(wait([self.coming], max(0.0, until - time.monotonic())).done)
 
     def _feed(self) -> None:
         failed: Future[Loaded] = Future()
@@ -333,7 +348,11 @@ def _ours(error: BaseException) -> BaseException:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UgrlError):
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return error if cause is None or cause is error else type(cause)(str(cause))
+    if cause is None or cause is error:
+        return error
+    made = type(cause)(str(cause))
+    vars(made).update(vars(cause))  # such as whether waiting may help
+    return made
 
 
 def _quiet() -> None:

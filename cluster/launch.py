@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,31 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
-from cluster.connect import connect, reason
+from cluster.connect import begin_watched, connect, reason
 from cluster.line import Line
 from cluster.preflight import Capacity, capacity, check_fits, data_tasks, sizes, worker_resources
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ClusterError, ConfigError, NoRoomError, UgrlError
+from ugrl.hear import descendants, end
 from ugrl.storage import Place, StorageError, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Holds the workers' placement group, and says that they have begun.
+PLACEMENT = ".placement_group"
 # An elastic run that may have more workers looks for room this often, and wants to see it this many times in a row.
 GROW_EVERY_S, GROW_LOOKS = 10.0, 3
+# How much longer than for its batch (train.stall_s) a worker waits for the others.
+COLLECTIVE_S = 30.0
+# A killed process of a private cluster is waited for so long.
+GONE_S = 5.0
+# What Ray Train starts beside the workers, a process each, and this run has no use for: its batches come from streams
+# of its own, and a private cluster's processes end with it.
+NEEDLESS, NEEDLESS_ALONE = {"DatasetsCallback"}, {"PlacementGroupCleanerCallback"}
 
 ENVIRONMENT = {
     # The controller asks workers for news this often; at the default of 2 s every report waits for it.
@@ -71,8 +85,25 @@ def start_ray(address: str | None = None, origin: str = "--address", *, cpus: in
 
 
 def stop_ray() -> None:
-    """Disconnect; a private cluster ends with it."""
+    """Disconnect; a private cluster ends with it.
+
+    Nobody else uses its processes: they are killed. Ray asks one after the other to leave, and waits up to a second
+    for each.
+    """
+    node = ray._private.worker._global_node
+    if not is_private():
+        ray.shutdown()
+        return
+    ray._private.worker._global_node = None  # so that what follows only disconnects
     ray.shutdown()
+    with suppress(Exception):  # what it put on the disk
+        node.destroy_external_storage()
+    begun = [info.process for infos in node.all_processes.values() for info in infos]
+    roots = [process.pid for process in begun if process.poll() is None]
+    end([*roots, *descendants(roots)])
+    for process in begun:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GONE_S)
 
 
 def _silent(_: str) -> None:
@@ -141,6 +172,11 @@ def launch(
     if out.local is not None:
         out.local.mkdir(parents=True, exist_ok=True)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cfg.cluster.start_timeout_s:g}"
+    # A worker that is stopped or cut off answers nobody; its partners wait in a collective.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{cfg.train.stall_s:g}"
+    if is_private():  # nobody takes this machine's nodes away one by one
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        begin_helpers()
     own = line is None
     line = line or Line.open()
     try:
@@ -148,7 +184,8 @@ def launch(
         while True:
             made = _attempt(cfg, shards, out, number, line, callbacks, groups, max_failures, owner)
             try:
-                _run(made, cfg, workers, groups)
+                with begin_watched((out / PLACEMENT).exists, cfg.cluster.start_timeout_s + cfg.train.stall_s, say):
+                    _run(made, cfg, workers, groups)
             except ray.train.TrainingFailedError as error:
                 number = _fewer(error, cfg, number, groups, out, say)
                 continue
@@ -185,10 +222,11 @@ def _attempt(
     have = capacity()
     # Ray Train would continue what this file lists; what counts here is OUT/checkpoints.
     (out / SNAPSHOT).delete()
+    (out / PLACEMENT).delete()  # until there are workers
     each = worker_resources(cfg, have)
     filesystem, path = out.parent.filesystem()
     backend = None if cfg.cluster.backend == "auto" else cfg.cluster.backend
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_worker,
         train_loop_config={
             "config": configs.to_dict(cfg),
@@ -199,7 +237,8 @@ def _attempt(
             "line": line.handle,
             "owner": owner,
         },
-        torch_config=TorchConfig(backend=backend),
+        # Longer than a worker waits for its batch: the one that hangs is to be named, not those that wait for it.
+        torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(cfg.train.stall_s + COLLECTIVE_S)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
             storage_path=path,
@@ -215,6 +254,48 @@ def _attempt(
         ),
     )
     return Attempt(workers, trainer, line)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, without helpers that this run has no use for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = NEEDLESS | (NEEDLESS_ALONE if is_private() else set())
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+    def _initialize_and_run_controller(self, **more: Any) -> Any:
+        if is_private() and type(more.get("scaling_policy")) is FixedScalingPolicy:
+            more["scaling_policy"] = _Fixed(self.scaling_config)
+        return super()._initialize_and_run_controller(**more)
+
+
+class _Fixed(FixedScalingPolicy):
+    """Ray's, for a cluster that cannot grow: nobody is asked for more nodes, and no process is started for that."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing to ask for."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+def begin_helpers() -> None:
+    """Have Ray Data's two actors started while Ray Train starts; it would start them, and wait, at the first batch.
+
+    On a cluster of this process alone: they take processes that Ray has started already.
+    """
+    with suppress(ImportError, AttributeError):  # Ray's own business
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        get_or_create_autoscaling_coordinator()
+        get_or_create_stats_actor()
+
+
+def is_private() -> bool:
+    """Whether the cluster was started by this process, for itself alone."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -290,8 +371,6 @@ def _fewer(
 
 
 def _tidy(out: Place) -> None:
-    from cluster.worker import PLACEMENT
-
     for leftover in (SNAPSHOT, PLACEMENT, ".validate_storage_marker"):
         try:
             (out / leftover).delete()
@@ -309,7 +388,16 @@ def _plain(error: Exception, out: Place) -> UgrlError:
     text = str(causes[0] if causes else getattr(error, "controller_failure", error)).strip()
     line = text.splitlines()[-1] if text else type(error).__name__
     rank = f"worker {min(failures)}" if failures else "the controller"
+    if causes and _lost(causes[0]):
+        return ClusterError(f"run '{out.name}': {rank} was lost: {line}; continue with --resume")
     return UgrlError(f"run '{out.name}': {rank} failed: {line}")
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a worker ended with its process, its node or its partners, and not by a fault of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    hung = bool(names & {"WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "DistError"})
+    return hung or isinstance(error, ray.exceptions.RayError) or "gloo/transport" in str(error)
 
 
 def _root(error: BaseException) -> BaseException:

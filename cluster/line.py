@@ -45,6 +45,11 @@ def start_record(step: int, world: int, nodes: int) -> Record:
     return {"kind": "start", "step": step, "world": world, "nodes": nodes}
 
 
+def left_record(step: int) -> Record:
+    """The last word of workers that were asked to leave, and have a checkpoint of ``step`` steps."""
+    return {"kind": "left", "step": step}
+
+
 def event_record(text: str) -> Record:
     """One sentence: a skipped step, waiting for storage, another number of workers."""
     return {"kind": "event", "text": text}
@@ -78,14 +83,15 @@ class _Desk:
     """What the actor does; every call is short."""
 
     def __init__(self) -> None:
-        self.box, self.stopped = Outbox(), False
+        self.box, self.stopped, self.exchanges = Outbox(), False, 0
 
     def exchange(self, records: list[Record]) -> bool:
+        self.exchanges += 1
         self.box.add(records)
         return self.stopped
 
-    def take(self) -> list[Record]:
-        return self.box.take()
+    def take(self) -> tuple[list[Record], int]:
+        return self.box.take(), self.exchanges
 
     def stop(self, wish: bool = True) -> None:
         self.stopped = wish
@@ -96,10 +102,16 @@ class Line:
 
     Attributes:
         handle: For :class:`WorkerEnd`; goes to the workers with their configuration.
+        training: Whether workers have begun to train, as far as :meth:`records` knows.
+        left: Whether they have left with a checkpoint, as they were asked to.
+        heard: When a worker was last heard, by ``time.monotonic``, as far as :meth:`records` knows.
     """
 
     def __init__(self, handle: ActorHandle) -> None:
         self.handle = handle
+        self.training = self.left = False
+        self.heard = time.monotonic()
+        self._exchanges = 0
         self._asked: Any = None
         self._closed = False
 
@@ -117,14 +129,18 @@ class Line:
         try:
             # A slow answer is waited for in the next call: asked again, it would be lost.
             self._asked = self._asked or self.handle.take.remote()
-            found: list[Record] = ray.get(self._asked, timeout=PATIENCE_S)
+            found, exchanges = ray.get(self._asked, timeout=PATIENCE_S)
         except GetTimeoutError:
             return []
         except Exception:  # an actor that died, a connection that ended
             self._asked = None
             return []
         self._asked = None
-        return found
+        if exchanges > self._exchanges:
+            self._exchanges, self.heard = exchanges, time.monotonic()
+        self.training = self.training or any(record["kind"] == "start" for record in found)
+        self.left = self.left or any(record["kind"] == "left" for record in found)
+        return [record for record in found if record["kind"] != "left"]
 
     def stop(self) -> None:
         """Ask the workers to write a checkpoint and leave."""

@@ -16,7 +16,6 @@ from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError, NoRoomError
 
 EPS = 1e-6
-# How long a cluster's other work is waited for before a run starts.
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ one for each CPU of a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,11 @@ OPEN_STREAMS = 4
 REQUESTS = 8
 
 # What a carried row has besides the shards' columns: its place, and what is wrong with it.
-ERRORS: dict[str, type[UgrlError]] = {kind.__name__: kind for kind in (DataError, StorageError)}
+ERRORS: dict[str, Callable[[str], UgrlError]] = {
+    "DataError": DataError,
+    "StorageError": StorageError,
+    "lasting": partial(StorageError, lasting=True),
+}
 PLACE = [
     pa.field("position", pa.int64()),
     pa.field("epoch", pa.int64()),
@@ -139,7 +143,9 @@ def _read(position: int, *, spec: Wanted, reader: ShardReader) -> Carried:
         index = int(indices[slot])
         row = reader[index]
     except (DataError, StorageError) as error:
-        return Carried(Row("", b"", 0, 0, ()), position, 0, "", type(error).__name__, str(error))
+        kind = "lasting" if isinstance(error, StorageError) and error.lasting else None
+        kind = kind or next(c.__name__ for c in type(error).__mro__ if c.__name__ in ERRORS)
+        return Carried(Row("", b"", 0, 0, ()), position, 0, "", kind, str(error))
     row = row if wants_masks(step, spec.masks_every) else replace(row, mask=None)
     return Carried(row, position, epoch, reader.shard_of(index))
 
@@ -168,3 +174,18 @@ def unpack(table: pa.Table) -> list[Carried]:
     """The rows of a block, or of a part of it."""
     places = zip(*(table.column(f.name).to_pylist() for f in PLACE), strict=True)
     return [Carried(row, *place) for row, place in zip(from_table(table), places, strict=True)]
+
+
+def begin_process() -> None:
+    """Have Ray start a process for the first reading task on this node; it is there once batches are asked for.
+
+    Returns at once. Nothing depends on it: without it Ray Data has the process started.
+    """
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    ray.remote(_import_data).options(num_cpus=0, max_retries=0, label_selector=here).remote()
+
+
+def _import_data() -> None:
+    import ray.data  # noqa: F401

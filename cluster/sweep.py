@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 import uuid
+from collections.abc import Callable
 
 import ray
 from ray import PlacementGroupID
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from ugrl.errors import ConfigError
+from ugrl.errors import AwayError, ConfigError
 from ugrl.storage import Place, StorageError
+
+WORD_S = 10.0
 
 
 def sweep_placement_groups() -> list[str]:
@@ -35,8 +40,14 @@ def sweep_placement_groups() -> list[str]:
     return swept
 
 
-def check_visible(out: Place, shards: Place, timeout_s: float = 60.0) -> None:
+def check_visible(out: Place, shards: Place, timeout_s: float, say: Callable[[str], None]) -> None:
     """Have every node write to the run's folder and read the shards' manifest.
+
+    Args:
+        out: The run's folder.
+        shards: The prepared folder.
+        timeout_s: How long the nodes have for it, all together.
+        say: Told in one line that one takes long.
 
     Raises:
         ConfigError: A node that cannot, by name.
@@ -52,9 +63,17 @@ def check_visible(out: Place, shards: Place, timeout_s: float = 60.0) -> None:
         ).remote(out.where, shards.where)
         for n in nodes
     }
+    until = time.monotonic() + timeout_s
     for name, task in asked.items():
         try:
-            problem = ray.get(task, timeout=timeout_s)
+            if not ray.wait([task], timeout=min(WORD_S, timeout_s))[0]:
+                say(f"node {name} has not looked at {out} yet; waiting up to {timeout_s:g} s (cluster.start_timeout_s)")
+            problem = ray.get(task, timeout=max(0.0, until - time.monotonic()))
+        except GetTimeoutError:
+            raise AwayError(
+                f"node {name}: it has not read {shards} and written to {out} within {timeout_s:g} s "
+                "(cluster.start_timeout_s); its mount may hang"
+            ) from None
         except Exception as error:
             problem = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if problem:

@@ -20,8 +20,10 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from cluster.data import ray_loader, store_part
-from cluster.line import WorkerEnd, checkpoint_record, event_record, log_record, start_record, val_record
+from cluster.launch import PLACEMENT
+from cluster.line import WorkerEnd, checkpoint_record, event_record, left_record, log_record, start_record, val_record
 from cluster.metrics import RayGauges
+from cluster.reading import begin_process
 from ugrl import config as configs
 from ugrl.data.make import Loaded
 from ugrl.ownership import fence
@@ -34,7 +36,6 @@ from ugrl.train.observer import Hooks, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
-PLACEMENT = ".placement_group"
 # Of the training line, what a search may be constrained by.
 COSTS = ("step_s", "device_memory_mb", "images_per_s")
 
@@ -57,6 +58,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if first:
         note_placement(out)
     store = store_part(config["streams"])
+    begin_process()
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
         asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
@@ -107,8 +109,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if first:
             end.tell(start_record(trainer.done, world, world // max(1, context.get_local_world_size())))
         trainer.fit()
-    except Interrupted:
-        return  # with a checkpoint; the driver asked for it
+    except Interrupted as left:  # with a checkpoint; the driver asked for it
+        if first:
+            end.tell(left_record(left.step))
     finally:
         end.close()
 

@@ -19,12 +19,15 @@ from typing import Any
 
 import psutil
 
-from tests.raycluster import kill_raylet
+from tests.raycluster import Head, kill_raylet
+from ugrl.errors import ClusterError, NoRoomError
 from ugrl.storage import Place
 from ugrl.text import line
 
 ROOT = Path(__file__).parents[1]
 MARK = "UGRL_CAMPAIGN"
+# In a story's folder: a file of the time when it began.
+MADE = "made"
 SIGNALS = {
     "KILL": [signal.SIGKILL],
     "TERM": [signal.SIGTERM],
@@ -35,6 +38,8 @@ SIGNALS = {
 STATUSES = {"KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2}, "INT twice": {130, -2}}
 # How processes of Ray are called that train.
 TRAINS = ("ray::ImplicitFunc", "ray::trial", "RayTrainWorker")
+# How a driver may end by a full disk: it is no bad input.
+FULL = (NoRoomError.status,)
 SOON_S, END_S, FINISH_S = 10.0, 120.0, 900.0
 
 Act = Callable[["Stage", random.Random], bool]
@@ -51,7 +56,8 @@ class Result:
         kills: Kind → how many were dealt.
         rounds: How often it was played, each time in a new folder.
         seconds: In all.
-        end_s: Longest time from a signal (but SIGKILL) to the driver's end, by kind.
+        end_s: Longest time from a signal (but SIGKILL), or from the end of the cluster's head, to the driver's end, by
+            kind.
         idle_s: Longest time without a step of any training between two blows, start-up excluded.
         differs: Largest relative difference of a loss from the undisturbed run's.
         checked: What was found to hold, in each round.
@@ -95,10 +101,13 @@ class Stage:
         progress: Changes whenever a training gets on.
         check: Looks at what it left, once it has ended.
         drivers: How many at a time.
-        acts: Blows beside :data:`SIGNALS`.
+        acts: Blows beside signals.
+        signals: Those of :data:`SIGNALS` that it gets.
         address: Of a cluster apart from the drivers.
         running: The drivers.
-        excused: Those that lived through a blow that a driver may end by.
+        excused: Those that lived through a blow that a driver may end by, and the statuses that it may end with then;
+            none for any.
+        took: As ``Result.end_s``, of acts that drivers end by.
     """
 
     home: Path
@@ -109,7 +118,17 @@ class Stage:
     acts: Mapping[str, Act] = field(default_factory=dict)
     address: str = ""
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    excused: set[int] = field(default_factory=set)
+    excused: dict[int, set[int]] = field(default_factory=dict)
+    signals: Sequence[str] = tuple(SIGNALS)
+    took: dict[str, float] = field(default_factory=dict)
+
+    def excuse(self, *statuses: int) -> None:
+        """What happens now, any driver may end by."""
+        self.excused |= {k: set(statuses) for k in range(self.drivers)}
+
+    def excuses(self, k: int, status: int) -> bool:
+        """Whether a driver may have ended like that."""
+        return k in self.excused and (not self.excused[k] or status in self.excused[k])
 
     def start(self, k: int) -> subprocess.Popen[bytes]:
         """A driver, by the same command as ever."""
@@ -157,21 +176,33 @@ class Pulse:
 def ours(home: Path) -> list[psutil.Process]:
     """Processes that a story has started: by the mark in their environment, or by a file of its folder that they hold.
 
-    Ray writes the names of its workers over their environment.
+    Ray writes the names of its workers over their environment. What merely holds a file is a story's only if it runs
+    the interpreter or a program of Ray, and has begun after the folder was made: neither a shell or a pager that looks
+    at a log, nor anything that this process descends from.
     """
     found = []
+    since = (home / MADE).stat().st_mtime
+    above = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
     for process in psutil.process_iter():
         try:
-            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            if process.pid in above or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            marked = process.environ().get(MARK) == str(home)
-            if marked or any(
-                os.readlink(fd).startswith(f"{home}/") for fd in Path(f"/proc/{process.pid}/fd").iterdir()
+            if process.environ().get(MARK) == str(home) or (
+                process.create_time() >= since - 1 and _of_ray(process) and _holds(process, home)
             ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def _of_ray(process: psutil.Process) -> bool:
+    exe = process.exe().removesuffix(" (deleted)")
+    return exe == os.path.realpath(sys.executable) or "/ray/" in exe
+
+
+def _holds(process: psutil.Process, home: Path) -> bool:
+    return any(os.readlink(fd).startswith(f"{home}/") for fd in Path(f"/proc/{process.pid}/fd").iterdir())
 
 
 def training(home: Path) -> list[psutil.Process]:
@@ -264,11 +295,11 @@ def strike(stage: Stage, kind: str, dice: random.Random, result: Result) -> bool
             result.notes.append(f"driver {k}: status {status} {took:g} s after {kind}: {stage.said(k)}")
         if status not in STATUSES[kind] | {0}:
             text = f"driver {k}: status {status} after {kind}: {stage.said(k)}"
-            (result.notes if k in stage.excused else result.faults).append(text)
+            (result.notes if stage.excuses(k, status) else result.faults).append(text)
     if status != 0:
         time.sleep(dice.uniform(0, 2))
         stage.running[k] = stage.start(k)
-        stage.excused.discard(k)
+        stage.excused.pop(k, None)
     return True
 
 
@@ -279,23 +310,48 @@ def kill_training(stage: Stage, dice: random.Random) -> bool:
         if time.monotonic() > until or any(d.poll() is not None for d in stage.running):
             return False
         time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.kill(dice.choice(found).pid, signal.SIGKILL)
+    with suppress(psutil.Error):  # which looks whether the number is another process's by now
+        dice.choice(found).kill()
     return True
 
 
 def kill_node(made: Any, stage: Stage, dice: random.Random) -> bool:
     """A raylet dies with all that ran on it, and another node joins."""
     kill_raylet(made.nodes.pop(dice.randrange(len(made.nodes))))
-    stage.excused |= set(range(stage.drivers))
+    stage.excuse()
     time.sleep(dice.uniform(0, 3))
     made.nodes.append(made.add_node(num_cpus=1, object_store_memory=100 * 2**20))
     return True
 
 
+def lose_head(head: Head, stage: Stage, dice: random.Random) -> bool:
+    """The head of the cluster dies with its raylet; drivers say so and leave in time, and another head begins."""
+    until = time.monotonic() + 60
+    while not training(stage.home):  # a driver that still looks for its cluster finds none, which is another matter
+        if time.monotonic() > until or any(d.poll() is not None for d in stage.running):
+            return False
+        time.sleep(0.1)
+    began = time.monotonic()
+    head.kill("gcs_server", "raylet")
+    for k, driver in enumerate(stage.running):
+        try:
+            status = driver.wait(END_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"driver {k}: still there {END_S:g} s after its head died: {stage.said(k)}") from None
+        if status != 0:  # it may have been about to end by itself
+            said = stage.said(k)
+            assert status == ClusterError.status and "--resume" in said, f"driver {k}: status {status}: {said}"
+            stage.took["head"] = max(stage.took.get("head", 0.0), round(time.monotonic() - began, 1))
+    time.sleep(dice.uniform(0, 3))
+    head.kill()
+    head.start()
+    stage.running = [d if d.poll() == 0 else stage.start(k) for k, d in enumerate(stage.running)]
+    return True
+
+
 def fill_disk(disk: Path | None, stage: Stage, dice: random.Random) -> bool:
     """The disk is full for some seconds, or, where none can be mounted, no file of the driver's may grow."""
-    stage.excused |= set(range(stage.drivers))
+    stage.excuse(*(FULL if disk is not None else ()))
     seconds = dice.uniform(1, 8)
     if disk is not None:
         filler = disk / "filler"
@@ -317,7 +373,7 @@ def fill_disk(disk: Path | None, stage: Stage, dice: random.Random) -> bool:
 
 def leave_bucket(server: Any, stage: Stage, dice: random.Random) -> bool:
     """The bucket neither answers nor refuses for some seconds."""
-    stage.excused |= set(range(stage.drivers))
+    stage.excuse()
     server.pause(dice.uniform(1, 10)).join()
     return True
 
@@ -330,9 +386,9 @@ def tend(stage: Stage, result: Result) -> None:
     for k, driver in enumerate(stage.running):
         if (status := driver.poll()) not in (None, 0):
             text = f"driver {k} ended with status {status}: {stage.said(k)}"
-            (result.notes if k in stage.excused else result.faults).append(text)
+            (result.notes if stage.excuses(k, status) else result.faults).append(text)
             stage.running[k] = stage.start(k)
-            stage.excused.discard(k)
+            stage.excused.pop(k, None)
 
 
 def over(stage: Stage) -> bool:
@@ -365,6 +421,7 @@ def torment(stage: Stage, kinds: Iterator[str], dice: random.Random, result: Res
             pulse.blow()
             if strike(stage, kind, dice, result) if kind in SIGNALS else stage.acts[kind](stage, dice):
                 result.kills[kind] = result.kills.get(kind, 0) + 1
+                result.end_s |= {k: max(s, result.end_s.get(k, 0.0)) for k, s in stage.took.items()}
         until = time.monotonic() + FINISH_S
         while any(d.poll() != 0 for d in stage.running):
             assert time.monotonic() < until, f"has not ended {FINISH_S:g} s after the last blow"

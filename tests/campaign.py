@@ -21,21 +21,23 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from tests.blows import (
+    MADE,
     MARK,
     ROOT,
-    SIGNALS,
+    Act,
     Result,
     Stage,
     called,
@@ -46,12 +48,13 @@ from tests.blows import (
     kill_node,
     kill_training,
     leave_bucket,
+    lose_head,
     no_more,
     ours,
     shared_memory,
     torment,
 )
-from tests.raycluster import raylets, started_head
+from tests.raycluster import own_head, raylets, started_head
 from tests.s3server import bucket_server
 from tests.searches import SOUND, check_whole, study_of, write_space
 from tests.small import TINY
@@ -59,7 +62,10 @@ from ugrl.ownership import FOLDER, STALE_S, read_claims
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import line
 from ugrl.train import checkpoint
+from ugrl.train.run_folder import SCRATCH
 
+# Of a driver that is to notice soon that its cluster is lost.
+HEAD = "cluster.head_s=10"
 LOSSES = ("total", "seg", "ucl", "aux", "val/seg_miou", "val/cam_miou", "val/tag_map")
 # Largest relative difference of a loss in float64.
 CLOSE = 1e-9
@@ -116,10 +122,10 @@ def check_left(out: Place, result: Result, runs: Iterable[Path | Place]) -> None
 
 
 @contextmanager
-def mounted(folder: Path) -> Iterator[Path | None]:
+def mounted(folder: Path, size: str = "300m") -> Iterator[Path | None]:
     """A small disk; ``None`` where it may not be mounted."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "ugrl", str(folder)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "ugrl", str(folder)], capture_output=True)
     try:
         yield folder if done.returncode == 0 else None
     finally:
@@ -133,8 +139,12 @@ def run_on_disk(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
     with mounted(home / "disk") as disk:
         out = home / "disk" / "run"
         check = partial(check_run, place(out), steps, alone)
-        acts = {"full disk" if disk else "files that may not grow": partial(fill_disk, disk)}
-        yield Stage(home, run_words(out, steps), partial(grown, home / "disk"), check, acts=acts)
+        yield Stage(home, run_words(out, steps), partial(grown, home / "disk"), check, acts=full(disk))
+
+
+def full(disk: Path | None) -> dict[str, Act]:
+    """The blow that a disk may get."""
+    return {"full disk" if disk else "files that may not grow": partial(fill_disk, disk)}
 
 
 @contextmanager
@@ -164,8 +174,35 @@ def run_on_workers(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
         yield Stage(home, words, partial(grown, out), check, acts=acts, address=made.address)
 
 
-def search_stage(home: Path, *, drivers: int = 1, storage: str = "journal", address: str = "", **changes: Any) -> Stage:
-    out = home / "search"
+@contextmanager
+def run_without_head(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
+    with own_head(home / "ray") as head:
+        out = home / "run"
+        words = [*run_words(out, steps, "--workers", "2", "--address", head.address), HEAD]
+        check = partial(check_run, place(out), steps, alone)
+        acts = {"head": partial(lose_head, head)}
+        yield Stage(home, words, partial(grown, out), check, acts=acts, address=head.address, signals=["KILL", "TERM"])
+    end_agents(home)
+
+
+def end_agents(home: Path) -> None:
+    """End the agents of a cluster of a story, whose environment Ray has written over: they outlive their raylet."""
+    for process in ours(home):
+        if "Agent" in called(process):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def search_stage(
+    home: Path,
+    *,
+    out: Path | None = None,
+    drivers: int = 1,
+    storage: str = "journal",
+    address: str = "",
+    **changes: Any,
+) -> Stage:
+    out = out or home / "search"
     space = {"trials": 8, "max_failures": 100, "storage": storage, **changes}
     planned, finals = space["trials"], space.get("final", {"best": 0, "seeds": 0})
     file = write_space(home / "space.yaml", SOUND, **space)
@@ -189,7 +226,7 @@ def search_stage(home: Path, *, drivers: int = 1, storage: str = "journal", addr
         if finals["best"]:
             result.check("final runs once each", once_each)
         result.check("each step once", steps_once)
-        check_left(place(out), result, out.glob("*/*/seed_*"))
+        check_left(place(out), result, [out, *out.glob("*/[0-9]*"), *out.glob("*/*/seed_*")])
 
     return Stage(
         home, words, partial(grown, out), check, drivers=drivers, acts={"trial": kill_training}, address=address
@@ -206,7 +243,28 @@ def search_on_journal(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
 
 @contextmanager
 def search_on_sqlite(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
-    yield search_stage(home, storage="sqlite:///study.db")
+    with mounted(home / "disk", "1g") as disk:
+        stage = search_stage(home, out=home / "disk" / "search", storage="sqlite:///study.db")
+        stage.acts = {**stage.acts, **full(disk)}
+        yield stage
+
+
+@contextmanager
+def search_on_full_disk(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
+    with mounted(home / "disk", "1g") as disk:
+        stage = search_stage(home, out=home / "disk" / "search", final=PLAIN["final"])
+        stage.acts, stage.signals = full(disk), ["KILL", "TERM"]
+        yield stage
+
+
+@contextmanager
+def search_without_head(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
+    with own_head(home / "ray") as head:
+        stage = search_stage(home, address=head.address)
+        stage.acts, stage.signals = {**stage.acts, "head": partial(lose_head, head)}, ["KILL"]
+        stage.words.append(HEAD)
+        yield stage
+    end_agents(home)
 
 
 @contextmanager
@@ -227,9 +285,7 @@ PLAIN = {"scheduler": {"name": "none"}, "final": {"best": 2, "seeds": 2}}
 def two_drivers(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
     with started_head(home / "ray") as (address, _):
         yield search_stage(home, drivers=2, address=address, **PLAIN)
-    for process in ours(home):  # the cluster's own, whose environment Ray has written over, outlive its raylet
-        if "Agent" in called(process):
-            process.kill()
+    end_agents(home)
 
 
 @contextmanager
@@ -239,15 +295,19 @@ def three_drivers(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
 
 # Name → its part of a hundred kills, and how it is set up.
 STORIES: dict[str, tuple[int, Callable[[Path, int, Place], Any]]] = {
-    "run": (22, run_on_disk),
-    "bucket": (13, run_in_bucket),
-    "workers": (9, run_on_workers),
-    "journal": (13, search_on_journal),
+    "run": (18, run_on_disk),
+    "bucket": (12, run_in_bucket),
+    "workers": (8, run_on_workers),
+    "journal": (10, search_on_journal),
     "sqlite": (11, search_on_sqlite),
-    "postgresql": (11, search_on_postgresql),
-    "two": (11, two_drivers),
-    "three": (10, three_drivers),
+    "postgresql": (9, search_on_postgresql),
+    "two": (9, two_drivers),
+    "three": (8, three_drivers),
+    "full": (6, search_on_full_disk),
+    "head": (5, search_without_head),
+    "run-head": (4, run_without_head),
 }
+RUNS = ("run", "bucket", "workers", "run-head")
 
 
 # -- the campaign -----------------------------------------------------------------------------------------
@@ -267,13 +327,16 @@ def play(story: str, seed: int, kills: int, steps: int, out: Path) -> Result:
                 patch.delenv(name)
             mine = {MARK: str(home), "OMP_NUM_THREADS": "1", "UGRL_DATA": str(out / "data")}
             mine |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(home / "r")}
+            mine |= {"TMPDIR": str(home / "t")}
             for name, value in {**mine, "PYTHONPATH": str(ROOT)}.items():
                 patch.setenv(name, value)
             (home / "r").mkdir()
+            (home / "t").mkdir()
+            (home / MADE).touch()
             try:
-                alone = undisturbed(out, steps) if story in ("run", "bucket", "workers") else place(out)
+                alone = undisturbed(out, steps) if story in RUNS else place(out)
                 with STORIES[story][1](home, steps, alone) as stage:
-                    kinds = kinds or endless([*SIGNALS, *stage.acts], dice)
+                    kinds = kinds or endless([*stage.signals, *stage.acts], dice)
                     torment(stage, kinds, dice, result)
             except pytest.skip.Exception as error:
                 result.skipped = line(error)
@@ -281,6 +344,8 @@ def play(story: str, seed: int, kills: int, steps: int, out: Path) -> Result:
                 result.faults.append("".join(traceback.format_exception(error)[-3:]))
         result.check("no orphan processes", lambda: no_more(lambda: [(p.pid, called(p)) for p in ours(home)]))  # noqa: B023
         result.check("nothing in /dev/shm", lambda: no_more(lambda: shared_memory(before)))  # noqa: B023
+        scratch = partial(lambda at: sorted(p.name for p in at.glob(f"{SCRATCH}*")), home / "t")
+        result.check("no scratch folders", partial(no_more, scratch, 5.0))
         if result.faults:
             result.notes.append(f"kept: {home}")
         else:
@@ -310,17 +375,35 @@ def shares(stories: Sequence[str], kills: int) -> dict[str, int]:
     return found
 
 
-def table(results: Sequence[Result]) -> Table:
-    """One row a story."""
-    made = Table("story", "kills", "rounds", "seconds", "end after a signal, s", "idle, s", "checked", "verdict")
+HEADS = ("story", "kills", "rounds", "seconds", "longest end after, s", "idle, s", "checked", "verdict")
+
+
+def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """One row a story, under :data:`HEADS`."""
+    made = []
     for r in results:
         kinds = ", ".join(f"{k} {n}" for k, n in sorted(r.kills.items()))
         ends = ", ".join(f"{k} {s:g}" for k, s in sorted(r.end_s.items()))
-        differs = f" (differ by {r.differs:.0e})" if r.story in ("run", "bucket", "workers") else ""
+        differs = f" (differ by {r.differs:.0e})" if r.story in RUNS else ""
         verdict = f"skipped: {r.skipped}" if r.skipped else "; ".join(r.faults) or "holds"
         row = f"{sum(r.kills.values())} of {r.planned}: {kinds}", str(r.rounds), f"{r.seconds:g}", ends, f"{r.idle_s:g}"
-        made.add_row(r.story, *row, "; ".join(r.checked) + differs, line(verdict, most=600))
+        made.append((r.story, *row, "; ".join(r.checked) + differs, line(verdict, most=600)))
     return made
+
+
+def total(results: Sequence[Result]) -> str:
+    """All blows in one line."""
+    kinds = sum((Counter(r.kills) for r in results), Counter())
+    told = ", ".join(f"{k} {n}" for k, n in kinds.most_common())
+    return f"{kinds.total()} kills in {sum(r.seconds for r in results):.0f} s: {told}"
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table for a text, and the line below it."""
+    lines = [HEADS, tuple("---" for _ in HEADS), *rows(results)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines) + (
+        f"\n\n{total(results)}\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,6 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--stories", type=lambda text: text.split(","), default=list(STORIES), help="names, with commas"
     )
     parser.add_argument("--steps", type=int, default=80, help="of a run")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -350,9 +434,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.write(json.dumps(asdict(result)) + "\n")
             print(json.dumps(asdict(result)), flush=True)
         results.append(result)
-    Console(width=200).print(table(results))
-    kinds = sum((Counter(r.kills) for r in results), Counter())
-    print(f"{kinds.total()} kills in {sum(r.seconds for r in results):.0f} s: {dict(kinds)}")
+    shown = Table(*HEADS)
+    for row in rows(results):
+        shown.add_row(*row)
+    Console(width=200).print(shown)
+    print(total(results))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(results), encoding="utf-8")
     return int(any(r.faults for r in results))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -58,46 +57,73 @@ def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
             made.shutdown()
 
 
-@contextmanager
-def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
-    """A cluster that `ray start --head` begins, apart from this process; yields its address and its head's process."""
-    ray = shutil.which("ray", path=str(Path(sys.executable).parent))
-    assert ray is not None
-    mark = uuid.uuid4().hex
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        port, client = one.getsockname()[1], other.getsockname()[1]
-    words = [ray, "start", "--head", f"--port={port}", f"--num-cpus={cpus:g}", "--include-dashboard=false"]
-    words += ["--num-gpus=0", f"--ray-client-server-port={client}", f"--temp-dir={home}"]
-    words += ["--object-store-memory=200000000"]
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "UGRL_TEST_MARK": mark}
-    subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+class Head:
+    """A cluster of one node that `ray start --head` begins, apart from this process.
 
-    def marked(name: str) -> list[int]:
+    Attributes:
+        address: The same after each start.
+    """
+
+    def __init__(self, home: Path, cpus: float) -> None:
+        self.home, self.cpus, self.mark = home, cpus, uuid.uuid4().hex
+        with socket.socket() as one, socket.socket() as other:
+            for free in (one, other):
+                free.bind(("127.0.0.1", 0))
+            self.port, self.client = one.getsockname()[1], other.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Begin it, or one in the place of a head that died."""
+        ray = shutil.which("ray", path=str(Path(sys.executable).parent))
+        assert ray is not None
+        words = [ray, "start", "--head", f"--port={self.port}", f"--num-cpus={self.cpus:g}"]
+        words += ["--include-dashboard=false", "--num-gpus=0", f"--ray-client-server-port={self.client}"]
+        words += [f"--temp-dir={self.home}", "--object-store-memory=200000000"]
+        env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "UGRL_TEST_MARK": self.mark}
+        subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self._answers)
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """Its own, by name."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("UGRL_TEST_MARK") == mark and name in process.name():
-                    found.append(process.pid)
+                if process.environ().get("UGRL_TEST_MARK") == self.mark and name in process.name():
+                    found.append(process)
             except psutil.Error:
                 continue
         return found
 
-    def answers() -> bool:
+    def kill(self, *names: str) -> None:
+        """All of its processes, or those of these names, by SIGKILL."""
+        for process in [p for name in names or ("",) for p in self.processes(name)]:
+            with suppress(psutil.Error):
+                process.kill()
+
+    def _answers(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
             return False
-        return bool(marked("raylet"))
+        return bool(self.processes("raylet"))
 
+
+@contextmanager
+def own_head(home: Path, *, cpus: float = 2) -> Iterator[Head]:
+    """A :class:`Head`, started, and ended afterwards."""
+    head = Head(home, cpus)
     try:
-        wait_for(answers)
-        yield f"127.0.0.1:{port}", marked("gcs_server")[0]
+        head.start()
+        yield head
     finally:
-        for pid in marked(""):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        head.kill()
+
+
+@contextmanager
+def started_head(home: Path, *, cpus: float = 2) -> Iterator[tuple[str, int]]:
+    """As :func:`own_head`; yields its address and its head's process."""
+    with own_head(home, cpus=cpus) as head:
+        yield head.address, head.processes("gcs_server")[0].pid
 
 
 def raylet_pid(node: Any) -> int:
@@ -109,10 +135,8 @@ def kill_raylet(node: Any) -> None:
     """As if a machine had lost power: the raylet and all its workers at once."""
     raylet = psutil.Process(raylet_pid(node))
     for process in [raylet, *raylet.children(recursive=True)]:
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        with suppress(psutil.Error):  # which looks whether the number is another process's by now
+            process.kill()
 
 
 def training_workers(root: int | None = None) -> list[int]:

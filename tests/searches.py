@@ -84,6 +84,14 @@ def searcher(search: Search, *, create: bool = True, **more: Any) -> Any:
         yield StudySearch(study, search, lease)
 
 
+def fall_asleep(found: StudySearch) -> None:
+    """Have a driver not renew what it owns, for longer than that counts."""
+    for _, held in found.lease._held.values():
+        held._leave.set()
+        held._renewed = 0.0
+        (held.folder / f"{held.id}.json").write(replace(held.claim, time=0.0).bytes())
+
+
 Score = Callable[[Mapping[str, Any], int, int], float | dict[str, float]]
 
 

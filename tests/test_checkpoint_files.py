@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
+from ugrl.ownership import LostError
 from ugrl.storage import place
 from ugrl.train import checkpoint
 from ugrl.train.checkpoint_writer import CheckpointWriter, Snapshot
@@ -139,6 +140,35 @@ def test_best_is_what_was_marked_and_without_a_mark_the_newest(run: Path) -> Non
     assert checkpoint.find(run, best=True).name == ranked[0].checkpoint
     (run / "checkpoints/best.json").unlink()
     assert checkpoint.find(run, best=True).name == "step_00000003"
+
+
+def test_a_run_that_was_lost_while_its_storage_was_away_writes_no_more(tmp_path: Path) -> None:
+    """Another driver has taken it over meanwhile: the next try is not made."""
+    tries = []
+
+    def check() -> None:
+        tries.append(1)
+        if len(tries) > 1:
+            raise LostError("another driver has taken it over")
+
+    (tmp_path / "checkpoints").write_text("in the way")
+    keeper = CheckpointWriter(
+        tmp_path,
+        mirror=None,
+        config={},
+        class_names=("a",),
+        objective="m",
+        keep=1,
+        keep_best=1,
+        patience_s=300.0,
+        log=lambda text: (tmp_path / "checkpoints").unlink(),  # it is back
+        check=check,
+    )
+    keeper.submit(Snapshot(1, {"m": 0.5, "step": 1}, {"model": {"x": torch.ones(1)}}))
+    with pytest.raises(LostError, match="another driver has taken it over"):
+        keeper.flush()
+    keeper.close()
+    assert len(tries) == 2 and not (tmp_path / "checkpoints").exists()
 
 
 def test_a_ranking_that_cannot_be_read_begins_anew(tmp_path: Path) -> None:

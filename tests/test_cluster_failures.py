@@ -214,8 +214,9 @@ def test_a_node_that_comes_back_is_used_again(
 
 
 @pytest.mark.long
-def test_a_head_that_dies_ends_the_driver_with_one_line(small_shards: Path) -> None:
-    """Ray itself would end the driver a minute later, with words of its own and status 1."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
+def test_a_head_that_dies_or_hangs_ends_the_driver_with_one_line(number: int, small_shards: Path) -> None:
+    """Ray itself would end the driver a minute later, with words of its own and status 1; or never."""
     home = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))  # sockets have short names
     out = home / "run"
     try:
@@ -224,7 +225,7 @@ def test_a_head_that_dies_ends_the_driver_with_one_line(small_shards: Path) -> N
             driver = start(words, RAY_AUTH_MODE="disabled")
             try:
                 until(driver, lambda: saved(out, 2))
-                os.kill(head, signal.SIGKILL)
+                os.kill(head, number)
                 _, err = driver.communicate(timeout=400)
             finally:
                 driver.kill()

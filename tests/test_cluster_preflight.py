@@ -127,6 +127,11 @@ def test_shipped_places_are_valid_and_divide_the_batch(name: str) -> None:
     found = configs.load("voc", load_place(name))
     if found.cluster.workers:
         assert sizes(found, found.cluster.workers)[0] == found.cluster.workers
+    if found.cluster.gpus_per_worker:  # asked for, so a cluster that has registered none will not do
+        with pytest.raises(ConfigError, match=r"GPUs; the cluster has 1024 CPUs; cluster.gpus_per_worker=0 trains on"):
+            check_fits(found, found.cluster.workers, nodes(1024))
+        told = configs.load("voc", {**load_place(name), "cluster.gpus_per_worker": 0})
+        assert check_fits(told, told.cluster.workers, nodes(1024)) == told.cluster.workers
 
 
 def test_a_typo_in_a_place_is_named(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.raycluster import training_workers, when_saved
 from tests.s3server import Server, bucket_server
 from tests.small import TINY
 from ugrl import config as configs
@@ -28,7 +31,7 @@ def server() -> Iterator[Server]:
         yield made
 
 
-def test_two_workers_on_a_bucket_are_one_process_on_a_disk(
+def test_two_workers_on_a_bucket_of_which_one_is_killed_are_one_process_on_a_disk(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cluster.launch import launch, start_ray, stop_ray
@@ -38,7 +41,11 @@ def test_two_workers_on_a_bucket_are_one_process_on_a_disk(
     monkeypatch.setenv("UGRL_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("UGRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cfg = configs.load("shapes", TINY | {"cluster.cpus_per_worker": 0.5, "cluster.data_cpus": 1, "train.steps": 10})
+    cfg = configs.load(
+        "shapes",
+        TINY
+        | {"cluster.cpus_per_worker": 0.5, "cluster.data_cpus": 1, "train.steps": 10, "cluster.start_timeout_s": 300},
+    )
     cfg = replace(cfg, data=replace(cfg.data, cache_dir=str(tmp_path / "copies"), cache_disk_mb=100))
     shards = ensure_shards(cfg, None)
     Trainer(cfg, shards=shards, out=tmp_path / "alone", quiet=True, device="cpu").fit()
@@ -50,7 +57,9 @@ def test_two_workers_on_a_bucket_are_one_process_on_a_disk(
     try:
         start_ray(cpus=2)
         check_store(cfg, Manifest.load(there / "shards"), 2, capacity())
-        metrics = launch(cfg, shards=there / "shards", out=out, workers=2)
+        killed: list[int] = []
+        when_saved(out, 1, lambda: (killed.append(training_workers()[-1]), os.kill(killed[0], signal.SIGKILL)))
+        metrics = launch(cfg, shards=there / "shards", out=out, workers=2, max_failures=3)
     finally:
         stop_ray()
 
@@ -66,7 +75,10 @@ def test_two_workers_on_a_bucket_are_one_process_on_a_disk(
         assert pair[step] == pytest.approx(alone[step], rel=1e-7)
     assert metrics["step"] == 10
     assert checkpoint.step_of(checkpoint.latest(out).name) == 10  # type: ignore[union-attr]
-    assert (out / "seen").names() == ["rank_00.jsonl", "rank_01.jsonl"]
+    assert killed and (out / "seen").names() == ["rank_00.jsonl", "rank_01.jsonl"]
+    for name in (out / "seen").names():  # before the kill and after it, each step once
+        records = [json.loads(text) for text in (out / "seen" / name).read().decode().splitlines()]
+        assert [r["step"] for r in records if "step" in r] == list(range(1, 11)), name
     assert len(list((tmp_path / "copies").glob("*.parquet"))) >= 1
     left = set(out.names())
     assert left <= {"checkpoints", "config.yaml", "metrics.jsonl", "seen", "tb"}, left

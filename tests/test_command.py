@@ -45,7 +45,7 @@ def raised(error: BaseException) -> int:
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), FAULT, "error: out of memory; the traceback is in "),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), FAULT, "error: out of memory; "),
-        (OSError(28, "No space left on device", "/full/x"), FAULT, "error: /full/x: No space left on device; "),
+        (OSError(28, "No space left on device", "/full/x"), 3, "error: /full/x: No space left on device; /full/x: "),
         (RecursionError("deep\n" * 500), FAULT, "error: a fault of the program (RecursionError: deep deep"),
         (
             ValueError(f"s3://key:{SECRET}@b"),

@@ -248,7 +248,7 @@ def test_a_damaged_journal_is_one_line(own, tmp_path, spoil):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "folder/notes.txt"])
-def test_what_others_left_in_an_unfinished_folder_is_named_and_kept(own, tmp_path, monkeypatch, name):
+def test_what_others_left_in_an_unfinished_folder_ends_nothing_and_is_kept(own, tmp_path, monkeypatch, name):
     from ugrl.data import prepare as module
 
     def killed(*_, **__):
@@ -261,12 +261,9 @@ def test_what_others_left_in_an_unfinished_folder_is_named_and_kept(own, tmp_pat
     left = partial_of(tmp_path / "out") / name
     left.parent.mkdir(exist_ok=True)
     left.write_text("mine")
-    with pytest.raises(DataError, match=f"{name.split('/')[0]}: not made by ugrl prepare; move it away"):
-        prepare(FolderSource(own), tmp_path / "out", tune_val=0)
-    left.rename(tmp_path / "moved")
-    if left.parent.name == "folder":
-        left.parent.rmdir()
     assert prepare(FolderSource(own), tmp_path / "out", tune_val=0).splits["train"].rows > 0
+    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert Manifest.load(tmp_path / "out").splits["train"].rows > 0
 
 
 @pytest.mark.parametrize("out", ["own", "own/images", "own/images/new", "own/new/new", ".", "link/new"])

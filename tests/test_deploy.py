@@ -383,6 +383,8 @@ def test_the_working_directory_of_a_job_is_the_code_alone(tmp_path: Path) -> Non
         "shards/x",
         "masks/x",
         "bench/out/x",
+        "build/site/x",
+        "dist/x",
         "ugrl.egg-info/x",
     ]
     for name in (*kept, *big, "ugrl/__pycache__/x"):

@@ -19,7 +19,15 @@ CHECKED = (*TOPS, "bench")
 GROUND = {
     *("ugrl.errors", "ugrl.seeding", "ugrl.config", "ugrl.row", "ugrl.types", "ugrl.grid"),
     *("ugrl.distributed", "ugrl.bilinear", "ugrl.storage", "ugrl.text", "ugrl.secrets", "ugrl.foreign"),
-    *("ugrl.command", "ugrl.terminal", "ugrl.device", "ugrl.ownership", "ugrl.precision", "ugrl.model.specs"),
+    *(
+        "ugrl.command",
+        "ugrl.hear",
+        "ugrl.terminal",
+        "ugrl.device",
+        "ugrl.ownership",
+        "ugrl.precision",
+        "ugrl.model.specs",
+    ),
 }
 # A layer may import itself and everything below it.
 MAY = {
@@ -118,6 +126,30 @@ def test_reading_processes_need_no_torch() -> None:
         "import cluster.reading, cluster.pace\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+REPORT_MAY = {f"tuning.{name}" for name in ("budget", "options", "plain", "record", "search", "space")}
+
+
+def test_a_report_needs_neither_ray_nor_the_cluster() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'cluster'): sys.modules[name] = None\n"
+        "import tuning.report.files, tuning.report.page, tuning.report.plots\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_parts_of_a_report_do_not_import_in_circles() -> None:
+    """Lines within functions count too; from the rest of the search they take what is read, and no driver."""
+    parts = {f"tuning.report.{file.stem}": imports(file) for file in (ROOT / "tuning" / "report").glob("[a-z]*.py")}
+    for name, found in parts.items():
+        wrong = {n for n in found if n.startswith(("cluster", "tuning")) and n not in parts} - REPORT_MAY
+        assert not wrong, f"{name} imports {wrong}"
+    left = {name: found & parts.keys() for name, found in parts.items()}
+    while free := {name for name, found in left.items() if not found & left.keys()}:
+        left = {name: found for name, found in left.items() if name not in free}
+    assert not left, f"a circle among {sorted(left)}"
 
 
 # Distributions under another name than what is imported.

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.memory import LiveBytes
+from tests.contracts import check_loss as check
 from tests.reference import (
     affinity_loss_loops,
     bilinear_loops,
     classification_loss_loops,
-    numeric_gradient,
     sample_nearest_loops,
     segmentation_loss_loops,
 )
@@ -30,19 +30,6 @@ from ugrl.method.losses import (
     classification_loss,
     segmentation_loss,
 )
-
-
-def check(f, loops, x: Tensor) -> Tensor:
-    """Value, gradient (differences of the loops, gradcheck) and a scaled incoming gradient agree."""
-    x = x.clone().requires_grad_()
-    loss = f(x)
-    (grad,) = torch.autograd.grad(loss * 3.0, x)
-    assert loss.dtype == torch.float64 and loss.shape == ()
-    assert loss.item() == pytest.approx(loops(x.detach().numpy()), rel=1e-12, abs=1e-14)
-    expected = torch.from_numpy(numeric_gradient(loops, x.detach().numpy()))
-    torch.testing.assert_close(grad, 3.0 * expected, rtol=1e-6, atol=1e-9)
-    assert torch.autograd.gradcheck(f, (x,))
-    return grad
 
 
 def generator(seed: int) -> torch.Generator:

@@ -7,46 +7,36 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from tests.s3server import bucket_server
+from tests.starts import ONE_EACH, together
 from ugrl import ownership
 from ugrl.errors import BusyError
 from ugrl.ownership import CLAIM_BYTES, Claim, LostError, fence, own, process_space, read_claims
 from ugrl.storage import place
 
-ROUNDS, STARTERS = 50, 4
 
+def owning(where: str):
+    """How a process wants the folder of a round."""
 
-def start_together(where: str, rounds: int, barrier, owners) -> None:
-    """One of several processes that all want the same folders at the same moments."""
-    for k in range(rounds):
-        barrier.wait()
-        try:
-            with own(place(where) / f"run{k}"):
-                owners.put(k)
-                barrier.wait()  # nobody leaves before all have tried
-        except BusyError:
-            barrier.wait()
+    @contextmanager
+    def attempt(k: int):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(own(place(where) / f"run{k}"))
+            except BusyError:
+                yield False
+            else:
+                yield True
 
-
-def count_owners(where: str, rounds: int, starters: int, method: str = "fork") -> dict[int, int]:
-    context = multiprocessing.get_context(method)
-    barrier, owners = context.Barrier(starters), context.Queue()
-    processes = [context.Process(target=start_together, args=(where, rounds, barrier, owners)) for _ in range(starters)]
-    for process in processes:
-        process.start()
-    found = [owners.get(timeout=300) for _ in range(rounds)]
-    for process in processes:
-        process.join(timeout=300)
-    while not owners.empty():
-        found.append(owners.get())
-    return {k: found.count(k) for k in range(rounds)}
+    return attempt
 
 
 def test_of_those_who_start_at_once_one_owns_a_folder(tmp_path):
-    assert count_owners(str(tmp_path), ROUNDS, STARTERS) == {k: 1 for k in range(ROUNDS)}
+    assert together(owning, str(tmp_path)) == ONE_EACH
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -168,6 +158,30 @@ def test_processes_that_write_for_an_owner_are_fenced(tmp_path):
         foreign_claim(tmp_path, number=9)
         with pytest.raises(LostError, match="process 1 on elsewhere"):
             check()
+        (tmp_path / "owner" / "other.json").unlink()
+        check()
+    with pytest.raises(LostError, match="its driver has given it up"):
+        check()
+
+
+@pytest.mark.parametrize("asleep", ["while it waited", "before it said so"])
+def test_one_that_slept_before_it_owned_does_not_pass_who_owns_it_now(asleep, tmp_path, monkeypatch):
+    """Its number is smaller, and others have counted it out."""
+    monkeypatch.setattr(ownership, "POLL_S", 0.0)
+    before, real = ownership._before, ownership._before
+
+    def sleeps(folder, claim):
+        monkeypatch.setattr(ownership, "_before", before)
+        found = real(folder, claim) if asleep == "before it said so" else claim
+        now = time.time() + ownership.STALE_S
+        foreign_claim(tmp_path, number=9, time=now)
+        monkeypatch.setattr(time, "time", lambda: now)
+        return found
+
+    monkeypatch.setattr(ownership, "_before", sleeps)
+    with pytest.raises(BusyError, match="process 1 on elsewhere"), own(place(tmp_path)):
+        pass
+    assert [c.id for c in read_claims(place(tmp_path) / "owner")] == ["other"]
 
 
 def test_claims_have_one_size_and_what_is_none_is_passed_over(tmp_path):
@@ -187,7 +201,7 @@ def test_claims_have_one_size_and_what_is_none_is_passed_over(tmp_path):
 
 def test_of_those_who_start_at_once_one_owns_a_folder_in_a_bucket():
     with bucket_server() as server:  # its client does not survive a fork
-        assert count_owners(server.uri("bucket/runs"), 15, 2, "spawn") == {k: 1 for k in range(15)}
+        assert together(owning, server.uri("bucket/runs"), starters=2, method="spawn") == ONE_EACH
 
 
 def test_of_two_commands_that_continue_one_run_one_does(tmp_path):

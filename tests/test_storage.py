@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,3 +260,45 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find(there / "runs" / "none")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden-word"
+
+
+MAKES = """
+import sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from ugrl.train.run_folder import make_scratch
+path, _ = make_scratch()
+(path / "metrics.jsonl").write_text("{}")
+print(path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ugrl.train.run_folder import LOCK, SCRATCH, YOUNG_S, make_scratch
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    there = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKES, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    folders = [Path(p.stdout.readline().strip()) for p in there if p.stdout is not None]
+    elsewhere, young, old = (tmp_path / f"{SCRATCH}{name}" for name in ("elsewhere", "young", "old"))
+    for folder in (elsewhere, young, old):
+        folder.mkdir()
+    (elsewhere / LOCK).write_text("another-machine 1")
+    os.utime(old, (time.time() - 2 * YOUNG_S,) * 2)
+    try:
+        there[0].kill()
+        there[0].wait()
+        mine, lock = make_scratch()
+        assert {p for p in tmp_path.iterdir()} == {folders[1], elsewhere, young, mine}
+        assert (folders[1] / "metrics.jsonl").exists()
+        os.close(lock)
+    finally:
+        for process in there:
+            process.kill()
+            process.communicate()

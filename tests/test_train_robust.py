@@ -31,6 +31,8 @@ from ugrl.train.loop import Trainer
 from ugrl.train.observer import Hooks
 from ugrl.train.optim import Optimizer
 
+TIMES = ("images_per_s", "step_s", "data_wait", "device_memory_mb")
+
 
 def make(shards: Path, out: Path | None, tree: dict, **more: object) -> Trainer:
     return Trainer(build(tree), shards=shards, out=out, quiet=True, device="cpu", **more)
@@ -117,6 +119,32 @@ def test_any_wish_to_stop_saves_and_leaves(shards: Path, tmp_path: Path) -> None
         make(shards, tmp_path, tiny_tree(steps=6), hooks=hooks).fit()
     assert caught.value.step == 3 and whole == [3]
     assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 3
+
+
+def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(shards: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(steps=6, eval_every=3, checkpoint_every=2)
+    make(shards, tmp_path / "whole", tree).fit()
+    trainer = make(shards, tmp_path / "cut", tree, hooks=Hooks(stop=lambda: bool(seen)))
+    seen: list[dict] = []
+    note = trainer.folder.note_ids
+    trainer.folder.note_ids = lambda what, ids: (seen.append(what) if "eval" in what else None, note(what, ids))[1]
+    with pytest.raises(Interrupted) as caught:
+        trainer.fit()
+    assert caught.value.step == 3 and len(seen) == 1  # after its first batch of several
+    found = checkpoint.latest(tmp_path / "cut")
+    assert found is not None and checkpoint.read_state(found).step == 3 and not checkpoint.read_state(found).metrics
+    # Stopped once more while it makes up for it, then not.
+    again = Hooks(stop=lambda: True)
+    with pytest.raises(Interrupted):
+        make(shards, tmp_path / "cut", tree, hooks=again, resume_from=found).fit()
+    made = make(shards, tmp_path / "cut", tree, resume_from=checkpoint.latest(tmp_path / "cut"))
+    last = made.fit()
+    lines = [
+        [{k: v for k, v in json.loads(s).items() if k not in TIMES} for s in (tmp_path / n / "metrics.jsonl").open()]
+        for n in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 2
+    assert last == checkpoint.read_state(checkpoint.latest(tmp_path / "whole")).metrics
 
 
 def rank_run(rank: int, made: dict, shards: str, out: str, stop_at: int) -> None:

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,11 @@ def test_a_search_is_watched_then_told_to_leave_then_resumed(home: Path) -> None
     left = [
         checkpoint.read_state(p) for p in out.glob("trials/*/seed_*/checkpoints/step_*") if p.name < "step_00000009"
     ]
-    assert left and not list(out.glob("trials/*/seed_*/owner/*"))
+    assert left and not list(out.rglob("owner/*.json"))
+    for run in {p.parent for p in out.glob("trials/*/seed_*/metrics.jsonl")}:  # in no slot a step was lost
+        steps = [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+        saved = checkpoint.latest(run)
+        assert not steps or (saved is not None and checkpoint.read_state(saved).step >= steps[-1]), run
     assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 12)
 
@@ -401,6 +406,10 @@ def test_trials_side_by_side_are_what_fits(tmp_path: Path) -> None:
         fits(Capacity(2, 0, 2), concurrent=3)
     with pytest.raises(ConfigError, match=r"a trial takes 1 CPU and 1 GPU; the cluster has 2 CPUs"):
         fits(Capacity(2, 0, 2), resources={"gpus_per_trial": 1})
+    search = search_of(SPACE, tmp_path)
+    asked = replace(search.base, cluster=replace(search.base.cluster, gpus_per_worker=1.0))
+    with pytest.raises(ConfigError, match=r"a trial takes 1 CPU and 1 GPU; the cluster has 2 CPUs"):
+        concurrent_trials(replace(search, base=asked), Capacity(2, 0, 2))
     with pytest.raises(ConfigError, match=r"2 runs × 2 workers × 0.5 CPU \+ 1 for reading data = 3 CPUs"):
         fits(Capacity(2, 0, 2), concurrent=2, workers=2)
 

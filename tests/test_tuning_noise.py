@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.story import STEPS, Story
-from tuning.facts import verdict
-from tuning.noise import Loss, Measure, Noise, by_luck, difference, expected_best, loss, seed_noise
 from tuning.record import Run, TrialRow
-from tuning.search import Finalist, Findings
+from tuning.report.noise import Loss, Measure, Noise, by_luck, difference, expected_best, loss, noise_of, seed_noise
+from tuning.report.read import Finalist, Findings
+from tuning.report.sentences import verdict
 
 # -- differences ------------------------------------------------------------------------------
 
@@ -224,3 +226,33 @@ def test_without_fresh_seeds_how_optimistic_is_told_where_the_noise_is_known(tmp
     text = " ".join(verdict(_made(Story(tmp_path), values, {})))
     # Two seeds of two configurations leave too little of a remainder: the whole noise, √2 / 100, over √2 seeds.
     assert "therefore optimistic, by 0.56 points on average at most." in text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_noise_of_pairs_is_that_of_a_fit_with_a_column_for_each_configuration(seed: int) -> None:
+    draw = random.Random(seed)
+    groups = [{s: draw.gauss(k + s, 1.0) for s in draw.sample(range(9), draw.randint(1, 5))} for k in range(12)]
+    groups += [{100 + k: draw.random(), 0: draw.random()} for k in range(3)]  # seeds that nobody shares
+    several = [g for g in groups if len(g) > 1]
+    cells = [(k, s, v) for k, g in enumerate(several) for s, v in g.items()]
+    seeds = sorted({s for _, s, _ in cells})
+    table = np.zeros((len(cells), len(several) + len(seeds)))
+    for row, (k, s, _) in enumerate(cells):
+        table[row, k] = table[row, len(several) + seeds.index(s)] = 1.0
+    values = np.array([v for *_, v in cells])
+    fitted, _, rank, _ = np.linalg.lstsq(table, values, rcond=None)
+    found = noise_of(groups).paired
+    assert found is not None and found.freedom == len(cells) - rank
+    assert found.deviation == pytest.approx(math.sqrt(np.square(values - table @ fitted).sum() / found.freedom))
+
+
+def test_the_noise_of_many_configurations_takes_memory_as_they_are_many() -> None:
+    def peak(count: int) -> int:
+        groups = [{s: k + 0.1 * s * k for s in range(3)} for k in range(count)]
+        tracemalloc.start()
+        noise_of(groups)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(1600) < 6 * peak(400)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import cProfile
 import html
 import math
+import pstats
+import random
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,18 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
-from tuning import facts
-from tuning import plots as plots_module
-from tuning.facts import cost, paper_trial, verdict
-from tuning.page import write_html, write_markdown
-from tuning.paper import paper_section, spearman
-from tuning.plots import draw, importance
-from tuning.search import Findings
+from tuning.options import Objective
+from tuning.record import TrialRow, pareto
+from tuning.report import drawing, files, sections
+from tuning.report import plots as plots_module
+from tuning.report.files import write_csv
+from tuning.report.findings import cost, paper_trial
+from tuning.report.page import write_html, write_markdown
+from tuning.report.paper import paper_section, spearman
+from tuning.report.plots import draw, importance
+from tuning.report.read import Findings
+from tuning.report.sections import contents
+from tuning.report.sentences import paper_sentence, verdict
 from ugrl import config as configs
 from ugrl.storage import Place
 from ugrl.text import markdown
@@ -123,7 +133,7 @@ def test_both_reports_tell_the_finding(whole: tuple[Path, Findings, str]) -> Non
         "PED-ANOVA",
     ):
         assert words in page
-    assert "the paper&#x27;s point" in page and "rank " in facts.paper_sentence(findings)
+    assert "the paper&#x27;s point" in page and "rank " in paper_sentence(findings)
     assert f"d_cls: {findings.best.params['method.uncertainty.d_cls']}" in page  # the best configuration, folded
     assert set(re.findall(r"\]\(plots/(\w+)\.png\)", text)) == plots(out)
     assert page.count("data:image/png;base64,") == len(plots(out))
@@ -231,7 +241,7 @@ def test_several_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     front = shown.split("beaten by no other trial")[1].split("trial 10 is out: gflop 22.2 is beyond its limit")[0]
     assert re.findall(r"^ +(\d+) ", front, re.M) == ["9", "8", "7", "6", "5"]
     assert {"seg_miou", "step_s", "seg_miou.stderr", "step_s.stderr"} <= set(csv_rows(tmp_path)[0])
-    assert isinstance(importance(findings.study), dict)
+    assert isinstance(importance(findings), dict)
 
 
 def test_plots_that_no_longer_apply_are_removed(tmp_path: Path) -> None:
@@ -299,7 +309,7 @@ def test_a_trial_without_a_point_is_not_the_papers(tmp_path: Path) -> None:
     number = story.add(d_cls=1024, d_seg=512, keep=0.35, alpha=9.0, origin="first[0]")
     found = paper_trial(story.findings())
     assert found is not None and found.number == number
-    assert facts.paper_sentence(story.findings()).startswith("The values that the paper publishes")
+    assert paper_sentence(story.findings()).startswith("The values that the paper publishes")
 
 
 def test_rows_are_compared_on_one_split(tmp_path: Path) -> None:
@@ -342,3 +352,90 @@ def test_rank_correlation_of_ties() -> None:
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
     assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
     assert math.isnan(spearman([1, 1], [1, 2]))
+
+
+# -- many trials ------------------------------------------------------------------------------
+
+
+def calls(work: Callable[[], Any]) -> int:
+    profile = cProfile.Profile()
+    with profile:
+        work()
+    return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+
+def filled(trials: int, out: Path) -> Findings:
+    story = Story(out, objective=["seg_miou", "step_s"], scheduler={"name": "none"})
+    story.fill(trials, seeds=2)
+    return story.findings()
+
+
+def test_the_work_of_a_report_grows_as_its_trials(tmp_path: Path) -> None:
+    def work(findings: Findings) -> None:
+        write_csv(findings)
+        contents(findings, [], None)
+
+    few, many = (calls(partial(work, filled(n, tmp_path))) for n in (100, 400))
+    assert many < 4.5 * few
+    objectives = (Objective("seg_miou"), Objective("step_s"))
+    few, many = (
+        calls(partial(pareto, [TrialRow(k, "COMPLETE", (k / n, k / n)) for k in range(n)], objectives))
+        for n in (100, 400)  # none beats another: each is better in one of the two
+    )
+    assert many < 5 * few
+
+
+def test_the_importance_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    tell = optuna.importance.get_param_importances
+
+    def counted(study: optuna.Study, **more: Any) -> dict[str, float]:
+        told.append(len(study.trials))
+        return tell(study, **more)
+
+    monkeypatch.setattr(optuna.importance, "get_param_importances", counted)
+    draw_only(monkeypatch, "importance", "contour")
+    story = Story(tmp_path)
+    story.fill(18)
+    report(story)
+    assert told == [12]
+
+
+def test_of_many_trials_the_page_and_the_plots_show_a_part_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "LONGEST", 10)
+    monkeypatch.setattr(files, "SHOWN", 5)
+    monkeypatch.setattr(drawing, "LINES", 8)
+    draw_only(monkeypatch, "curves")
+    story = Story(tmp_path / "many")
+    story.fill(30)
+    for _ in range(12):
+        story.add("FAIL", last=0, attrs={"error": "RuntimeError: no"})
+    findings, shown = report(story)
+    text = (tmp_path / "many" / "report.md").read_text()
+    assert "The first 10 of 42 trials; trials.csv holds all of them." in text
+    assert "The first 10 of 12 failed trials" in text and len(csv_rows(tmp_path / "many")) == 42
+    assert "The first 5 of 42 trials" in shown and "7 more trials failed or are out" in shown
+    assert re.search(r"^ *★ \d+ +COMPLETE", shown, re.M)
+    for plot in (plots_module.curves, plots_module.parallel):
+        figure = plot(findings)
+        assert not isinstance(figure, str)
+        axes = figure.axes[0]
+        assert "a sample of 8 of 30 trials" in axes.get_title()
+        best = [line for line in axes.lines if line.get_color() == drawing.BEST]
+        assert len(best) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_front_is_what_nothing_beats(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [TrialRow(k, "COMPLETE", (draw.randint(0, 9) / 9, draw.randint(0, 9) / 9)) for k in range(60)]
+    objectives = (Objective("seg_miou"), Objective("step_s"))
+
+    def beats(a: TrialRow, b: TrialRow) -> bool:
+        pairs = ((a.values[0], b.values[0]), (-a.values[1], -b.values[1]))
+        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+    slow = [r.number for r in rows if not any(beats(o, r) for o in rows)]
+    assert sorted(r.number for r in pareto(rows, objectives)) == slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -22,15 +23,17 @@ import pytest
 from optuna.trial import TrialState
 
 from cluster.preflight import Capacity
-from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, load, play, report, search_of, searcher, states
+from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, load, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals, sweep_stopped
 from tuning.lease import Lease
 from tuning.placement import Room
 from tuning.record import read_trials
-from tuning.study import mend_journal, open_storage, open_study, plan, put_back, take_waiting
-from ugrl.errors import ConfigError, UgrlError
+from tuning.study import mend_journal, open_storage, open_study, plan, put_back, queue
+from tuning.trial import asked_to_leave, with_room
+from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
 from ugrl.storage import place
+from ugrl.train.interrupt import Interrupted
 
 pytest.importorskip("ray")
 
@@ -119,7 +122,7 @@ def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> Non
 
 def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
     search = search_of(SOUND, Path(out), storage=storage, trials=24, **NO_STOP)
-    with searcher(search, create=False, beat_s=0.2, expired_s=5.0) as found:
+    with searcher(search, create=False, beat_s=0.2) as found:
         done = 0
         while True:
             if done == quit_after and isinstance(found.suggest("left behind"), dict):
@@ -184,15 +187,14 @@ def test_processes_that_open_a_new_database_at_once_all_get_it(tmp_path: Path) -
 def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, storage=storage)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    dead = Lease(study, expired_s=0.5)
-    dead._write()
     from tuning.searcher import StudySearch
 
-    lost = StudySearch(study, search, dead)
+    lost = StudySearch(study, search, Lease(study))
     task = lost.suggest("lost")
     assert isinstance(task, dict)
     lost.judge("lost", report(3, 0.3))
-    with searcher(search, create=False, expired_s=0.5) as found:
+    fall_asleep(lost)
+    with searcher(search, create=False) as found:
         again = found.suggest("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert again["before"] == {"0": 3.0}  # seconds that it has trained already
@@ -211,15 +213,11 @@ def test_a_driver_that_is_alive_keeps_its_trials(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
     with searcher(search) as first:
         task = first.suggest("mine")
-        # Another process of this machine, as far as the storage tells: the parent of this one is alive.
-        attrs = first.study.user_attrs["session:" + first.lease.id]
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid()})
-        other = Lease(first.study)
-        assert other.orphans(first.study) == []
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": os.getppid(), "seen": time.time() - 61})
-        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
-        first.study.set_user_attr("session:" + first.lease.id, {**attrs, "pid": 2**22 + 1})  # no such process
-        assert [t.number for t in other.orphans(first.study)] == [task["number"]]
+        with searcher(search, create=False) as other:
+            assert other.orphans() == [] and other.outlook() == (4, 1)
+            fall_asleep(first)
+            assert [t.number for t in other.orphans()] == [task["number"]]
+            assert other.outlook() == (5, 0)
 
 
 def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itself(tmp_path: Path) -> None:
@@ -231,9 +229,7 @@ def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itse
     search = search_of(SOUND, tmp_path / "cut")
     with searcher(search) as found:
         assert found.suggest("a")["point"] == points[0]
-        take_waiting(
-            found.study, 5, lambda trial_id, _: found.study._storage.set_trial_user_attr(trial_id, "driver", "gone")
-        )
+        assert Lease(found.study).take(found.study, queue(found.study, 5)[0], tmp_path / "elsewhere") is not None
         orphan = found.suggest("b")
         assert (orphan["number"], orphan["point"]) == (1, points[1])
 
@@ -250,28 +246,6 @@ def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
         again = found.suggest("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert found.suggest("next")["point"] != task["point"]
-
-
-def test_what_was_put_back_has_one_owner_though_it_had_another(tmp_path: Path) -> None:
-    """A trial that is taken again carries no dead driver's name while its point is being sampled."""
-    search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
-        found.suggest("mine")
-        found.leave()
-    with searcher(search, create=False) as found:
-        other = Lease(found.study)
-        seen: list[list[int]] = []
-
-        def begun(trial_id: int, number: int) -> None:
-            found.lease.name(found.study, trial_id)
-            seen.append([t.number for t in other.orphans(found.study)])
-
-        # The other one looks at the moment between the two writes.
-        attrs = found.study.user_attrs["session:" + found.lease.id]
-        found.study.set_user_attr("session:" + found.lease.id, {**attrs, "pid": os.getppid()})
-        assert take_waiting(found.study, 5, begun) is not None
-        assert seen == [[]]
-        assert other.orphans(found.study) == []
 
 
 def test_a_trial_is_begun_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,9 +324,14 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(module, "__file__", str(file))
     assert module.code_commit() == ""
+    vendored = tmp_path / "vendor" / "tuning" / "searcher.py"
+    vendored.parent.mkdir(parents=True)
+    vendored.write_text("")
     for words in (["add", "."], ["commit", "-q", "-m", "within"]):
         subprocess.run([*git, *words], check=True)
     assert len(module.code_commit()) == 10
+    monkeypatch.setattr(module, "__file__", str(vendored))  # tracked, but by a repository that is another's
+    assert module.code_commit() == ""
 
 
 def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
@@ -363,40 +342,6 @@ def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
         found.leave()
     with searcher(search, create=False) as found:
         assert found.suggest("a")["seeds"] == [0] and found.suggest("b")["seeds"] == [1]
-
-
-def _plan(out: str, trials: int) -> None:
-    search = search_of(SOUND, Path(out), trials=trials)
-    study = open_study(
-        search.space, search.out, create=False, objectives=search.objectives, steps=search.steps, planned=False
-    )
-    with Lease(study) as lease:
-        lease.one_by_one(lambda: plan(study, search.space), lambda: study.user_attrs.get("planned") == trials)
-        time.sleep(2.0)
-
-
-def test_drivers_that_start_together_plan_once(tmp_path: Path) -> None:
-    with searcher(search_of(SOUND, tmp_path, trials=3)):
-        pass
-    context = multiprocessing.get_context("spawn")
-    drivers = [context.Process(target=_plan, args=(str(tmp_path), 30)) for _ in range(3)]
-    for driver in drivers:
-        driver.start()
-    for driver in drivers:
-        driver.join(60)
-    assert [d.exitcode for d in drivers] == [0, 0, 0]
-    assert Counter(states(load(search_of(SOUND, tmp_path, trials=30)))) == {"WAITING": 30}
-
-
-def test_a_process_whose_trial_was_given_to_another_leaves_it(tmp_path: Path) -> None:
-    from tuning.trial import OWNER, check_owner
-
-    task = {"owner": "first"}
-    (tmp_path / OWNER).write_text("first")
-    check_owner(tmp_path, task)
-    (tmp_path / OWNER).write_text("second")
-    with pytest.raises(UgrlError, match="another driver has taken this trial over"):
-        check_owner(tmp_path, task)
 
 
 def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
@@ -431,7 +376,8 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
         asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
         assert [(a["candidate"], a["seed"]) for a in asked] == [(c, s) for s in (1000, 1001, 1002) for c in (1, 3)]
         # They are started in this order, and none twice.
-        trial = take_waiting(finals, 10**9)
+        trial = Lease(finals).take(finals, queue(finals, 10**9)[0], tmp_path / "final")
+        assert trial is not None
         assert (trial.suggest_int("candidate", 0, 10**6), trial.suggest_int("seed", 0, 2**31 - 1)) == (1, 1000)
         put_back(finals, trial)
         plan_finals(search, found.study, finals)
@@ -488,6 +434,24 @@ def test_a_journal_whose_last_line_was_torn_is_mended(tmp_path: Path) -> None:
     for text in path.read_text().splitlines():
         json.loads(text)
     mend_journal(tmp_path / "none")
+
+
+def test_opening_a_journal_parses_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = search_of(SOUND, tmp_path)
+    with searcher(search) as found:
+        play(found, "0", lambda *_: 0.5)
+    lines = (tmp_path / "study.journal").read_bytes().splitlines()
+    parsed: list[bytes] = []
+    loads = json.loads
+
+    def counted(text: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(text, bytes):  # the file's; distributions within are text
+            parsed.append(text)
+        return loads(text, *args, **kwargs)
+
+    monkeypatch.setattr(json, "loads", counted)
+    open_storage("journal", tmp_path)
+    assert len(lines) <= len(parsed) <= len(lines) + 1  # the last one is looked at again
 
 
 def test_a_postgresql_server_is_a_storage(tmp_path: Path) -> None:
@@ -578,3 +542,95 @@ def test_what_a_process_of_a_stopped_trial_left_is_taken_away(pid: str, tmp_path
         sweep_stopped(found)
         left = [p.name for p in run.rglob("*") if p.name in ("other.json", draft.name)]
         assert sorted(left) == ([] if pid == "gone" else [draft.name, "other.json"])
+
+
+# -- full disks ------------------------------------------------------------------------------------
+
+FILLED = """
+import resource, sys
+from pathlib import Path
+import optuna
+from tuning.study import open_journal
+path, none = Path(sys.argv[1]) / "study.journal", resource.RLIM_INFINITY
+study = optuna.create_study(storage=open_journal(path))
+other = optuna.load_study(storage=open_journal(path), study_name=study.study_name)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, none))  # room for half a record
+try:
+    study.set_user_attr("a", 1)
+except OSError as error:
+    print(error.filename)
+resource.setrlimit(resource.RLIMIT_FSIZE, (none, none))
+study.set_user_attr("b", 2)
+with path.open("ab") as file:
+    file.write(b'{"op_code":2,"wor')  # of a process that died in the middle
+study.set_user_attr("c", 3)
+again = optuna.load_study(storage=open_journal(path), study_name=study.study_name)
+print(other.user_attrs, again.user_attrs)
+"""
+
+
+def test_a_full_disk_leaves_no_half_record_in_a_journal_that_others_read(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    named, told = done.stdout.splitlines()
+    assert named == str(tmp_path / "study.journal") and told == "{'b': 2, 'c': 3} {'b': 2, 'c': 3}"
+
+
+class _Full:
+    """Refuses some calls, as a full disk does."""
+
+    def __init__(self, call: Any, times: int) -> None:
+        self.call, self.times = call, times
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.call(*args, **more)
+
+
+@pytest.mark.parametrize("place_of", ["begin", "task", "_next"])
+def test_a_trial_that_a_full_disk_interrupts_while_it_is_begun_is_begun_again(
+    place_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = search_of(SOUND, tmp_path, trials=2, **NO_STOP)
+    with searcher(search) as found:
+        monkeypatch.setattr(found, place_of, _Full(getattr(found, place_of), 1))
+        tasks = [play(found, str(k), lambda *_: 0.5) for k in range(2)]
+        assert [t["number"] for t in tasks if isinstance(t, dict)] == [0, 1]
+        assert play(found, "2", lambda *_: 0.5) == "FINISHED"
+    assert states(load(search)) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_disk_that_stays_full_ends_the_search_and_fails_no_trial(tmp_path: Path) -> None:
+    search = search_of(SOUND, tmp_path, trials=3, **NO_STOP)
+    with searcher(search) as found:
+        assert isinstance(found.suggest("a"), dict) and isinstance(found.suggest("b"), dict)
+        assert found.judge("a", {"full": "trial 0: No space left on device"})
+        found.on_trial_complete("a", {"done": True})
+        assert found.full and found.suggest("c") == "FINISHED" and found.outlook() == (0, 0)
+        assert asked_to_leave(tmp_path / "trials" / "001", found.task(found.jobs["b"])["owner"])()
+        assert found.leave() == [1]
+    assert states(load(search)) == ["WAITING"] * 3
+
+
+def test_a_trial_waits_for_room_on_its_disk() -> None:
+    done: list[int] = []
+    work = _Full(lambda: done.append(1), 2)
+    with_room(work, patience_s=60, leave=lambda: False)
+    assert done == [1]
+    with pytest.raises(OSError, match="No space left"):
+        with_room(_Full(work, 10**6), patience_s=0, leave=lambda: False)
+    with pytest.raises(Interrupted):
+        with_room(_Full(work, 10**6), patience_s=60, leave=lambda: True)
+    with pytest.raises(CheckpointError):  # it has been tried for as long already
+        with_room(_raise(CheckpointError("No space left on device")), patience_s=60, leave=lambda: False)
+
+
+def _raise(error: Exception) -> Any:
+    def body() -> None:
+        raise error
+
+    return body

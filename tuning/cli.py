@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ugrl.hear
 from ugrl import config as configs
-from ugrl.command import Parser, complain, enter, folder_for, pasted, shipped
+from ugrl.command import Parser, enter, folder_for, pasted, shipped
 from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from cluster.preflight import Capacity
-    from tuning.search import Findings, Search
+    from tuning.search import Search
     from tuning.space import SearchSpace
 
 SPACE, BASE = "space.yaml", "base.yaml"
@@ -121,9 +121,7 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     known = out / SPACE
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
-            raise ConfigError(
-                f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
-            )
+            raise _exists(out)
         if not known.is_file() and not all(_being_written(p) for p in out.iterdir()):
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
     resumed = args.resume and known.is_file()
@@ -136,9 +134,17 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
+def _exists(out: Path) -> ConfigError:
+    return ConfigError(
+        f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
+    )
+
+
 def _being_written(path: Path) -> bool:
     """Whether a file is one that comes before the space file: another driver begins this very search."""
-    return path.name == BASE or path.name.startswith((f".{BASE}.", f".{SPACE}."))
+    from ugrl.ownership import FOLDER
+
+    return path.name in (BASE, FOLDER) or path.name.startswith((f".{BASE}.", f".{SPACE}."))
 
 
 def check_data(search: Search, *, fresh: bool = True) -> Search:
@@ -264,16 +270,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
     from tuning.driver import nothing_left, open_finals
-    from tuning.report import write_report
+    from tuning.report.files import write_report
+    from tuning.report.read import read_findings
     from tuning.study import quiet_optuna
 
     quiet_optuna()
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
     if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
-        study, interrupted, halted = _run_on_ray(args, search, warm, console)
+        study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
     finals = open_finals(search, study._storage, create=False)
-    if interrupted != signal.SIGTERM:  # whoever sends that is about to send SIGKILL
-        write_report(findings(search, study, finals), console)
+    if not interrupted:  # whoever sends a signal does not wait for pictures
+        write_report(read_findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
 
 
@@ -286,71 +293,78 @@ def ended_search(search: Search) -> optuna.Study | None:
 
 
 def _run_on_ray(
-    args: argparse.Namespace, search: Search, warm: list[tuple[str, dict[str, Any]]], console: Console
+    args: argparse.Namespace,
+    search: Search,
+    warm: list[tuple[str, dict[str, Any]]],
+    console: Console,
+    known: optuna.Study | None,
 ) -> tuple[optuna.Study, int, str]:
-    """Run what is left; the study, the signal that interrupted it (0 for none), and why it stopped early, if it did."""
+    """Run what is left of a study, which may be open already.
+
+    Returns:
+        The study, the signal that interrupted it (0 for none), and why it stopped early, if it did.
+    """
     from cluster.launch import start_ray, stop_ray
+    from cluster.stop import aside
     from tuning.placement import concurrent_trials
 
-    have = start_ray(args.address)  # which sets a handler of SIGTERM: ours comes after it
-    with sigterm_is_an_interrupt() as got:
-        try:
-            side_by_side = concurrent_trials(search, have)
-            study = begin(search, resume=args.resume)
-            return study, *_run_parts(args, search, study, have, side_by_side, warm, console, got)
-        except KeyboardInterrupt:
-            if got[-1] != signal.SIGTERM:
-                raise
-            complain("interrupted before the search started", word="")
-            raise SystemExit(128 + signal.SIGTERM) from None
-        finally:
-            stop_ray()
+    try:
+        have = aside(lambda: start_ray(args.address))
+        side_by_side = concurrent_trials(search, have)
+        study = begin(search, resume=args.resume, storage=known._storage if known is not None else None)
+        return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
+    finally:
+        stop_ray()
 
 
-def begin(search: Search, *, resume: bool) -> optuna.Study:
+def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -> optuna.Study:
     """The study of a search, and the files that say what the search is.
 
     The files come first: a search that is killed at any moment can be resumed.
+
+    Args:
+        search: The search.
+        resume: Whether the study may exist already.
+        storage: Already open: replaying a journal twice takes seconds.
 
     Raises:
         UgrlError: The storage cannot be opened, or holds another search's study.
     """
     import optuna as library
 
+    from tuning.lease import PLAN_S
     from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
+    from ugrl.ownership import own
+    from ugrl.storage import place
 
     space, out = search.space, search.out
-    storage = open_storage(space.storage, out) if "://" in space.storage and "sqlite:" not in space.storage else None
+    shared = "://" in space.storage and "sqlite:" not in space.storage  # a file lies in the search's own folder
+    storage = storage or (open_storage(space.storage, out) if shared else None)
     name = study_name(space.storage, out)
-    if storage is not None and name in library.get_all_study_names(storage):
+    if shared and name in library.get_all_study_names(storage):
         found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
         if not resume or found != str(out):
             raise ConfigError(
                 f"storage '{public(space.storage)}' already holds a study named '{name}', of the search in {found}; "
                 "choose another name for --out, or continue that one with --resume"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / BASE, configs.dump(configs.public_dict(search.base)))
-    write_whole(out / SPACE, space.to_yaml())
-    study = open_study(
-        space,
-        out,
-        create=not resume,
-        objectives=search.objectives,
-        steps=search.steps,
-        storage=storage,
-        planned=False,
-    )
-    study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
+    with own(place(out), patience_s=PLAN_S):
+        if not resume and (out / SPACE).exists():  # of those that begin it at once, one does
+            raise _exists(out)
+        (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
+        (place(out) / SPACE).write(space.to_yaml().encode())
+        study = open_study(
+            space,
+            out,
+            create=not resume,
+            objectives=search.objectives,
+            steps=search.steps,
+            storage=storage,
+            planned=False,
+        )
+        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
     return study
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _run_parts(
@@ -361,13 +375,13 @@ def _run_parts(
     slots: int,
     warm: list[tuple[str, dict[str, Any]]],
     console: Console,
-    got: list[int],
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.connect import head_watched
     from tuning.driver import open_finals, run_finals, run_search
-    from tuning.lease import Lease
+    from tuning.lease import Lease, once
     from tuning.progress import TrialProgress
+    from tuning.searcher import patiently
     from tuning.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
@@ -387,63 +401,41 @@ def _run_parts(
         stack.enter_context(head_watched(search.base.cluster.head_s, say))
         patience_s = math.inf if args.wait else search.base.cluster.busy_s
         lease = stack.enter_context(Lease(study, slots=slots))
-        lease.one_by_one(
-            lambda: plan(study, search.space, warm), lambda: study.user_attrs.get(PLANNED) == search.space.trials
+        stack.enter_context(ugrl.hear.owning(lambda: lease.__exit__(None, None, None)))
+        once(
+            search.out,
+            lambda check: plan(study, search.space, warm, check),
+            lambda: study.user_attrs.get(PLANNED) == search.space.trials,
         )
         more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher = _until_interrupted(lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar)
+            searcher, number = _until_interrupted(
+                lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar
+            )
+        ugrl.hear.say_then("interrupted")
         if searcher is None or search.space.final.best == 0:
-            return (0, searcher.halted) if searcher is not None else (got[-1], "")
+            return number, searcher.halted if searcher is not None else ""
         if (halted := searcher.halted) and not halted.startswith("budget."):
             return 0, halted
-        finals = open_finals(search, study._storage)
+        finals = patiently(lambda: open_finals(search, study._storage), search.base.data.storage_patience_s)
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
-            again = _until_interrupted(
+            again, number = _until_interrupted(
                 lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], **more), bar
             )
-        return (0, halted or again.halted) if again is not None else (got[-1], halted)
+        return number, halted or again.halted if again is not None else halted
 
 
-def _until_interrupted(work: Any, bar: Any) -> Any:
-    """What the work returns; ``None`` where it was interrupted, and its trials were put back into the queue."""
+def _until_interrupted(work: Callable[[], Any], bar: Any) -> tuple[Any, int]:
+    """What the work returns, and 0; or ``None``, its trials back in the queue, and the signal that interrupted it."""
     try:
-        return work()
-    except KeyboardInterrupt:
+        return work(), 0
+    except KeyboardInterrupt as stopped:
         if bar.searcher is not None:
             bar.searcher.leave()
-        return None
-
-
-@contextmanager
-def sigterm_is_an_interrupt() -> Iterator[list[int]]:
-    """A scheduler that wants the machine back is answered like Ctrl-C; the last signal of what is yielded came last."""
-    got: list[int] = [signal.SIGINT]
-
-    def handle(number: int, frame: object) -> None:
-        got.append(number)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield got
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield got
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
-    """All that the storage tells of a search."""
-    from tuning.record import read_trials
-    from tuning.search import Findings, read_finalists, read_sessions
-
-    rows = tuple(read_trials(study, search.objectives))
-    return Findings(search, study, rows, read_finalists(rows, finals, search), read_sessions(study))
+        return None, getattr(stopped, "number", None) or signal.SIGINT
 
 
 def _ended(
@@ -475,8 +467,7 @@ def _ended(
     for text in (f"interrupted with {left} trials{more} left; continue with: {command}", note):
         if text:
             console.print(text, soft_wrap=True)
-    if interrupted == signal.SIGTERM:
-        console.print(f"the report so far: {pasted(['ugrl-tune', 'report', str(search.out)])[0]}", soft_wrap=True)
+    console.print(f"the report so far: {pasted(['ugrl-tune', 'report', str(search.out)])[0]}", soft_wrap=True)
     return 128 + interrupted
 
 
@@ -510,21 +501,24 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """``ugrl-tune report``."""
     from tuning.driver import open_finals
-    from tuning.report import write_report
+    from tuning.report.files import write_report
+    from tuning.report.read import read_findings
     from tuning.study import quiet_optuna
 
     quiet_optuna()
     search, study = stored_search(args.study, args.storage)
-    write_report(findings(search, study, open_finals(search, study._storage, create=False)), console)
+    write_report(read_findings(search, study, open_finals(search, study._storage, create=False)), console)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after an interrupt."""
+    """Entry point of ``ugrl-tune``: 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["report"]:
-        return enter(build_report_parser(), words[1:], run_report, "interrupted")
-    return enter(build_parser(), words, run, "interrupted before the search started")
+        with ugrl.hear.heard("interrupted"):
+            return enter(build_report_parser(), words[1:], run_report, "interrupted")
+    with ugrl.hear.heard("interrupted before the search started"):
+        return ugrl.hear.ended(enter(build_parser(), words, run, "interrupted"))
 
 
 if __name__ == "__main__":

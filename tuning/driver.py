@@ -23,7 +23,7 @@ from optuna.trial import Trial, TrialState
 from ray import tune
 
 from cluster.preflight import Capacity
-from tuning.lease import Lease
+from tuning.lease import Lease, once
 from tuning.options import Repeats, Scheduler
 from tuning.placement import Room, concurrent_trials, held
 from tuning.record import TrialRow, ranked, read_trials
@@ -32,9 +32,11 @@ from tuning.searcher import IDLE_S, StudyScheduler, StudySearch, patiently
 from tuning.study import FINALS, PLANNED, is_spent, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError, NoRoomError, UgrlError
+from ugrl.hear import SIGNALS
 from ugrl.ownership import FOLDER, own
 from ugrl.storage import place
 from ugrl.train import checkpoint
+from ugrl.train.interrupt import Interrupted
 
 # The seeds of the final runs begin so far above the search's own.
 FRESH = 1000
@@ -44,6 +46,10 @@ SWEEP_S = 2.0
 
 
 def _silent(_: str) -> None:
+    return None
+
+
+def _nothing() -> None:
     return None
 
 
@@ -91,7 +97,8 @@ def run(
     """Let Ray Tune run what a searcher hands out.
 
     Raises:
-        KeyboardInterrupt: It was interrupted; trials that were running are still the searcher's.
+        Interrupted: It was; trials that were running are still the searcher's.
+        NoRoomError: A disk has been full for longer than its trials wait; they are in the queue again.
     """
     search = searcher.search
     side_by_side = concurrent_trials(search, have)
@@ -104,8 +111,11 @@ def run(
     with _Stop(searcher, search.base.cluster.stop_s) as stop:
         while wait_for_work(searcher, patience_s=patience_s, say=say):
             _session(searcher, side_by_side, callbacks, reuse)
+    if searcher.full:
+        searcher.patiently(searcher.leave)
+        raise NoRoomError(searcher.full)
     if stop.asked or searcher.jobs:  # Tune returns from an interrupt as if nothing had been
-        raise KeyboardInterrupt
+        raise Interrupted(0, stop.number)
     sweep_stopped(searcher)
 
 
@@ -142,7 +152,7 @@ def wait_for_work(searcher: StudySearch, *, patience_s: float, say: Callable[[st
     """
     told, since = "", time.monotonic()
     while not searcher.closing:
-        waiting, running = patiently(searcher.outlook)
+        waiting, running = searcher.patiently(searcher.outlook)
         if not waiting and not running:
             return False
         if waiting and searcher.has_room():
@@ -198,35 +208,47 @@ def _session(searcher: StudySearch, side_by_side: int, callbacks: list[tune.Call
 
 
 class _Stop:
-    """The first Ctrl-C lets trials write a checkpoint and leave; the second one, or ``cluster.stop_s``, ends them.
+    """The first Ctrl-C or SIGTERM has trials write a checkpoint and go; the second, or ``cluster.stop_s``, ends them.
 
     Tune's own handler would end them at once. Tune still ends them where that is wanted, by the signal that it keeps
-    for this.
+    for this. A third signal ends the driver.
     """
 
     def __init__(self, searcher: StudySearch, patience_s: float) -> None:
-        self.searcher, self.asked = searcher, False
+        self.searcher = searcher
+        self.number: int | None = None
         self._timer = threading.Timer(patience_s, self._end)
         self._timer.daemon = True
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
 
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
             os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-            self._before = signal.signal(signal.SIGINT, self._handle)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens: it would end this process
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _handle(self, number: int, frame: object) -> None:
         if self.asked:
+            self._restore()
             self._end()
             return
-        self.asked = True
+        self.number = number
         self.searcher.ask_to_leave()
         self._timer.start()
 
@@ -375,8 +397,13 @@ def finalists_of(search: Search, study: optuna.Study) -> list[TrialRow]:
     return ranked(read_trials(study, search.objectives), search.objectives[0])[: search.space.final.best]
 
 
-def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> None:
-    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing."""
+def plan_finals(
+    search: Search, study: optuna.Study, finals: optuna.Study, check: Callable[[], None] = _nothing
+) -> None:
+    """Put the final runs of the best trials into their study, waiting; calling it again adds nothing.
+
+    ``check`` is called before each write; it raises where another driver plans by now.
+    """
     best = finalists_of(search, study)
     found = finals.get_trials(deepcopy=False)
     have = {(t.params.get("candidate"), t.params.get("seed")) for t in found}
@@ -386,7 +413,10 @@ def plan_finals(search: Search, study: optuna.Study, finals: optuna.Study) -> No
         for row in best:
             made = {"candidate": row.number, "seed": search.base.seed + FRESH + k}
             if (made["candidate"], made["seed"]) not in have:
+                check()
                 finals.enqueue_trial(made)
+    check()
+    finals.set_user_attr(READY, _wanted(search, study))
 
 
 def _wanted(search: Search, study: optuna.Study) -> list[Any]:
@@ -415,11 +445,10 @@ def run_finals(
     def planned() -> bool:
         return bool(finals.user_attrs.get(READY) == wanted)
 
-    def work() -> None:
-        plan_finals(search, study, finals)
-        finals.set_user_attr(READY, wanted)
-
-    lease.one_by_one(work, planned)
+    patiently(
+        lambda: once(search.out, lambda check: plan_finals(search, study, finals, check), planned),
+        search.base.data.storage_patience_s,
+    )
     points = {t.number: dict(t.params) for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE}
     cpus, gpus = held(search, have)
     searcher = FinalSearch(finals, search, lease, points, cpus=cpus, gpus=gpus)

@@ -21,7 +21,7 @@ from tuning.plain import few, hours, short, span
 from tuning.search import Search
 from tuning.space import SearchSpace, weak_rung
 from tuning.steer import remarks
-from tuning.study import make_pruner, make_sampler, plan, suggest_point, take_waiting
+from tuning.study import make_pruner, make_sampler, plan, suggest_point
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
@@ -206,9 +206,7 @@ def _suggestions(space: SearchSpace, objectives: tuple[Objective, ...], steps: i
     few = replace(space, budget=replace(space.budget, trials=min(FIRST, space.trials)))
     study.sampler, study.pruner = make_sampler(space, 0), make_pruner(space, steps)
     plan(study, few)
-    points = []
-    while (trial := take_waiting(study, few.trials)) is not None:
-        points.append(suggest_point(trial, space.search))
+    points = [suggest_point(study.ask(), space.search) for _ in range(few.trials)]
     table = Table(title="first suggestions", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial")
     for k in range(len(points)):

@@ -1,59 +1,66 @@
-"""Who looks after a trial: drivers' heartbeats in the study's storage, and trials whose driver is gone.
+"""Who looks after a search and its trials: one driver at a time, by the rule of :mod:`ugrl.ownership`.
 
-Each driver writes one attribute of the study, its session, every few seconds. A trial names its driver. A RUNNING trial
-whose driver has not been heard of for :data:`EXPIRED_S` (at once, where its process is gone from this very machine) is
-an orphan: another driver takes it over and goes on from its checkpoint.
+A driver that begins a trial, or goes on with one that another driver left, owns the trial's folder first, and keeps it
+until the trial has ended or waits again. What it then reads in the storage is true until it writes, since nobody else
+changes the state of a trial whose folder is not theirs: so it moves the trial from WAITING to RUNNING, and no other
+one does. The storage alone would not do. SQLite lets two processes read WAITING before either writes; in a journal, one
+that had the trial before is told that it has it again. A RUNNING trial whose folder nobody owns is an orphan: its
+driver has been silent for :data:`ugrl.ownership.STALE_S`, or is gone from this very machine.
 
-Two drivers may want the same orphan. A storage has no compare-and-set for attributes; so each writes its name, waits
-longer than a write usually takes, and the one whose name is there then has it. Should both go on, the processes of the
-trial settle it (:func:`tuning.trial.alone`), and the driver whose name is not there hears nothing of its own.
-The clocks of the drivers' machines must agree within :data:`EXPIRED_S`, as they do with NTP.
+The driver's name in the storage is for a driver that was cut off from the folder alone: who took the trial over wrote
+its own there. A driver looks at both before each report and before it tells how a trial ended; the trial's processes
+look at the folder before each write.
+
+What must not be done twice, planning trials and final runs, is done by the one that owns the search's folder meanwhile.
+
+Each driver also writes one attribute of the study, its session, every few seconds; the budget counts them.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuning.record import DRIVER
-from tuning.search import SESSION, Session, read_sessions
+from tuning.search import SESSION
+from ugrl.errors import BusyError
+from ugrl.ownership import LostError, Ownership, own
+from ugrl.storage import place
 
 BEAT_S = 10.0
-EXPIRED_S = 60.0
-SETTLE_S = 0.5
+# How long one driver waits for another one to plan, in seconds: ten thousand trials take minutes on a slow disk.
+PLAN_S = 600.0
 
 
 class Lease:
-    """This driver's session with a study; a context manager.
+    """This driver's session with a study, and the trials that it owns; a context manager.
 
     Args:
         study: Whose storage holds the sessions.
         slots: Trials side by side.
         beat_s: Seconds between two heartbeats.
-        expired_s: Silence after which another driver counts as gone.
     """
 
-    def __init__(
-        self, study: optuna.Study, *, slots: int = 1, beat_s: float = BEAT_S, expired_s: float = EXPIRED_S
-    ) -> None:
-        self.study, self.slots, self.beat_s, self.expired_s = study, slots, beat_s, expired_s
+    def __init__(self, study: optuna.Study, *, slots: int = 1, beat_s: float = BEAT_S) -> None:
+        self.study, self.slots, self.beat_s = study, slots, beat_s
         self.id = uuid.uuid4().hex[:12]
         self.started = time.time()
-        self._settled = time.monotonic() + SETTLE_S
+        self._held: dict[int, tuple[ExitStack, Ownership]] = {}
         self._leave = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
         self._write()
-        self._settled = time.monotonic() + SETTLE_S
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -62,6 +69,8 @@ class Lease:
         self._leave.set()
         if self._thread is not None:
             self._thread.join(timeout=self.beat_s)
+        for trial_id in list(self._held):
+            self._release(trial_id)
         _quietly(lambda: self._write(ended=True))
 
     def _beat(self) -> None:
@@ -75,7 +84,6 @@ class Lease:
                 "id": self.id,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "space": process_space(),
                 "slots": self.slots,
                 "started": self.started,
                 "seen": time.time(),
@@ -83,90 +91,70 @@ class Lease:
             },
         )
 
-    def alive(self) -> set[str]:
-        """Ids of all drivers that are alive, this one included."""
-        return {self.id} | {s.id for s in read_sessions(self.study) if self._alive(s)}
-
-    def first(self) -> bool:
-        """Whether this driver is the one of those alive that has been there longest."""
-        alive = self.alive()
-        sessions = [s for s in read_sessions(self.study) if s.id in alive]
-        return not sessions or min(sessions, key=lambda s: (s.started, s.id)).id == self.id
-
-    def _alive(self, session: Session) -> bool:
-        if session.ended or time.time() - session.seen > self.expired_s:
-            return False
-        if session.host != socket.gethostname() or session.space != process_space():
-            return True  # the number of its process says nothing here
-        if session.pid == os.getpid():
-            return False  # a process has one driver at a time, and this one is another
-        try:
-            os.kill(session.pid, 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, ValueError):
-            return True
-        return True
-
-    def orphans(self, study: optuna.Study) -> list[FrozenTrial]:
-        """RUNNING trials that nobody looks after."""
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if not running:
-            return []
-        alive = self.alive()
-        return [t for t in running if t.user_attrs.get(DRIVER) not in alive and self._named(t)]
-
-    def _named(self, trial: FrozenTrial) -> bool:
-        """Whether a trial had the time to be named after its driver."""
-        if trial.user_attrs.get(DRIVER) or trial.datetime_start is None:
-            return True
-        return time.time() - trial.datetime_start.timestamp() > self.expired_s or not self._others()
-
-    def _others(self) -> bool:
-        return len(self.alive()) > 1
-
-    def name(self, study: optuna.Study, trial_id: int) -> None:
-        """Write this driver's name on a trial that it has begun."""
-        study._storage.set_trial_user_attr(trial_id, DRIVER, self.id)
-
-    def one_by_one(self, work: Callable[[], None], done: Callable[[], bool]) -> None:
-        """Have one driver do what must not be done twice at a time: the one that has been there longest.
+    def take(self, study: optuna.Study, seen: FrozenTrial, folder: Path) -> Trial | None:
+        """Own a trial that waits, or an orphan, and have it RUNNING under this driver's name.
 
         Args:
-            work: Idempotent.
-            done: Whether somebody has done it.
-        """
-        time.sleep(max(0.0, self._settled - time.monotonic()))  # until others' sessions can be seen, and this one
-        while not done():
-            if self.first():
-                work()
-                return
-            time.sleep(0.5)
+            study: The trial's.
+            seen: The trial as it was found.
+            folder: Of its runs.
 
-    def claim(self, study: optuna.Study, orphan: FrozenTrial) -> Trial | None:
-        """Take an orphan over; ``None`` where another driver was given it, or it has ended."""
-        try:
-            study._storage.set_trial_user_attr(orphan._trial_id, DRIVER, self.id)
-        except RuntimeError:  # it has ended
-            return None
-        if self._others():
-            time.sleep(SETTLE_S + 0.1 * random.random())
-        found = study._storage.get_trial(orphan._trial_id)
-        mine = found.state == TrialState.RUNNING and found.user_attrs.get(DRIVER) == self.id
-        return Trial(study, orphan._trial_id) if mine else None
+        Returns:
+            ``None`` where another driver has it, or has had it since it was looked at.
+        """
+        storage, trial_id = study._storage, seen._trial_id
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(own(place(folder)))
+            except BusyError:
+                return None
+            if storage.get_trial(trial_id).state != seen.state:
+                return None
+            try:
+                storage.set_trial_user_attr(trial_id, DRIVER, self.id)
+                if seen.state == TrialState.WAITING:
+                    storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            except UpdateFinishedTrialError:  # its driver slept between its last look and its last word
+                return None
+            self._held[trial_id] = stack.pop_all(), held
+        return Trial(study, trial_id)
+
+    def owner(self, trial: Trial) -> str:
+        """Whom the processes of a trial write for (:func:`ugrl.ownership.fence`)."""
+        return self._held[trial._trial_id][1].id
 
     def holds(self, study: optuna.Study, trial: Trial) -> bool:
         """Whether a trial is still this driver's: not after a silence in which another one took it."""
+        if trial._trial_id not in self._held:
+            return False
+        try:
+            self._held[trial._trial_id][1].check()
+        except LostError:
+            return False
         found = study._storage.get_trial(trial._trial_id)
         return found.state == TrialState.RUNNING and found.user_attrs.get(DRIVER) == self.id
 
+    def release(self, trial: Trial) -> None:
+        """Own a trial no more: it has ended, waits again, or is another driver's."""
+        self._release(trial._trial_id)
 
-def process_space() -> str:
-    """In which space of process numbers this process is: containers of one host may share its name."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    def _release(self, trial_id: int) -> None:
+        if trial_id in self._held:
+            self._held.pop(trial_id)[0].close()
+
+
+def once(out: Path, work: Callable[[Callable[[], None]], None], done: Callable[[], bool]) -> None:
+    """Have one driver do what must not be done twice.
+
+    Args:
+        out: The search's folder.
+        work: Told what to call before each write; it raises where another driver has taken over.
+        done: Whether somebody has done it.
+    """
+    if not done():
+        with own(place(out), patience_s=PLAN_S) as held:
+            if not done():
+                work(held.check)
 
 
 def _quietly(work: Callable[[], None]) -> None:

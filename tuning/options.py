@@ -93,7 +93,9 @@ class Resources:
     """
 
     cpus_per_trial: float | None = None
+    """CPUs of a one-worker trial; ``auto``: those that a node has for each of its GPUs, or one where it has none."""
     gpus_per_trial: float | None = None
+    """GPUs of a one-worker trial: a fraction up to 1, or whole ones; ``auto``: one where the cluster has any."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class Sampler:
     """Where points come from; ``startup`` random ones first (0: a share of the budget)."""
 
     name: str = "tpe"
+    """Where points come from."""
     startup: int = 0
+    """Random points before the sampler begins; 0: a share of the budget."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,11 @@ class Scheduler:
     """When a weak trial is stopped: never before ``grace_steps``."""
 
     name: str = "asha"
+    """How a weak trial is stopped early."""
     grace_steps: int = 0
+    """The first step at which a trial may be stopped; below 1 a share of the run; 0 derives it from the warm-ups."""
     reduction_factor: float = 3.0
+    """Of the trials that reach a rung, one in so many goes on; the next rung is so many times later."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,13 @@ class Budget:
     """What a search may spend; 0 is no limit. Hours count what trials hold, GPUs and CPUs by their fractions."""
 
     trials: int = 20
+    """Trials that are to end."""
     hours: float = 0.0
+    """Hours after which nothing new begins; 0 is no limit."""
     gpu_hours: float = 0.0
+    """Hours of GPUs that trials may hold; 0 is no limit."""
     cpu_hours: float = 0.0
+    """Hours of CPUs that trials may hold; 0 is no limit."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,9 @@ class Repeats:
     """Seeds of each configuration; ``skip`` leaves later ones out where the first already lose."""
 
     seeds: int = 1
+    """Seeds of each configuration; their mean counts."""
     skip: bool = True
+    """Whether later seeds are left out where the first already lose."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +149,13 @@ class Final:
     """The best ``best`` again with ``seeds`` fresh seeds, measured on ``split`` too; ``every`` trial, if asked for."""
 
     best: int = 0
+    """How many of the best trials run again at the end; 0 is none."""
     seeds: int = 3
+    """Fresh seeds of each of them."""
     split: str = "val"
+    """The untouched split on which they are measured as well."""
     every: bool = False
+    """Whether each trial is measured on that split, and not only the best."""
 
 
 @dataclass(frozen=True)

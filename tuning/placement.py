@@ -67,7 +67,8 @@ def held(search: Search, have: Capacity) -> tuple[float, float]:
         each = worker_resources(cfg, have)
         return space.workers * each["CPU"], space.workers * each.get("GPU", 0.0)
     asked = space.resources
-    gpus = min(1.0, have.gpus) if asked.gpus_per_trial is None else asked.gpus_per_trial
+    gpus = cfg.cluster.gpus_per_worker if asked.gpus_per_trial is None else asked.gpus_per_trial
+    gpus = min(1.0, have.gpus) if gpus is None else gpus
     if asked.cpus_per_trial is not None:
         return asked.cpus_per_trial, gpus
     # A GPU's share of its node's CPUs decodes and cuts for it.

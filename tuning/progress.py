@@ -223,7 +223,8 @@ class TrialProgress(tune.Callback):
         number = self.searcher.number(trial.trial_id)
         row = next((r for r in self.rows if r.number == number), None)
         if row is None or row.state == "WAITING":
-            self._say(f"{self.word} {number}: its process died; it goes on from its checkpoint")
+            how = "has left" if self.searcher.closing else "its process died"
+            self._say(f"{self.word} {number}: {how}; it goes on from its checkpoint")
         else:
             self._say(line(row, best_trial(self.rows, self.objectives[0]), self.objective, self.word))
 

@@ -29,8 +29,10 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -145,12 +147,12 @@ class TrialRow:
         """(step, first objective) of the first run."""
         return self.runs[0].curve if self.runs else ()
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, float]:
         """Means over the runs."""
         return mean_metrics(r.metrics for r in self.runs)
 
-    @property
+    @cached_property
     def final(self) -> dict[str, float]:
         """Means over the runs that were measured on the untouched split."""
         return mean_metrics(r.final for r in self.runs if r.final)
@@ -257,13 +259,20 @@ def best_trial(rows: Sequence[TrialRow], objective: Objective) -> TrialRow | Non
 def pareto(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[TrialRow]:
     """The trials that no other one beats in every objective, by the first objective."""
     done = ranked(rows, objectives[0])
-    signs = [1.0 if o.maximize else -1.0 for o in objectives]
+    if not done:
+        return []
+    values = np.array([r.values for r in done]) * [1.0 if o.maximize else -1.0 for o in objectives]
 
-    def beats(a: TrialRow, b: TrialRow) -> bool:
-        pairs = [(s * x, s * y) for s, x, y in zip(signs, a.values, b.values, strict=True)]
-        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+    def beaten(k: int, by: list[int]) -> bool:
+        others = values[by]
+        return bool(((others >= values[k]).all(axis=1) & (others > values[k]).any(axis=1)).any())
 
-    return [r for r in done if not any(beats(other, r) for other in done)]
+    # Whatever a beaten one beats, its own better beats too: each is held against those that are left so far.
+    left: list[int] = []
+    for k in range(len(done)):
+        if not beaten(k, left):
+            left.append(k)
+    return [done[k] for k in left if not beaten(k, left)]  # of equals in the first objective, a later one may win
 
 
 def percent(name: str) -> bool:

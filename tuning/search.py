@@ -1,14 +1,13 @@
-"""A search that was checked as a whole, and what its storage tells of it."""
+"""A search that was checked as a whole, and the sessions of its drivers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 
 from tuning.options import Objective
-from tuning.record import Run, TrialRow, best_trial, mean_metrics, read_trials, standard_error
 from tuning.space import SearchSpace
 from ugrl.config import Config
 from ugrl.storage import Place
@@ -58,7 +57,6 @@ class Session:
         started: Seconds since the epoch.
         seen: When it was last heard of.
         ended: Whether it said goodbye.
-        space: In which space of process numbers its own counts (see :func:`tuning.lease.process_space`).
     """
 
     id: str
@@ -68,67 +66,11 @@ class Session:
     started: float = 0.0
     seen: float = 0.0
     ended: bool = False
-    space: str = ""
 
     @property
     def seconds(self) -> float:
         """Its length so far."""
         return max(0.0, self.seen - self.started)
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A configuration that was run again with fresh seeds.
-
-    Attributes:
-        trial: Its trial in the search.
-        runs: The fresh ones that ended.
-    """
-
-    trial: TrialRow
-    runs: tuple[Run, ...]
-
-    @property
-    def value(self) -> float | None:
-        """Mean of the first objective over the fresh seeds, on the split that the search sees."""
-        found = [r.value for r in self.runs if r.value is not None]
-        return sum(found) / len(found) if found else None
-
-    @property
-    def stderr(self) -> float:
-        """Its standard error."""
-        return standard_error([r.value for r in self.runs if r.value is not None])
-
-    @property
-    def final(self) -> dict[str, float]:
-        """Mean metrics on the untouched split."""
-        return mean_metrics(r.final for r in self.runs if r.final)
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that a report is made of.
-
-    Attributes:
-        search: The search.
-        study: Optuna's.
-        rows: Its trials that were started, by number.
-        finalists: Ranked by their fresh seeds, best first; empty where none have run.
-        sessions: Of all drivers, by time.
-    """
-
-    search: Search
-    study: optuna.Study
-    rows: tuple[TrialRow, ...]
-    finalists: tuple[Finalist, ...] = ()
-    sessions: tuple[Session, ...] = field(default_factory=tuple)
-
-    @property
-    def best(self) -> TrialRow | None:
-        """The trial to recommend: the first finalist, or the best complete one where nothing was run again."""
-        if self.finalists:
-            return self.finalists[0].trial
-        return best_trial(self.rows, self.search.objectives[0])
 
 
 def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
@@ -139,29 +81,3 @@ def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
         if key.startswith(SESSION)
     ]
     return tuple(sorted(found, key=lambda s: s.started))
-
-
-def read_finalists(
-    rows: list[TrialRow] | tuple[TrialRow, ...], finals: optuna.Study | None, search: Search
-) -> tuple[Finalist, ...]:
-    """The finalists of a search, ranked by their fresh seeds.
-
-    Args:
-        rows: Of the search.
-        finals: The study whose trials are (candidate, seed).
-        search: The search.
-    """
-    if finals is None:
-        return ()
-    by_number = {r.number: r for r in rows}
-    runs: dict[int, dict[int, Run]] = {}
-    for row in read_trials(finals, search.objectives):
-        if row.state == "COMPLETE" and (number := row.params.get("candidate")) in by_number:
-            runs.setdefault(int(number), {}).update({r.seed: r for r in row.runs})
-    made = [
-        Finalist(by_number[number], tuple(sorted(found.values(), key=lambda r: r.seed)))
-        for number, found in runs.items()
-        if any(r.value is not None for r in found.values())
-    ]
-    sign = -1.0 if search.objectives[0].maximize else 1.0
-    return tuple(sorted(made, key=lambda f: (sign * (f.value or 0.0), f.trial.number)))

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -30,7 +30,6 @@ from sqlalchemy.exc import OperationalError
 
 from tuning.budget import spent
 from tuning.lease import Lease
-from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
     BESIDE,
@@ -48,16 +47,20 @@ from tuning.record import (
     Run,
     read_trials,
 )
+from tuning.report.noise import ROUNDING, Measure, difference, noise_of
 from tuning.search import Search
 from tuning.space import finite, trial_config
-from tuning.study import STEP, make_sampler, put_back, suggest_point, take_waiting, trial_folder
+from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, trial_folder
 from ugrl import config as configs
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.command import complain
+from ugrl.errors import AwayError, ConfigError
+from ugrl.ownership import owned
+from ugrl.storage import StorageError, place
 
 T = TypeVar("T")
 ERROR_FILE = "error.txt"
-# In a trial's folder: the driver that it belongs to, or the word that its process is to leave with a checkpoint.
-OWNER, LEAVE = "owner", "leave"
+# In a trial's folder: the driver whose process is to leave with a checkpoint.
+LEAVE = "leave"
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3
 # A trial that has not got its resources after so many seconds is put back into the queue.
@@ -139,6 +142,7 @@ class StudySearch(Searcher):
         self.jobs: dict[str, Job] = {}
         self.numbers: dict[str, int] = {}
         self.halted = ""
+        self.full = ""  # which disk has no room, if that has ended the search
         self.closing = False
         self.room: Any = None  # of the cluster, for more trials; None where it is not asked for
         self.session = self._processes = 0
@@ -165,7 +169,11 @@ class StudySearch(Searcher):
             may come back; ``FINISHED`` when this driver has nothing to do: what others run is waited for outside of
             Tune, which hears no signal meanwhile.
         """
-        return patiently(lambda: self._suggest(trial_id))
+        return self.patiently(lambda: self._suggest(trial_id))
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Do something with the storage, which may be away for a while; see :func:`patiently`."""
+        return patiently(work, self.search.base.data.storage_patience_s)
 
     def open_session(self) -> None:
         """Ray Tune is started anew, and has no processes yet."""
@@ -179,12 +187,15 @@ class StudySearch(Searcher):
         if (why := self.exhausted()) is not None:
             self.halted = why
             return 0, 0
-        trials = self.study.get_trials(deepcopy=False)
-        begun = sum(t.state != TrialState.WAITING for t in trials)
-        running = sum(t.state == TrialState.RUNNING for t in trials)
-        orphans = len(self.lease.orphans(self.study))
-        waiting = min(len(trials) - begun, max(0, self.limit - begun))
-        return waiting + orphans, running - orphans
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        orphans = len(self.orphans())
+        return len(queue(self.study, self.limit)) + orphans, len(running) - orphans
+
+    def orphans(self) -> list[FrozenTrial]:
+        """RUNNING trials that nobody looks after."""
+        mine = {job.number for job in self.jobs.values()}
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [t for t in running if t.number not in mine and not owned(place(self.folder(t.number)))]
 
     def has_room(self) -> bool:
         """Whether one more trial finds a process of this driver that rests, or room on the cluster for a new one."""
@@ -215,7 +226,8 @@ class StudySearch(Searcher):
     def give_back(self, trial_id: str) -> None:
         """Put a trial that found no place back into the queue."""
         job = self.jobs.pop(trial_id)
-        patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
+        self.patiently(lambda: put_back(self.study, job.trial) if self.lease.holds(self.study, job.trial) else None)
+        self.lease.release(job.trial)
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closing or self.halted:
@@ -231,37 +243,36 @@ class StudySearch(Searcher):
         self._idle_since = 0.0
         try:
             job = self.begin(trial)
+            task = self.task(job)
         except ConfigError as error:  # values that each are valid, but do not go together
             trial.set_user_attr(ERROR, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             self._failed(str(error))
+            self.lease.release(trial)
             return None
+        except BaseException:
+            self.lease.release(trial)  # it is an orphan
+            raise
         self.jobs[trial_id] = job
         self.numbers[trial_id] = job.number
-        task = self.task(job)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / OWNER).write_text(task["owner"], encoding="utf-8")
         return task
 
     def _next(self) -> Trial | None:
-        for orphan in self.lease.orphans(self.study):
-            if (trial := self.lease.claim(self.study, orphan)) is not None:
-                self._sampled(trial.number)
-                return trial
+        if (trial := self._first_of(self.orphans())) is not None:
+            return trial
         if (why := self.exhausted()) is not None:
             self.halted = why
             return None
-        return take_waiting(self.study, self.limit, self._begun)
+        return self._first_of(queue(self.study, self.limit))
 
-    def _begun(self, trial_id: int, number: int) -> None:
-        # Named before anything is sampled: with a dead driver's name on it, another one would take it for an orphan.
-        self.lease.name(self.study, trial_id)
-        self._sampled(number)
-
-    def _sampled(self, number: int) -> None:
-        """Have a trial's own sampler ready; an orphan may have lost its driver before it had a point."""
-        if self.fresh:
-            self.study.sampler = make_sampler(self.search.space, number)
+    def _first_of(self, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """The first trial that no other driver takes, with its own sampler: an orphan may have no point yet."""
+        for seen in trials:
+            if (trial := self.lease.take(self.study, seen, self.folder(seen.number))) is not None:
+                if self.fresh:
+                    self.study.sampler = make_sampler(self.search.space, seen.number)
+                return trial
+        return None
 
     def exhausted(self) -> str | None:
         """Which part of the budget is spent, in words."""
@@ -317,7 +328,7 @@ class StudySearch(Searcher):
             "point": job.point,
             "seeds": list(job.seeds),
             "folder": str(job.folder),
-            "owner": f"{self.lease.id}:{job.since}",
+            "owner": self.lease.owner(job.trial),
             "before": {seed: run.get("seconds", 0.0) for seed, run in job.runs.items()},
             "final": self.search.space.final.split if self.measured() else None,
         }
@@ -330,7 +341,7 @@ class StudySearch(Searcher):
 
     def judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Note a trial's report; returns whether the trial is to be stopped."""
-        return patiently(lambda: self._judge(trial_id, result))
+        return self.patiently(lambda: self._judge(trial_id, result))
 
     def _judge(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         job = self.jobs.get(trial_id)
@@ -338,9 +349,15 @@ class StudySearch(Searcher):
             return True  # late news of a trial that has been told
         if not self.lease.holds(self.study, job.trial):
             del self.jobs[trial_id]  # this driver was silent for too long, and another one has taken it
+            self.lease.release(job.trial)
             return True
         if "left" in result:
             job.left = True
+            return True
+        if "full" in result:
+            job.left = True
+            self.full = self.full or str(result["full"])
+            self.ask_to_leave()
             return True
         if "unplaced" in result:
             job.unplaced = str(result["unplaced"])
@@ -449,7 +466,8 @@ class StudySearch(Searcher):
         """Tell the study how a trial ended."""
         job = self.jobs.pop(trial_id, None)
         if job is not None:
-            patiently(lambda: self._complete(job, error))
+            self.patiently(lambda: self._complete(job, error))
+            self.lease.release(job.trial)
 
     def _complete(self, job: Job, error: bool) -> None:
         if not self.lease.holds(self.study, job.trial):
@@ -518,8 +536,8 @@ class StudySearch(Searcher):
         self.closing = True
         for job in list(self.jobs.values()):
             try:
-                (job.folder / OWNER).write_text(LEAVE, encoding="utf-8")
-            except OSError:
+                (place(job.folder) / LEAVE).write(self.lease.owner(job.trial).encode())
+            except StorageError:
                 continue  # it is ended the hard way
 
     def leave(self) -> list[int]:
@@ -535,6 +553,7 @@ class StudySearch(Searcher):
                 put_back(self.study, job.trial)
                 left.append(job.number)
             del self.jobs[trial_id]
+            self.lease.release(job.trial)
         return left
 
     def number(self, trial_id: str) -> int | None:
@@ -619,27 +638,31 @@ def code_commit() -> str:
             return None
         return found.stdout.strip() if found.returncode == 0 else None
 
-    # An environment may lie within somebody's own repository, which does not track what is installed there.
-    if git("ls-files", "--error-unmatch", here.name) is None:
+    # The code may lie within somebody's own repository, be it installed there or kept in a folder of it.
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != here.parents[1] or git("ls-files", "--error-unmatch", here.name) is None:
         return ""
     return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""
 
 
-def patiently(work: Callable[[], T], patience_s: float = 120.0) -> T:
+def patiently(work: Callable[[], T], patience_s: float) -> T:
     """Do something with the storage; a database that is away for a while is waited for.
 
     Raises:
-        UgrlError: It was away for too long.
+        AwayError: It was away for too long.
     """
-    until = time.monotonic() + patience_s
+    until, told = time.monotonic() + patience_s, False
     while True:
         try:
             return work()
-        except (OperationalError, StorageInternalError, OSError) as error:
+        except (OperationalError, StorageInternalError, StorageError, OSError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
             if time.monotonic() > until:
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UgrlError(
-                    f"the study's storage has been away for {patience_s:g} s ({why}); continue with --resume once it "
-                    "answers"
+                raise AwayError(
+                    f"the study's storage has been away for {patience_s:g} s (data.storage_patience_s; {why}); "
+                    "continue with --resume once it answers"
                 ) from None
+            if not told:
+                complain(f"the study's storage is away ({why}); trying again for up to {patience_s:g} s", word="")
+                told = True
             time.sleep(2.0)

@@ -185,24 +185,24 @@ class SearchSpace:
 
     Attributes:
         config: Name or path of the base configuration.
-        search: The axes; those that others depend on come first.
+        search: The searched paths and their ranges; those that others depend on come first.
         overrides: Dotted path → value, shared by all trials.
         objectives: What is optimised; the first one ranks. ``auto`` is resolved when the shards are known.
         split: The split that trials are validated on. Never the one that results are reported on.
         budget: How much is spent.
-        seed: Of the sampler; the trials' own seeds begin at the configuration's.
+        seed: Seed of the sampler; the trials' own seeds begin at the configuration's.
         concurrent: Trials side by side; 0 means as many as fit.
         workers: Training workers of one trial.
-        resources: Of one-worker trials.
+        resources: What a trial of one worker is given.
         sampler: Where points come from.
         scheduler: When a weak trial is stopped.
         repeats: Seeds of each configuration.
         final: What is run again at the end.
-        constraints: What a trial may not exceed.
+        constraints: Upper limits of costs; a trial over one of them is stopped and is never the best.
         storage: ``journal`` (a file in the search's folder) or a database URL.
         max_failures: How often a trial whose process died is started again, from its checkpoint.
         paper: A table or figure of the paper that the report sets the results beside.
-        first: Points that are tried before anything is sampled, complete.
+        first: Points that are tried before anything is sampled; what a file leaves out comes from the base.
     """
 
     config: str

@@ -9,21 +9,23 @@ state      what happened
 COMPLETE   reached the last step, with the mean of its seeds
 PRUNED     stopped by the scheduler or a constraint, with the score of the step where it was stopped
 FAIL       raised an error, scored NaN, or lost its process too often
-RUNNING    a driver that is alive looks after it
+RUNNING    the driver that owns its folder looks after it
 WAITING    not begun, or put back by a driver that was asked to leave: goes on from its checkpoint
 =========  =================================================================================
 
 Every trial of the budget is in the storage from the beginning, WAITING: starting points and grid points with their
-values, the others empty. To begin one, a driver moves it to RUNNING, which the storage lets one driver do. So any
+values, the others empty. To begin one, a driver owns its folder and moves it to RUNNING (:mod:`tuning.lease`). So any
 number of drivers, killed at any moment, run exactly the planned trials.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -42,7 +44,7 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from tuning.options import Objective, public
 from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import AwayError, ConfigError, UgrlError
 from ugrl.foreign import read_bytes
 from ugrl.secrets import HIDDEN
 from ugrl.text import brief, line
@@ -54,11 +56,15 @@ JOURNAL = "study.journal"
 BEGIN = b'{"op_code":'  # of every record
 # Several processes may open a new database at once, and each makes its tables.
 OPEN_TRIES = 20
+# How long a file of SQLite may be locked by others, and a server may take to answer, in seconds.
+LOCKED_S, CONNECT_S = 60, 10
+# What databases say that are away for a while.
+AWAY = ("locked", "refused", "timeout", "timed out", "starting up", "closed the connection", "shutting down")
 # Attributes of a study.
 PLANNED, OBJECTIVES, WHERE = "planned", "objectives", "where"
 
 
-def _nothing(*_: int) -> None:
+def _nothing() -> None:
     return None
 
 
@@ -72,14 +78,14 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
 
     Raises:
         ConfigError: The database cannot be opened.
+        AwayError: It is there, but does not answer.
     """
     if storage == "journal":
         return open_journal(out / JOURNAL)
     if HIDDEN in storage:
         raise ConfigError(f"storage '{storage}': its password is not written down; give it again with --storage")
     storage = _address(storage, out)
-    # Several drivers write to one file of SQLite in turn; five seconds, its default, are too few under load.
-    waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite:") else {}
+    waits = {"connect_args": _deadlines(make_url(storage).drivername)}
     tries = OPEN_TRIES
     while True:
         try:
@@ -87,8 +93,22 @@ def open_storage(storage: str, out: Path) -> BaseStorage:
         except Exception as error:  # SQLAlchemy's errors, and a missing database driver
             tries -= 1
             if not tries or not _made_by_another(error):
-                raise ConfigError(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
+                away = isinstance(error, DatabaseError) and any(w in str(error).lower() for w in AWAY)
+                kind = AwayError if away else ConfigError
+                raise kind(f"storage {public(storage)!r} cannot be opened: {_line(error)}") from None
             time.sleep(0.2)
+
+
+def _deadlines(driver: str) -> dict[str, int]:
+    """What a database's driver takes so that it does not wait without end, in its own words."""
+    if driver.startswith("sqlite"):
+        # Several drivers write to one file in turn; five seconds, its default, are too few under load.
+        return {"timeout": LOCKED_S}
+    if driver in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        # libpq's own wait for a server that vanished is the kernel's: two hours.
+        quiet = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+        return {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCKED_S, **quiet}
+    return {}
 
 
 def _address(storage: str, out: Path) -> str:
@@ -117,9 +137,31 @@ def _line(error: Exception) -> str:
 
 
 class _Lines(JournalFileBackend):
-    """The journal's file, and which of its lines is being read."""
+    """The journal's file, and which of its lines is being read; it never grows by half a record."""
 
     line = 0
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """As its base class; a full disk, or a process that died in here, leaves no part of a record behind.
+
+        Every driver that reads on would stumble over the record that is written after it on the same line.
+        """
+        text = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
+        self._lock.acquire()  # nobody else is writing now
+        try:
+            with open(self._file_path, "r+b", buffering=0) as file:
+                end = _cut(file)
+                try:
+                    written = 0
+                    while written < len(text):
+                        written += file.write(text[written:])
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    file.truncate(end)
+                    error.filename = error.filename or self._file_path
+                    raise
+        finally:
+            self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """As its base class."""
@@ -127,18 +169,53 @@ class _Lines(JournalFileBackend):
             yield log
 
 
+def _cut(file: FileIO) -> int:
+    """Take off what follows a file's last newline; returns where it ends, and is ready to be written on."""
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            end = file.readall().rfind(b"\n") + 1
+            file.truncate(end)
+    return file.seek(end)
+
+
 def open_journal(path: Path) -> JournalStorage:
     """The storage in a journal's file, read to its end.
+
+    A sound file is parsed once, by Optuna: what is spoiled in the middle stops it, and the end is looked at by itself,
+    since Optuna leaves out a last line that is no record.
 
     Raises:
         ConfigError: A line that is no record, or says what cannot be; names it.
     """
-    mend_journal(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: no regular file; expected the journal of a study")
     backend = _Lines(str(path))
     try:
-        return JournalStorage(backend)
+        storage = JournalStorage(backend)
     except Exception as error:  # whatever replaying a spoiled line leads to
+        if mend_journal(path):
+            return open_journal(path)
         raise ConfigError(spoiled(path, backend.line, line(error))) from None
+    if not _ends_whole(path):
+        mend_journal(path)  # the lines before it stay where they are: the storage goes on from there
+    return storage
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the last line of a journal is a record; only the file's end is read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = 1 << 12
+        while True:
+            start = max(0, size - length)
+            file.seek(start)
+            *lines, last = file.read(size - start).split(b"\n")
+            if len(lines) > 1 or not start:
+                return not last and (not lines or _record(lines[-1]))
+            length *= 4
 
 
 def spoiled(path: Path, number: int, why: str) -> str:
@@ -146,23 +223,26 @@ def spoiled(path: Path, number: int, why: str) -> str:
     return f"{path}: line {number}: no record of a study ({why}); restore the file from a copy, or begin a new search"
 
 
-def mend_journal(path: Path) -> None:
+def mend_journal(path: Path) -> bool:
     """Take out what a machine that died, or a full disk, left half written.
 
     Optuna would read no further than such a line, and what others append after it would be lost. Half a line is no
     record: whoever wrote it was not told that it is safe. It is the last one, or the next record follows it on the same
     line.
 
+    Returns:
+        Whether anything was taken out.
+
     Raises:
         ConfigError: Another line is spoiled: without it, the numbers of what follows would mean something else.
     """
     if not path.exists() or _whole(read_bytes(path, "study's journal", error=ConfigError)):
-        return
+        return False
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()  # nobody is writing now
     try:
         data = path.read_bytes()
-        if not _whole(data):
+        if torn := not _whole(data):
             *lines, last = data.split(b"\n")
             kept = [_mended(path, k, text) for k, text in enumerate(lines, 1)]
             kept += [last] if _record(last) else []
@@ -171,6 +251,7 @@ def mend_journal(path: Path) -> None:
             os.replace(temporary, path)
     finally:
         lock.release()
+    return torn
 
 
 def _whole(data: bytes) -> bool:
@@ -289,25 +370,24 @@ def open_study(
         objectives: What is optimised, by their real names.
         steps: Of a whole run.
         storage: Already open.
-        planned: Whether to put the trials that the budget lacks into it at once; drivers that may start together do
-            so one by one.
+        planned: Whether to put the trials that the budget lacks into it at once; of drivers that may start together
+            one does (:func:`tuning.lease.once`).
 
     Raises:
         UgrlError: The name is taken, or the study has other objectives.
     """
     storage = storage or open_storage(space.storage, out)
     name = study_name(space.storage, out)
-    exists = name in optuna.get_all_study_names(storage)
-    if exists and create:
-        raise UgrlError(
-            f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or --resume"
-        )
     directions = [o.direction for o in objectives]
-    if not exists:
+    if create or name not in optuna.get_all_study_names(storage):
         try:
             optuna.create_study(storage=storage, study_name=name, directions=directions)
-        except optuna.exceptions.DuplicatedStudyError:
-            pass  # another driver was faster
+        except optuna.exceptions.DuplicatedStudyError:  # the storage gives a name once
+            if create:
+                raise UgrlError(
+                    f"storage {public(space.storage)!r} already holds a study named '{name}'; choose another --out or "
+                    "--resume"
+                ) from None
     study = optuna.load_study(storage=storage, study_name=name)
     names = [o.name for o in objectives]
     if OBJECTIVES not in study.user_attrs:
@@ -321,8 +401,20 @@ def open_study(
     return study
 
 
-def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
-    """Put the trials that the budget lacks into the study, waiting; calling it again adds nothing."""
+def plan(
+    study: optuna.Study,
+    space: SearchSpace,
+    warm: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    check: Callable[[], None] = _nothing,
+) -> None:
+    """Put the trials that the budget lacks into the study, waiting; calling it again adds nothing.
+
+    Args:
+        study: The study.
+        space: The search.
+        warm: (Where it is from, point) of points that come after the space's own.
+        check: Called before each of them; raises where another driver plans by now.
+    """
     trials = study.get_trials(deepcopy=False)
     given = [(f"first[{i}]", point) for i, point in enumerate(space.first)]
     given += [(text, point) for text, point in warm]
@@ -332,10 +424,13 @@ def plan(study: optuna.Study, space: SearchSpace, warm: Sequence[tuple[str, Mapp
     count = len(trials)
     for origin, point in given:
         if count < space.trials and origin not in known:
+            check()
             study.enqueue_trial(dict(point), user_attrs={FROM: origin})
             count += 1
     for _ in range(space.trials - count):
+        check()
         study.enqueue_trial({})
+    check()
     if study.user_attrs.get(PLANNED) != space.trials:
         study.set_user_attr(PLANNED, space.trials)
 
@@ -345,29 +440,14 @@ def is_spent(trial: FrozenTrial) -> bool:
     return trial.state.is_finished()
 
 
-def take_waiting(study: optuna.Study, limit: int, begun_by: Callable[[int, int], None] = _nothing) -> Trial | None:
-    """Begin the first trial that waits, if the budget of ``limit`` trials has room.
+def queue(study: optuna.Study, limit: int) -> list[FrozenTrial]:
+    """The trials that wait, in their order, as far as the budget of ``limit`` trials that may have been begun has room.
 
-    Args:
-        study: The study.
-        limit: Trials that may have been begun.
-        begun_by: Told (id, number) before anything is sampled, which may take a while.
-
-    Returns:
-        ``None`` where nothing waits.
+    Whoever begins none but these keeps the budget, however many do so at once: all see the same ones.
     """
     trials = study.get_trials(deepcopy=False)
-    begun = sum(t.state != TrialState.WAITING for t in trials)
-    for trial in trials:
-        if trial.state == TrialState.WAITING and begun < limit:
-            try:
-                mine = study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-            except RuntimeError:  # it has ended meanwhile, elsewhere
-                continue
-            if mine:
-                begun_by(trial._trial_id, trial.number)
-                return Trial(study, trial._trial_id)
-    return None
+    waiting = [t for t in trials if t.state == TrialState.WAITING]
+    return waiting[: max(0, limit - (len(trials) - len(waiting)))]
 
 
 def put_back(study: optuna.Study, trial: Trial) -> None:
@@ -381,6 +461,8 @@ def quiet_optuna() -> None:
     import warnings
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # But for a journal whose lock is held: by a process that died, until it is taken from it.
+    logging.getLogger(JournalFileSymlinkLock.__module__).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 

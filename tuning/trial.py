@@ -19,14 +19,15 @@ from typing import Any
 
 from ray import tune
 
-from tuning.searcher import ERROR_FILE, LEAVE, OWNER
+from tuning.searcher import ERROR_FILE, LEAVE
 from tuning.space import trial_config
 from tuning.study import STEP
 from ugrl import config as configs
 from ugrl.config import Config
-from ugrl.errors import NoRoomError, UgrlError
-from ugrl.ownership import own
+from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full
+from ugrl.ownership import LostError, fence, own
 from ugrl.storage import Place, place
+from ugrl.text import line
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
 
@@ -52,25 +53,62 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
         report: Where reports go.
     """
     folder = Path(task["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR_FILE).unlink(missing_ok=True)
-    try:
-        base = configs.build(shared["base"])
-        costs: dict[str, float] = {}
+    base = configs.build(shared["base"])
+    costs: dict[str, float] = {}
+
+    def work() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
         for seed in task["seeds"]:
             cfg = trial_config(base, task["point"], shared["split"], seed)
             if shared["flops"] and not costs:
                 costs["gflop"] = count_flops(cfg, place(shared["shards"]))
             run_seed(cfg, folder / f"seed_{seed}", task, shared, costs, report)
+
+    try:
+        with_room(work, patience_s=base.data.storage_patience_s, leave=asked_to_leave(folder, task["owner"]))
     except Interrupted:
         report({"left": True})
     except NoRoomError as error:
         report({"unplaced": str(error)})
     except Exception as error:
+        if is_full(error):
+            report({"full": f"trial {task['number']}: {line(error)}; {free_text(folder)}"})
+            return
         known = isinstance(error, UgrlError)
         text = str(error) if known else "".join(traceback.format_exception(error))
         (folder / ERROR_FILE).write_text(text.strip() + "\n", encoding="utf-8")
         report({"error": text.strip().splitlines()[-1]})
+
+
+def with_room(work: Callable[[], None], *, patience_s: float, leave: Callable[[], bool]) -> None:
+    """Do what goes on where it was left; while its disk is full, it is begun again and again.
+
+    Args:
+        work: May fail anywhere.
+        patience_s: How long a disk may be full before its error is raised.
+        leave: Whether to give up.
+
+    Raises:
+        Interrupted: It was asked to leave.
+    """
+    until: float | None = None
+    while True:
+        began = time.monotonic()
+        try:
+            return work()
+        except Exception as error:
+            # A checkpoint has been tried for that long already.
+            if not is_full(error) or isinstance(error, CheckpointError):
+                raise
+            now = time.monotonic()
+            if until is None or now - began > 2 * patience_s + LOOK_S:  # it has got on since it was last refused
+                until = now + patience_s
+            if now >= until:
+                raise
+        if leave():
+            raise Interrupted(0)
+        time.sleep(LOOK_S)
 
 
 class Reports:
@@ -109,19 +147,21 @@ def run_seed(
     """One run of a trial: trained, unless it has been before, and measured."""
     shards = place(shared["shards"])
     # Where a driver was killed, its trials' processes live on until Ray notices, and the driver that takes them over
-    # may be faster. Where it was only silent for too long, they find another owner's name with their next line.
+    # may be faster. Where it was only silent for too long, they find another owner before they write again.
+    driver = fence(place(out.parent), task["owner"])
     with own(place(out), patience_s=OWNER_PATIENCE_S) as held:
 
         def check() -> None:
             held.check()
-            check_owner(out.parent, task)
+            driver()
 
         check()
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
         if state is None or state.step < cfg.train.steps:
             train = train_on_workers if shared["workers"] > 1 else train_here
-            train(cfg, shards, out, {**shared, "check": check, "leave": asked_to_leave(out.parent)}, reports, report)
+            more = {"check": check, "leave": asked_to_leave(out.parent, task["owner"]), "owner": held.id}
+            train(cfg, shards, out, {**shared, **more}, reports, report)
             state = _state(out)
         if state is None:
             raise UgrlError(f"{out}: holds no checkpoint after its training")
@@ -130,17 +170,7 @@ def run_seed(
     report({**reports.made(state.step, state.metrics, ended=True, final=final), "seconds": seconds})
 
 
-def check_owner(folder: Path, task: Mapping[str, Any]) -> None:
-    """Leave a trial that another process was given since.
-
-    Raises:
-        UgrlError: It was.
-    """
-    if (folder / OWNER).read_text(encoding="utf-8") not in (task["owner"], LEAVE):
-        raise UgrlError("another driver has taken this trial over")
-
-
-def asked_to_leave(folder: Path) -> Callable[[], bool]:
+def asked_to_leave(folder: Path, owner: str) -> Callable[[], bool]:
     """Whether a trial's driver wants its process to write a checkpoint and go; looks every :data:`LOOK_S`."""
     looked, found = -LOOK_S, False
 
@@ -148,7 +178,10 @@ def asked_to_leave(folder: Path) -> Callable[[], bool]:
         nonlocal looked, found
         if not found and time.monotonic() - looked >= LOOK_S:
             looked = time.monotonic()
-            found = (folder / OWNER).read_text(encoding="utf-8") == LEAVE
+            try:
+                found = (folder / LEAVE).read_text(encoding="utf-8") == owner
+            except FileNotFoundError:
+                pass
         return found
 
     return asked
@@ -212,9 +245,16 @@ def train_on_workers(
 
     relay, line, ended = Relay(reports), Line.open(), threading.Event()
 
+    def lost() -> bool:
+        try:
+            shared["check"]()
+        except LostError:
+            return True
+        return False
+
     def watch() -> None:
         while not ended.wait(LOOK_S):
-            if shared["leave"]():
+            if shared["leave"]() or lost():
                 line.stop()
                 return
 
@@ -229,6 +269,7 @@ def train_on_workers(
             callbacks=[relay],
             groups=shared["groups"],
             line=line,
+            owner=shared["owner"],
         )
     finally:
         ended.set()
@@ -263,13 +304,20 @@ def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[s
     if shared["workers"] <= 1:
         return measure_run(str(out), shards, split)
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from cluster.preflight import capacity, wait_until_free, worker_resources
+    from cluster.preflight import capacity, worker_resources
 
     each = worker_resources(cfg, capacity())
-    # A task that finds no room would wait without end.
-    wait_until_free(each, 1, say=lambda _: None, patience_s=cfg.cluster.busy_s)
-    share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
-    # Tune's own placement group, in which this driver runs, has no room for it.
-    remote = ray.remote(**share, scheduling_strategy="DEFAULT")(measure_run)
-    return dict(ray.get(remote.remote(str(out), shards.where, split)))
+    # Apart from Tune's own group, in which this driver runs; a task alone that finds no room would wait without end.
+    room = placement_group([each])
+    try:
+        if not room.wait(cfg.cluster.busy_s):
+            text = " and ".join(f"{v:g} {k}s" for k, v in each.items())
+            raise NoRoomError(f"{out}: no room to measure it: {text} for {cfg.cluster.busy_s:g} s (cluster.busy_s)")
+        share = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
+        remote = ray.remote(**share, scheduling_strategy=PlacementGroupSchedulingStrategy(room))(measure_run)
+        return dict(ray.get(remote.remote(str(out), shards.where, split)))
+    finally:
+        remove_placement_group(room)

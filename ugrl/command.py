@@ -1,7 +1,8 @@
 """The top of every command: what escapes becomes one line and an exit status of its own.
 
-Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room, 4 a lost cluster, 70 a fault of the program, 130
-Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that otherwise goes to a log file.
+Status 2 is bad input (:class:`ugrl.errors.UgrlError`), 3 no room on the cluster or the disk, 4 a lost cluster or
+storage, 70 a fault of the program, 130 Ctrl-C, 141 a reader that went away. ``UGRL_DEBUG=1`` shows the traceback that
+otherwise goes to a log file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ugrl import __version__
-from ugrl.errors import ConfigError, UgrlError
+from ugrl.errors import ConfigError, HungError, NoRoomError, UgrlError, free_text, is_full
 from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
@@ -28,8 +29,8 @@ BAD_INPUT, FAULT, INTERRUPTED, NO_READER = 2, 70, 130, 141
 MOST = 400
 EXITS = """
 exit status:
-  0 done   2 bad input, named in one line   3 no room on the cluster   4 the cluster was lost
-  130 Ctrl-C   143 SIGTERM   (after 3, 4, 130 and 143, resume)
+  0 done   2 bad input, named in one line   3 no room on the cluster or the disk
+  4 the cluster or a storage was lost   130 Ctrl-C   143 SIGTERM   (after 3, 4, 130 and 143, resume)
   70 a fault of the program: the line names a file with the traceback, UGRL_DEBUG=1 shows it
 """
 
@@ -121,7 +122,13 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     except UgrlError as error:
         if os.environ.get("UGRL_DEBUG") == "1":
             traceback.print_exc()
+        if is_full(error):
+            complain(_full(error))
+            return NoRoomError.status
         complain(str(error))
+        if isinstance(error, HungError):  # Python would wait for the thread that hangs
+            sys.stdout.flush()
+            os._exit(error.status)
         return error.status
     except KeyboardInterrupt:
         complain(interrupted, word="")
@@ -131,6 +138,9 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
             for descriptor in gone:  # Python flushes once more at its end, and would complain then
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             return NO_READER
+        if is_full(error):
+            complain(_full(error))
+            return NoRoomError.status
         complain(f"{_fault(error)}; {_logged()}")
         return FAULT
 
@@ -147,6 +157,17 @@ def _without_reader() -> list[int]:
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
     return [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+
+
+def _full(error: Exception) -> str:
+    """A disk without room: which file found none, how much there is, and what to do."""
+    text = _fault(error) if isinstance(error, OSError) else line(error)
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.filename):
+        found = found.__cause__ or found.__context__
+    if found is not None and "are free" not in text:
+        text += f"; {line(found.filename)}: {free_text(found.filename)}"
+    return f"{line(text, most=MOST - 60)}; make room and run it again with --resume"
 
 
 def _fault(error: Exception) -> str:

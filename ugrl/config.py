@@ -183,6 +183,7 @@ class TrainConfig:
     micro_batch: int = _num(0, ge=0)
     deterministic: bool = False
     nan_patience: int = _num(3, ge=1)
+    stall_s: float = _num(600.0, gt=0)
     record_ids: bool = False
     mlflow: str | None = None
     cpu_threads: int = _num(0, ge=0)

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
+# What a full disk, or a spent quota, is called by the system, by SQLite, and by libraries that quote them.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (*(os.strerror(number) for number in _FULL), "disk is full")
+
 
 class UgrlError(Exception):
     """Bad input from outside (a file, a row, a value, a name).
@@ -30,7 +39,7 @@ class CheckpointError(UgrlError):
 
 
 class NoRoomError(UgrlError):
-    """A cluster whose other work leaves no room; it may be tried again later as it is."""
+    """No room on a cluster or a disk, which other work holds; it may be tried again later as it is."""
 
     status = 3
 
@@ -39,3 +48,35 @@ class ClusterError(UgrlError):
     """A cluster that was lost on the way; what was begun may be continued."""
 
     status = 4
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room is behind an error, be it by the words that another process has sent."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _FULL or any(word in str(error) for word in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_text(path: str | os.PathLike[str]) -> str:
+    """How much is free on the disk of a path, which may not exist yet."""
+    there = Path(path).absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        return f"{shutil.disk_usage(there).free / 2**20:.1f} MiB are free there"
+    except OSError:
+        return "its disk does not say how much is free"
+
+
+class AwayError(UgrlError):
+    """A storage or a partner that has not answered for as long as was allowed; what was begun may be continued."""
+
+    status = 4
+
+
+class HungError(AwayError):
+    """A thread of this process waits for something that does not come, and cannot be ended: the process is left."""

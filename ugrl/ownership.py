@@ -1,12 +1,16 @@
 """Who may write to a folder: one owner at a time, on a disk or in a bucket, without locks and without a server.
 
-Network mounts lack locks, and buckets lack an exchange. What both have is files that are seen as soon as they are
-written. Lamport's bakery algorithm (CACM 17(8), 1974) needs no more: each who wants the folder writes a claim of its
-own to ``OUT/owner/``, takes a number above all that it sees, and owns the folder if nobody alive has a smaller one.
+Runs, the trials of a search and the search itself are owned by this one rule. Network mounts lack locks, and buckets
+lack an exchange. What both have is files that are seen as soon as they are written. Lamport's bakery algorithm (CACM
+17(8), 1974) needs no more: each who wants the folder writes a claim of its own to ``OUT/owner/``, takes a number above
+all that it sees, and owns the folder if nobody alive owns it or has a smaller one. Of two who want it at the same
+moment, one sees the other's number, or sees that it is being chosen, and waits.
 
 An owner renews its claim. One that has not been renewed for :data:`STALE_S`, or whose process is gone from this very
 machine, counts no more and is removed by the next owner. Who was cut off that long finds out before its next write
-(:meth:`Ownership.check`). Clocks must agree within half of :data:`STALE_S`, as they do with NTP.
+(:meth:`Ownership.check`): it renews and then looks for another owner, where a new owner marks itself as one and then
+looks for an old one that has come back. So one of the two sees the other, and whoever does steps back. One that slept
+while it waited takes a new number. Clocks must agree within half of :data:`STALE_S`, as they do with NTP.
 """
 
 from __future__ import annotations
@@ -107,20 +111,24 @@ class Ownership:
         if self._lost is not None:
             raise LostError(f"{self.folder.parent}: {self._lost}")
 
+    def give_back(self) -> None:
+        """Let the next one have it, where this process is about to end."""
+        self._leave.set()
+        (self.folder / f"{self.claim.id}.json").delete()
+
     def _renew(self) -> None:
         with self._lock:
             if self._lost is not None:
                 return
             try:
                 # A silence this long may have ended the claim: then it must not come back to life.
-                if time.time() - self.claim.time > STALE_S / 2 and not _there(self.folder, self.claim.id):
+                if _late(self.claim) and not (self.folder / f"{self.claim.id}.json").exists():
                     self._lost = "another driver has taken it over"
                     return
                 claim = replace(self.claim, time=time.time())
                 _write(self.folder, claim)
                 self.claim = claim
-                other = next((c for c in read_claims(self.folder) if c.owner and c.id != claim.id and c.alive()), None)
-                if other is not None:
+                if (other := _owner_but(claim.id, read_claims(self.folder))) is not None:
                     self._lost = f"another driver has taken it over ({_who(other)})"
                     (self.folder / f"{claim.id}.json").delete()
                 self._renewed = claim.time
@@ -152,20 +160,30 @@ def own(out: Place, *, patience_s: float = 0.0) -> Iterator[Ownership]:
     keeper: threading.Thread | None = None
     try:
         claim = _join(folder, claim)
-        while (other := _before(folder, claim)) is not None:
+        while True:
+            other = _before(folder, claim)
+            if other is None:
+                first = replace(claim, owner=True, time=time.time())
+                _write(folder, first)
+                claims = read_claims(folder)
+                if not _late(claim) and _owner_but(claim.id, claims) is None:
+                    claim = first
+                    break
+                claim = _join(folder, claim)  # this one may have been counted out, or an owner has come back
             # Who is before us without owning it yet will own it or leave in a moment.
-            if other.owner and time.monotonic() > until:
+            elif other.owner and time.monotonic() > until:
                 raise BusyError(
                     f"{out}: another driver is running it ({_who(other)}); wait for it to end, or try again "
                     f"{STALE_S:g} s after it died"
                 )
-            time.sleep(POLL_S)
-            if time.time() - claim.time > RENEW_S:
+            else:
+                time.sleep(POLL_S)
+            if _late(claim):
+                claim = _join(folder, claim)
+            elif time.time() - claim.time > RENEW_S:
                 claim = replace(claim, time=time.time())
                 _write(folder, claim)
-        claim = replace(claim, owner=True, time=time.time())
-        _write(folder, claim)
-        for dead in read_claims(folder):
+        for dead in claims:
             if not dead.alive():
                 (folder / f"{dead.id}.json").delete()
         held = Ownership(folder, claim)
@@ -184,24 +202,38 @@ def own(out: Place, *, patience_s: float = 0.0) -> Iterator[Ownership]:
             pass  # it goes stale
 
 
+def owned(out: Place) -> bool:
+    """Whether somebody alive owns a folder, or is about to."""
+    return any(claim.alive() for claim in read_claims(out / FOLDER))
+
+
 def _join(folder: Place, claim: Claim) -> Claim:
     """Take a number above all others; whoever takes one at the same time is seen as choosing."""
-    _write(folder, claim)
+    _write(folder, replace(claim, number=0, owner=False, time=time.time()))
     numbers = [c.number for c in read_claims(folder)]
-    claim = replace(claim, number=1 + max(numbers, default=0), time=time.time())
+    claim = replace(claim, number=1 + max(numbers, default=0), owner=False, time=time.time())
     _write(folder, claim)
     return claim
+
+
+def _late(claim: Claim) -> bool:
+    """Whether others may soon count a claim out, or have done so."""
+    return time.time() - claim.time > STALE_S / 2
 
 
 def _before(folder: Place, claim: Claim) -> Claim | None:
     """One who is alive and before a claim; one that is still choosing may turn out to be, and counts as before."""
     others = [c for c in read_claims(folder) if c.id != claim.id and c.alive()]
-    before = [c for c in others if (c.number, c.id) < (claim.number, claim.id)]
+    before = [c for c in others if c.owner or (c.number, c.id) < (claim.number, claim.id)]
     return max(before, key=lambda c: c.owner, default=None)
 
 
+def _owner_but(id: str, claims: list[Claim]) -> Claim | None:
+    return next((c for c in claims if c.owner and c.id != id and c.alive()), None)
+
+
 def fence(out: Place, id: str, every_s: float = RENEW_S) -> Callable[[], None]:
-    """A check for processes that write on an owner's behalf: it raises :class:`LostError` once the owner is another.
+    """A check for processes that write on an owner's behalf: it raises :class:`LostError` once it owns no more.
 
     Args:
         out: The folder.
@@ -215,27 +247,34 @@ def fence(out: Place, id: str, every_s: float = RENEW_S) -> Callable[[], None]:
         if time.monotonic() - looked < every_s:
             return
         try:
-            claims = read_claims(folder)
+            other, there = _owner_but(id, read_claims(folder)), (folder / f"{id}.json").exists()
         except StorageError:
             return
         looked = time.monotonic()
-        other = next((c for c in claims if c.owner and c.id != id and c.alive()), None)
         if other is not None:
             raise LostError(f"{out}: another driver has taken it over ({_who(other)})")
+        if not there:
+            raise LostError(f"{out}: its driver has given it up, or another one has taken it over")
 
     return check
 
 
 def read_claims(folder: Place) -> list[Claim]:
-    """The claims of a folder; what is no claim is passed over."""
+    """The claims of a folder; what is no claim is passed over.
+
+    Raises:
+        StorageError: One may be there and cannot be read now.
+    """
     found = []
     for name in folder.names():
         if name.endswith(".json") and not name.startswith("."):
             try:
                 tree = foreign.parse_json((folder / name).read(), name)
                 claim = Claim(**foreign.as_dict(tree, name))
-            except (UgrlError, TypeError):  # deleted meanwhile, or not ours
-                continue
+            except (UgrlError, TypeError) as error:
+                if isinstance(error, StorageError) and not error.lasting and (folder / name).exists():
+                    raise
+                continue  # deleted meanwhile, or not ours
             if claim.id == name.removesuffix(".json") and _typed(claim):
                 found.append(claim)
     return found
@@ -244,10 +283,6 @@ def read_claims(folder: Place) -> list[Claim]:
 def _typed(claim: Claim) -> bool:
     kinds: dict[str, Any] = {"host": str, "pid": int, "space": str, "time": int | float, "number": int}
     return all(isinstance(getattr(claim, name), kind) for name, kind in kinds.items())
-
-
-def _there(folder: Place, id: str) -> bool:
-    return any(c.id == id for c in read_claims(folder))
 
 
 def _write(folder: Place, claim: Claim) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ugrl import foreign, secrets
-from ugrl.errors import UgrlError
+from ugrl.errors import AwayError, UgrlError, free_text, is_full
 from ugrl.text import brief, line
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class StorageError(UgrlError):
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
         self.lasting = lasting
+        self.status = UgrlError.status if lasting else AwayError.status
 
 
 def is_uri(where: object) -> bool:
@@ -202,7 +203,8 @@ class Place:
             raise self._error(error) from None
 
     def _error(self, error: BaseException) -> StorageError:
-        return StorageError(f"{self}: {_line(error)}", lasting=lasting(error))
+        free = f"; {free_text(self.local)}" if self.local is not None and is_full(error) else ""
+        return StorageError(f"{self}: {_line(error)}{free}", lasting=lasting(error))
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
@@ -392,7 +394,8 @@ def retry(what: str, action: Callable[[], T], *, patience_s: float, log: Callabl
         log: Told when waiting begins, and when it is over.
 
     Raises:
-        OSError, StorageError: The last refusal; one that waiting cannot cure at once.
+        StorageError: It refused for that long; names the last refusal.
+        OSError, StorageError: One that waiting cannot cure, at once.
     """
     until, pause, waited = time.monotonic() + patience_s, FIRST_PAUSE_S, False
     while True:
@@ -400,8 +403,10 @@ def retry(what: str, action: Callable[[], T], *, patience_s: float, log: Callabl
             made = action()
         except (OSError, StorageError) as error:
             now = time.monotonic()
-            if (lasting(error) and not _gone(error)) or now + pause > until:
+            if lasting(error) and not _gone(error):
                 raise
+            if now + pause > until:
+                raise StorageError(f"{_line(error)}, for {patience_s:g} s (data.storage_patience_s)") from None
             if not waited and log is not None:
                 log(f"{what}: {_line(error)}; trying again for up to {patience_s:g} s")
             waited = True

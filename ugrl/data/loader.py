@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
-from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice
+from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice, awaited, silent
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
-from ugrl.errors import DataError
+from ugrl.errors import DataError, HungError
 
 
 class LocalLoader:
@@ -35,6 +35,8 @@ class LocalLoader:
         cache_mb: Memory for decoded images, in 10⁶ bytes; 0 keeps none.
         masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
         cache: Decoded images of the same rows that were kept before; instead of a new one.
+        stall_s: How long a batch is waited for, where there are threads.
+        say: Told in one line what is waited for.
 
     Raises:
         DataError: The batch does not divide by the ranks or is larger than the split; while iterating,
@@ -58,6 +60,8 @@ class LocalLoader:
         cache_mb: int = 0,
         masks_every: int = 1,
         cache: PixelCache | None = None,
+        stall_s: float = 600.0,
+        say: Callable[[str], None] = silent,
     ) -> None:
         self.reader, self.seed = reader, seed
         self.cache = cache  # which may be empty yet
@@ -71,6 +75,7 @@ class LocalLoader:
         self._ahead = start_step
         self._prefetch = max(1, prefetch)
         self._masks_every = masks_every
+        self._stall_s, self._say = stall_s, say
         self._indices(start_step)  # refuse sizes that cannot work before any thread starts
         self._pool = ThreadPoolExecutor(threads, "ugrl-loader") if threads > 0 else None
         self._queue: deque[Future[Loaded]] = deque()
@@ -88,7 +93,14 @@ class LocalLoader:
         else:
             while len(self._queue) < self._prefetch:
                 self._submit(self._pool)
-            batch = self._queue.popleft().result()
+            try:
+                made = self._queue.popleft()
+                awaited(lambda s: bool(wait([made], s).done), self.step, stall_s=self._stall_s, say=self._say)
+                batch = made.result()
+            except HungError:  # its threads cannot be waited for
+                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool, self._queue = None, deque()
+                raise
             self._submit(self._pool)
         self.step += 1
         return batch

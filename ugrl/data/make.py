@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +17,7 @@ from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.device import Labels, PixelBatch, RawBatch, cut_axes
 from ugrl.data.images import decode_pixels
 from ugrl.data.order import sample_rng
+from ugrl.errors import HungError
 from ugrl.types import Batch, Row
 
 OnDevice = Literal["none", "normalize", "augment"]
@@ -27,6 +29,39 @@ class Loaded(Protocol):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch, ready for a step on ``device``."""
         ...
+
+
+# A step that waits this long for its batch says so.
+WORD_S = 30.0
+
+
+def awaited(ready: Callable[[float], bool], step: int, *, stall_s: float, say: Callable[[str], None]) -> None:
+    """Wait for a batch that threads are making; a disk or a storage that hangs is not waited for without end.
+
+    Args:
+        ready: Waits for so many seconds at most, and says whether the batch is there.
+        step: That needs it, counted from 0.
+        stall_s: How long it is waited for.
+        say: Told in one line that it is waited for, and that it has come.
+
+    Raises:
+        HungError: It has not come.
+    """
+    first = min(WORD_S, stall_s)
+    if ready(first):
+        return
+    if stall_s > first:
+        say(f"step {step + 1}: no batch for {first:g} s; waiting up to {stall_s:g} s (train.stall_s)")
+    if stall_s == first or not ready(stall_s - first):
+        raise HungError(
+            f"step {step + 1}: no batch for {stall_s:g} s (train.stall_s): the disk or the storage of the shards "
+            "hangs; continue with --resume once it answers"
+        )
+    say(f"step {step + 1}: its batch is here")
+
+
+def silent(_: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,9 +357,8 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
     for path in partial.iterdir():
         if path.name in done or path.name == JOURNAL:
             continue
-        if path.is_dir() or not path.name.removesuffix(".tmp").endswith((".parquet", ".json")):
-            raise DataError(f"{line(path)}: not made by ugrl prepare; move it away to go on")
-        path.unlink()
+        if path.is_file() and path.name.removesuffix(".tmp").endswith((".parquet", ".json")):
+            path.unlink()  # what else lies there is somebody's, and no reader looks at it
     return done
 
 

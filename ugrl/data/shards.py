@@ -435,9 +435,14 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text in one go."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    os.replace(draft, path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        sync(draft)
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)  # a full disk needs the room
+        error.filename = error.filename or str(path)  # the system names none where a file cannot grow
+        raise
     sync(path.parent)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ugrl.config import Config
 from ugrl.data.reader import ShardReader
-from ugrl.distributed import rank, world_size
+from ugrl.distributed import all_reduce_sum, rank, world_size
 from ugrl.eval.collectors import (
     Collector,
     CrfScores,
@@ -59,6 +59,10 @@ class EvalResult:
     verdict: str = ""
 
 
+class GivenUp(Exception):
+    """An evaluation was stopped before its end."""
+
+
 @torch.no_grad()
 def evaluate(
     net: UGRLNet,
@@ -71,6 +75,7 @@ def evaluate(
     par: PAR | None = None,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[Sequence[str]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Evaluate a network on one split; each rank takes every W-th image.
 
@@ -84,9 +89,13 @@ def evaluate(
         par: Refinement to measure where ``eval.refined_cam`` is set.
         dtype: Type of the network's weights.
         on_batch: Called with the ids of each batch of this rank, once it is through.
+        stop: Asked after each batch; on every rank or on none. Once one says yes, all of them give up.
 
     Returns:
         The metrics, the same on every rank.
+
+    Raises:
+        GivenUp: It was to stop, on every rank.
     """
     was_training = net.training
     net.eval()
@@ -102,6 +111,7 @@ def evaluate(
     if masks and cfg.eval.crf:
         collectors.append(CrfScores(names, device))
 
+    given_up = False
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
     indices = list(range(rank(), n, world_size()))
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -113,6 +123,12 @@ def evaluate(
                 collector.add(seen)
             if on_batch:
                 on_batch(batch.ids)
+            if stop is not None and stop():
+                given_up = True
+                break
+    if stop is not None and bool(all_reduce_sum(torch.full((), float(given_up), device=device)) > 0):
+        net.train(was_training)
+        raise GivenUp
 
     found: dict[str, float] = {}
     tables: dict[str, dict[str, float]] = {}

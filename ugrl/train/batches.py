@@ -12,7 +12,7 @@ from ugrl.config import Config
 from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
 from ugrl.data.loader import LocalLoader
-from ugrl.data.make import Loaded, OnDevice
+from ugrl.data.make import Loaded, OnDevice, silent
 from ugrl.data.reader import ShardReader
 from ugrl.distributed import rank, world_size
 from ugrl.storage import Place
@@ -43,6 +43,8 @@ class LoaderSpec:
     cache_dir: str | None = None
     cache_disk_mb: int = 0
     patience_s: float = 120.0
+    stall_s: float = 600.0
+    say: Callable[[str], None] = silent
 
 
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
@@ -71,11 +73,20 @@ def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[
         cache_mb=spec.cache_mb,
         masks_every=spec.masks_every,
         cache=cache,
+        stall_s=spec.stall_s,
+        say=spec.say,
     )
 
 
 def spec_of(
-    cfg: Config, *, shards: Place, num_classes: int, start_step: int, device: torch.device, masks: bool
+    cfg: Config,
+    *,
+    shards: Place,
+    num_classes: int,
+    start_step: int,
+    device: torch.device,
+    masks: bool,
+    say: Callable[[str], None],
 ) -> LoaderSpec:
     """What a run asks its loader for, on this rank.
 
@@ -86,6 +97,7 @@ def spec_of(
         start_step: Number of steps done before.
         device: Device of the training.
         masks: Whether this rank draws pictures, which alone show masks.
+        say: Told in one line what is waited for.
     """
     data, train = cfg.data, cfg.train
     wanted = data.on_device
@@ -116,4 +128,6 @@ def spec_of(
         cache_dir=data.cache_dir,
         cache_disk_mb=data.cache_disk_mb,
         patience_s=data.storage_patience_s,
+        stall_s=train.stall_s,
+        say=say,
     )

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ugrl.errors import CheckpointError
+from ugrl.errors import AwayError, CheckpointError, UgrlError
 from ugrl.eval.evaluate import EvalResult
-from ugrl.storage import Place, place, retry
+from ugrl.ownership import LostError
+from ugrl.storage import Place, lasting, place, retry
 from ugrl.text import line
 from ugrl.train import checkpoint
-from ugrl.train.observer import Observer
+from ugrl.train.observer import Observer, nothing
 
 Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
@@ -93,7 +94,8 @@ class _Shared:
     log: Callable[[str], None]
     jobs: queue.Queue[Snapshot | None] = field(default_factory=lambda: queue.Queue(maxsize=1))
     done: queue.Queue[Saved] = field(default_factory=queue.Queue)
-    error: CheckpointError | None = None
+    check: Callable[[], None] = nothing
+    error: UgrlError | None = None
     last: int | None = None
 
 
@@ -111,6 +113,7 @@ class CheckpointWriter:
         keep_best: Best ones that are kept besides.
         patience_s: How long a storage that refuses is tried again.
         log: Told in one line that the storage is waited for, and that it is back.
+        check: Called before each try; raises where the run is another driver's by now.
     """
 
     def __init__(
@@ -126,8 +129,10 @@ class CheckpointWriter:
         patience_s: float,
         log: Callable[[str], None],
         data: str | None = None,
+        check: Callable[[], None] = nothing,
     ) -> None:
-        self._s = _Shared(folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log)
+        shared = folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log
+        self._s = _Shared(*shared, check=check)
         self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-checkpoints", daemon=True)
         self._thread.start()
         weakref.finalize(self, _end, self._s.jobs)
@@ -137,6 +142,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: An earlier one could not be written.
+            LostError: The run is another driver's.
         """
         self._raise()
         self._s.jobs.put(state)
@@ -146,6 +152,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: One could not be written.
+            LostError: The run is another driver's.
         """
         self._raise()
         found = []
@@ -205,13 +212,16 @@ def _work(s: _Shared) -> None:
                 return
             if s.error is None:
                 _write(s, state)
+        except LostError as error:
+            s.error = error
         except Exception as error:  # whatever it was, the loop must hear of it
             last = "none was saved" if s.last is None else f"the last whole one is of step {s.last}"
             reason = line(error) or type(error).__name__
             s.error = CheckpointError(
                 f"{s.mirror or s.folder}: the checkpoint of step {state.step if state else '?'} could not be written "
-                f"in {s.patience_s:g} s ({reason}); {last}: make room or bring the storage back, then --resume"
+                f"({reason}); {last}: make room or bring the storage back, then --resume"
             )
+            s.error.status = CheckpointError.status if lasting(error) else AwayError.status
         finally:
             s.jobs.task_done()
 
@@ -222,6 +232,7 @@ def _write(s: _Shared, state: Snapshot) -> None:
     what = f"checkpoint of step {state.step}"
 
     def to_disk() -> Path:
+        s.check()
         path = checkpoint.save(
             s.folder / "checkpoints",
             state.step,
@@ -239,7 +250,12 @@ def _write(s: _Shared, state: Snapshot) -> None:
     where = place(path)
     if s.mirror is not None:
         target = s.mirror
-        retry(what, lambda: _send(s.folder, path, target), patience_s=s.patience_s, log=s.log)
+
+        def to_mirror() -> None:
+            s.check()
+            _send(s.folder, path, target)
+
+        retry(what, to_mirror, patience_s=s.patience_s, log=s.log)
         where = target / "checkpoints" / path.name
     s.last = state.step
     s.done.put(Saved(state.step, where, state.metrics))
@@ -264,10 +280,13 @@ def _rank(s: _Shared, path: Path, state: Snapshot) -> None:
 
 
 def _send(folder: Path, path: Path, mirror: Place) -> None:
-    """A checkpoint and everything beside it, to the storage; then drop there what was dropped here."""
+    """A checkpoint and everything beside it, to the storage; then drop there what was dropped here.
+
+    The logs come first: a checkpoint that is whole is continued, and what was logged before it is never logged again.
+    """
     there = mirror / "checkpoints"
-    (there / path.name).upload(path, last="state.json")
     send_files(folder, mirror)
+    (there / path.name).upload(path, last="state.json")
     mark = path.parent / checkpoint.BEST
     if mark.is_file():
         (there / checkpoint.BEST).write(mark.read_bytes())

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ugrl.distributed import all_reduce_sum, world_size
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from ugrl.hear import SIGNALS
 
 
 class Interrupted(KeyboardInterrupt):

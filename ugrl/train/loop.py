@@ -7,9 +7,10 @@ written by rank 0 alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -19,9 +20,9 @@ from ugrl import config as config_mod
 from ugrl.config import Config
 from ugrl.data.order import batch_rows
 from ugrl.data.transfer import Transfer
-from ugrl.distributed import barrier, is_main, world_size
+from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import CheckpointError
-from ugrl.eval.evaluate import EvalResult, evaluate
+from ugrl.eval.evaluate import EvalResult, GivenUp, evaluate
 from ugrl.eval.selection import why_no_masks
 from ugrl.storage import Place, place
 from ugrl.terminal import Terminal
@@ -99,6 +100,7 @@ class Trainer:
             objective=self.objective,
             data=self.data,
             say=self.say,
+            check=self.hooks.before_write,
         )
         self.observers: Observer = Observers()
         self.done = 0
@@ -113,6 +115,13 @@ class Trainer:
             if not self.quiet:
                 tell(self.console, text)
             self.hooks.on_event(text)
+
+    def _say_waiting(self, text: str) -> None:
+        """As :meth:`say`, also on a rank that only the others wait for."""
+        if is_main():
+            self.say(text)
+        else:
+            self.hooks.on_event(f"worker {rank()}: {text}")
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -232,6 +241,14 @@ class Trainer:
         eval_every, picture_every = train.at(train.eval_every), train.at(train.picture_every)
         model, guard = self._wrapped(), self._guard()
         agreement, meter, window = Agreement(self.device), Meter(self.device), LogWindow(self.device)
+
+        def wanted() -> bool:
+            return stop.requested or self.hooks.stop()
+
+        # Who was stopped in the middle of a validation owes it.
+        owes = 0 < self.done < train.steps and self.done % eval_every == 0
+        if owes and self.metrics.get("step") != self.done and not self._evaluate(pace, meter, wanted):
+            self._leave(stop, saved=True)
         while self.done < train.steps:
             with meter.data():
                 batch = next(batches)
@@ -251,15 +268,12 @@ class Trainer:
             tell_all.on_step(self.done)
             if pictures:
                 tell_all.on_pictures(self.done, batch, out.views)
-            if self.done % eval_every == 0 or last:
-                with meter.pause():
-                    self._evaluate(pace)
+            if (self.done % eval_every == 0 or last) and not self._evaluate(pace, meter, None if last else wanted):
+                self._leave(stop)
             with meter.pause():
                 tell_all.on_step_end(self.done)
-            if agreement.stop(stop.requested or self.hooks.stop()) and self.done < train.steps:
-                self.save()
-                self._tell_saved(wait=True)
-                raise Interrupted(self.done, stop.number)
+            if agreement.stop(wanted()) and self.done < train.steps:
+                self._leave(stop)
 
     def _step(self, model: torch.nn.Module, guard: Guard, batch: Batch, *, views: bool) -> tuple[StepOutput, float]:
         """One step of the optimizer, unless something is not finite; what it yields, and the learning rate."""
@@ -274,13 +288,25 @@ class Trainer:
         self.done += 1
         return out, lr
 
-    def _evaluate(self, pace: Pace) -> None:
-        with pace.validation():
-            result = self.validate()
-        self.metrics = {**result.metrics, "step": float(self.done)}
-        self.observers.on_eval(self.done, result)
-        if result.verdict:
-            self.say(f"step {self.done}  {result.verdict}")
+    def _evaluate(self, pace: Pace, meter: Meter, stop: Callable[[], bool] | None) -> bool:
+        """Validate and tell all; ``False``, on every rank, where a stop came in between."""
+        with meter.pause():
+            with pace.validation():
+                try:
+                    result = self.validate(stop)
+                except GivenUp:
+                    return False
+            self.metrics = {**result.metrics, "step": float(self.done)}
+            self.observers.on_eval(self.done, result)
+            if result.verdict:
+                self.say(f"step {self.done}  {result.verdict}")
+        return True
+
+    def _leave(self, stop: StopRequest, *, saved: bool = False) -> NoReturn:
+        if not saved:
+            self.save()
+        self._tell_saved(wait=True)
+        raise Interrupted(self.done, stop.number)
 
     def _guard(self) -> Guard:
         return Guard(
@@ -304,8 +330,8 @@ class Trainer:
                 self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def validate(self) -> EvalResult:
-        """Evaluate the present network on ``data.val_split``."""
+    def validate(self, stop: Callable[[], bool] | None = None) -> EvalResult:
+        """Evaluate the present network on ``data.val_split``; ``stop`` as of :func:`ugrl.eval.evaluate.evaluate`."""
         cfg, seen = self.cfg, 0
         total = judged_rows(cfg, self.manifest, cfg.data.val_split)
 
@@ -326,6 +352,7 @@ class Trainer:
                 par=self.par,
                 dtype=self.dtype,
                 on_batch=on_batch,
+                stop=stop,
             )
 
     # -- data ---------------------------------------------------------------------------------
@@ -339,6 +366,7 @@ class Trainer:
             start_step=self.done,
             device=self.device,
             masks=self.folder.home is not None and is_main(),
+            say=self._say_waiting,
         )
 
     def ids_of(self, step: int) -> list[str]:

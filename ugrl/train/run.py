@@ -18,7 +18,7 @@ from ugrl.config import Config
 from ugrl.data.prepare import prepare
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.shards import Manifest
-from ugrl.errors import BusyError, ConfigError, DataError
+from ugrl.errors import AwayError, BusyError, ConfigError, DataError
 from ugrl.storage import Place, place
 from ugrl.text import line
 from ugrl.train import checkpoint
@@ -28,7 +28,7 @@ from ugrl.train.tracking import check_mlflow
 # May differ between a run and its resumption: nothing in them changes what is computed.
 FREE: tuple[str, ...] = ("name", "data.shards", "data.threads", "data.prefetch", "data.cache_dir", "data.cache_disk_mb")
 FREE += ("train.cpu_threads", "train.log_every", "train.micro_batch", "train.nan_patience", "train.record_ids")
-FREE += ("train.mlflow", "train.keep_best", "data.storage_patience_s")
+FREE += ("train.stall_s", "train.mlflow", "train.keep_best", "data.storage_patience_s")
 FREE_SECTIONS = ("cluster.", "eval.", "train.keep_checkpoints", "train.picture_every", "train.checkpoint_every")
 
 
@@ -70,6 +70,7 @@ def ensure_shards(cfg: Config, data: str | Path | Place | None, *, console: Cons
     out = generated_root() / f"shapes-{s.size}px-{digest}"
     if not out.is_dir() and console:
         console.print(f"generating {s.train + s.val} images of shapes into {out}", soft_wrap=True)
+    until, told = time.monotonic() + cfg.data.storage_patience_s, False
     while not out.is_dir():
         spec = ShapesSpec(train=s.train, val=s.val, size=s.size, difficulty=s.difficulty, seed=s.seed)
         try:
@@ -77,7 +78,14 @@ def ensure_shards(cfg: Config, data: str | Path | Place | None, *, console: Cons
         except DataError as error:
             if not isinstance(error, BusyError) and not out.is_dir():
                 raise
-            time.sleep(0.2)  # a run that was started at the same moment makes the same images
+            # A run that was started at the same moment makes the same images.
+            if time.monotonic() > until:
+                raise AwayError(f"{error}, for {cfg.data.storage_patience_s:g} s (data.storage_patience_s)") from None
+            if not told and console and not out.is_dir():
+                limit = f"{cfg.data.storage_patience_s:g} s (data.storage_patience_s)"
+                console.print(f"{error}; waiting up to {limit}", soft_wrap=True)
+                told = True
+            time.sleep(0.2)
     Manifest.load(out)
     return place(out)
 

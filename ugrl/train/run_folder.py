@@ -1,16 +1,21 @@
 """A run's folder: logs, checkpoints, and the storage that they are sent to.
 
 A local run is written where it lives. A remote one is written to a scratch folder of the node that rank 0 runs on, and
-sent to its storage with every checkpoint and at the end: objects cannot be appended to.
+sent to its storage with every checkpoint and at the end: objects cannot be appended to. A scratch folder is locked by
+its process as long as that lives; what a process that was killed has left is removed by the next one that makes such a
+folder on that machine.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +24,48 @@ from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
 from ugrl.data.shards import sync, write_text
-from ugrl.distributed import is_main, rank
+from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import DataError
 from ugrl.eval.evaluate import EvalResult
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
 from ugrl.train.checkpoint_writer import CheckpointWriter, Saved, Snapshot, send_files
-from ugrl.train.observer import Hooks, Observer
+from ugrl.train.observer import Hooks, Observer, nothing
+
+SCRATCH, LOCK = "ugrl-run-", ".lock"
+# A scratch folder without a lock is one that is being made, or whose process died just then.
+YOUNG_S = 600.0
+
+
+def make_scratch() -> tuple[Path, int]:
+    """A new scratch folder, and the open file whose lock says that its process lives."""
+    sweep_scratch()
+    path = Path(tempfile.mkdtemp(prefix=SCRATCH))
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.write(lock, f"{socket.gethostname()} {os.getpid()}".encode())
+    return path, lock
+
+
+def sweep_scratch() -> None:
+    """Remove scratch folders of processes of this machine that are gone.
+
+    A lock tells more than a process's number, which another one may have by now: it ends with its process, and not
+    before, also in other containers. A temporary folder that machines share may not share locks; so the host counts.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):
+            if not (path / LOCK).exists():
+                if time.time() - path.stat().st_mtime > YOUNG_S:
+                    path.rmdir()  # empty, or it stays
+                continue
+            lock = os.open(path / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+                if os.read(lock, 1000).decode(errors="replace").split()[:1] == [socket.gethostname()]:
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 class RunFolder:
@@ -38,6 +78,7 @@ class RunFolder:
         objective: Metric that the best checkpoints are chosen by.
         data: Fingerprint of the splits that the run reads.
         say: Told in one line what the user should know.
+        check: Called before each try to write a checkpoint; raises where the run is another driver's by now.
 
     Attributes:
         path: The folder that is written to, once it is open; ``None`` without one.
@@ -52,13 +93,16 @@ class RunFolder:
         objective: str,
         data: str,
         say: Callable[[str], None],
+        check: Callable[[], None] = nothing,
     ) -> None:
+        self.check = check
         self.home, self.cfg, self.class_names, self.objective, self.say = home, cfg, class_names, objective, say
         self.data = data
         self.path: Path | None = None
         self.mirror = home if home is not None and home.local is None else None
         self._writer: CheckpointWriter | None = None
         self._waiting: dict[Path, list[str]] = {}
+        self._lock: int | None = None
 
     @property
     def main(self) -> Path | None:
@@ -75,14 +119,18 @@ class RunFolder:
         if self.mirror is None:
             self.path = self.home.local
         elif is_main() or self.cfg.train.record_ids:
-            self.path = Path(tempfile.mkdtemp(prefix="ugrl-run-"))
+            self.path, self._lock = make_scratch()
+        patience_s = self.cfg.data.storage_patience_s
+        if self.mirror is not None and self.path is not None:
+            home, here = self.mirror, self.path
+            retry("run folder", lambda: _fetch_logs(home, here), patience_s=patience_s, log=self.say)
+            if not is_main():  # rank 0 does not even know this log
+                for log in here.glob("seen/*.jsonl"):
+                    _cut_log(log, done)
         if self.main is None:
             return
-        out, patience_s = self.main, self.cfg.data.storage_patience_s
+        out = self.main
         out.mkdir(parents=True, exist_ok=True)
-        if self.mirror is not None:
-            home = self.mirror
-            retry("run folder", lambda: _fetch_logs(home, out), patience_s=patience_s, log=self.say)
         config = config_mod.public_dict(self.cfg)
         write_text(out / "config.yaml", config_mod.dump(config))
         for name in checkpoint.sweep(out / "checkpoints"):
@@ -102,6 +150,7 @@ class RunFolder:
             keep_best=self.cfg.train.keep_best,
             patience_s=patience_s,
             log=self.say,
+            check=self.check,
         )
 
     def record(self, line: dict[str, float]) -> None:
@@ -133,7 +182,11 @@ class RunFolder:
                 self.say(f"{path}: {error.strerror or error}; its lines wait in memory")
 
     def submit(self, make: Callable[[], Snapshot]) -> None:
-        """Have a state saved in the background (rank 0; the others make none)."""
+        """Have a state saved in the background (rank 0; the others make none); every rank calls this."""
+        if self.mirror is not None and self.cfg.train.record_ids and world_size() > 1:
+            if not is_main():
+                self._send(self.mirror)
+            barrier()  # a checkpoint that is whole is continued: all lines up to it must be there
         if self._writer is not None:
             self._writer.submit(make())
 
@@ -154,18 +207,21 @@ class RunFolder:
             self._writer.close()
             self._writer = None
         if self.mirror is not None and self.path is not None:
-            home, files = self.mirror, self.path
-            try:
-                retry(
-                    "run folder",
-                    lambda: send_files(files, home),
-                    patience_s=self.cfg.data.storage_patience_s,
-                    log=self.say,
-                )
-            except (OSError, StorageError) as error:
-                self.say(f"{home}: the last lines of the logs could not be sent ({error})")
-            shutil.rmtree(files, ignore_errors=True)
+            self._send(self.mirror)
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         self.path = None
+
+    def _send(self, home: Place) -> None:
+        """What this rank has written beside checkpoints, to a remote run's storage; raises nothing."""
+        files, patience_s = self.path, self.cfg.data.storage_patience_s
+        assert files is not None
+        try:
+            retry("run folder", lambda: send_files(files, home), patience_s=patience_s, log=self.say)
+        except (OSError, StorageError) as error:
+            self.say(f"{home}: the last lines of the logs could not be sent ({error})")
 
 
 class LogFiles(Observer):
@@ -212,8 +268,15 @@ def _keeps(text: bytes, done: int) -> bool:
 
 
 def _fetch_logs(home: Place, out: Path) -> None:
-    """What a resumed run adds to, from where it lives; of checkpoints only what tells that they are there."""
-    for folder in ("", "seen", "checkpoints"):
+    """What a resumed run adds to, from where it lives; of checkpoints only what tells that they are there.
+
+    Each rank takes the log of what it has seen; the first one those of ranks that there are no more, as well.
+    """
+    for name in (home / "seen").names():
+        number = name.removeprefix("rank_").removesuffix(".jsonl")
+        if number.isdecimal() and (int(number) == rank() or (is_main() and int(number) >= world_size())):
+            (home / "seen" / name).download(out / "seen" / name)
+    for folder in ("", "checkpoints") if is_main() else ():
         there = home / folder if folder else home
         for name in there.names():
             if name.endswith((".json", ".jsonl")):

@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import optuna
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from optuna.trial import TrialState
 
-from tuning.facts import baseline, paper_trial, paper_values, training_seconds
-from tuning.record import TrialRow, collapsed, label, pareto, percent, ranked
-from tuning.search import Findings
-from tuning.space import Axis, SearchSpace
-from ugrl.secrets import masked
-from ugrl.storage import place
-from ugrl.text import line as one_line
+from tuning.record import TrialRow, label, pareto, percent
+from tuning.report.drawing import (
+    BEST,
+    COLORS,
+    OFF,
+    PAPER,
+    SHADES,
+    STYLE,
+    Scale,
+    axis_label,
+    baseline_line,
+    best_label,
+    best_so_far,
+    draw_bars,
+    drawn_value,
+    factor,
+    is_numeric,
+    legend_beside,
+    of_sample,
+    over_contour,
+    paper_line,
+    parallel_axes,
+    places_of,
+    rung_lines,
+    sample_rows,
+    save,
+    scatter_trials,
+    score_limits,
+    scored_rows,
+    slice_axis,
+)
+from tuning.report.findings import paper_values, training_seconds
+from tuning.report.read import Findings, once
+from tuning.space import Axis
 
-# Lines and marks on white: each has a contrast of 3:1 or more (WCAG 2.1, 1.4.11), and none is drawn translucent.
-COLORS = {
-    "COMPLETE": "#2563a8",
-    "PRUNED": "#c26a00",
-    "FAIL": "#7d7d7d",
-    "RUNNING": "#3f8a2f",
-    "WAITING": "#7e6bb5",
-}
-SHADES = LinearSegmentedColormap.from_list("shades", ["#c07a2b", "#a8506e", "#4b3a8c", "#101c4a"])
-BEST = "#c2185b"
-PAPER = "#111111"
 # Measured on synthetic objectives of nine values, one of which matters most: with the best third as
 # target PED-ANOVA ranks it first in 9 of 20 studies of 6 trials, 14 of 10, 20 of 20. (With Optuna's
 # default, the best tenth: 8, 9, 14.) Below ENOUGH it is said and not drawn, below SURE it is a hint.
@@ -49,21 +61,6 @@ TARGET_QUANTILE = 1 / 3
 # Below so many complete trials a contour shows the triangles between the trials and nothing else.
 CONTOUR = 8
 CONTOUR_AXES = 3
-# How far beyond the complete trials' scores others are marked, as a share of their range.
-EDGE = 0.05
-
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a value with two dollar signs is no formula
-    "figure.dpi": 110,
-    "savefig.dpi": 130,
-}
 
 
 def draw(findings: Findings, folder: Path) -> list[str]:
@@ -90,11 +87,13 @@ def draw(findings: Findings, folder: Path) -> list[str]:
     return notes
 
 
-def importance(study: optuna.Study) -> dict[str, float] | str:
+@once
+def importance(findings: Findings) -> dict[str, float] | str:
     """Each searched path's importance for the first objective, or a line that says why there is none.
 
     COMPLETE trials count alone.
     """
+    study = findings.study
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < ENOUGH:
         return f"importance: {len(complete)} complete trials are too few to tell (from {ENOUGH} on); no plot"
@@ -114,38 +113,39 @@ def importance(study: optuna.Study) -> dict[str, float] | str:
 
 def history(findings: Findings) -> Figure | str:
     """Score of each trial in order, and the best one so far."""
-    rows = _scored(findings)
+    rows = scored_rows(findings)
     fig, ax = plt.subplots(figsize=(7, 4))
-    _scatter(ax, [(r.number, r) for r in rows], findings)
-    low, high = _limits(findings, rows)
-    noisy = [r for r in rows if math.isfinite(r.stderr) and low <= _y(findings, r) <= high]
+    scatter_trials(ax, [(r.number, r) for r in rows], findings)
+    low, high = score_limits(findings, rows)
+    noisy = [r for r in rows if math.isfinite(r.stderr) and low <= drawn_value(findings, r) <= high]
     if noisy:
-        x, y, e = zip(*[(r.number, _y(findings, r), _scale(findings) * r.stderr) for r in noisy], strict=True)
+        x, y, e = zip(*[(r.number, drawn_value(findings, r), factor(findings) * r.stderr) for r in noisy], strict=True)
         ax.errorbar(x, y, yerr=e, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=1)
-    line = [(r.number, v) for r, v in zip(rows, _so_far(findings, rows), strict=True)]
+    line = [(r.number, v) for r, v in zip(rows, best_so_far(findings, rows), strict=True)]
     ax.step(*zip(*line, strict=True), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    _baseline_line(ax, findings)
-    ax.set(xlabel="trial", ylabel=_label(findings), title="Optimisation history")
+    baseline_line(ax, findings)
+    ax.set(xlabel="trial", ylabel=axis_label(findings), title="Optimisation history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(ax)
+    legend_beside(ax)
     return fig
 
 
 def curves(findings: Findings) -> Figure | str:
     """The objective over steps, a line for each seed of each trial."""
     best = findings.best
-    drawn = [(r, run.curve) for r in findings.rows for run in r.runs if run.curve]
-    if not drawn:
+    rows = [r for r in findings.rows if any(run.curve for run in r.runs)]
+    if not rows:
         return "curves: no trial has validated yet; no plot"
+    drawn = [(r, run.curve) for r in sample_rows(findings, rows) for run in r.runs if run.curve]
     fig, ax = plt.subplots(figsize=(7, 4))
     seen: set[str] = set()
     for r, curve in drawn:
         x, y = zip(*curve, strict=True)
         chosen = best is not None and r.number == best.number
-        name = _best_label(findings) if chosen else r.state.lower()
+        name = best_label(findings) if chosen else r.state.lower()
         ax.plot(
             x,
-            [_scale(findings) * v for v in y],
+            [factor(findings) * v for v in y],
             color=BEST if chosen else COLORS[r.state],
             lw=2.2 if chosen else 0.9,
             zorder=3 if chosen else 2,
@@ -154,11 +154,11 @@ def curves(findings: Findings) -> Figure | str:
             label=None if name in seen else name,
         )
         seen.add(name)
-    _rung_lines(ax, findings)
-    _baseline_line(ax, findings)
-    ax.set(xlabel="step", ylabel=_label(findings), title="Learning curves")
+    rung_lines(ax, findings)
+    baseline_line(ax, findings)
+    ax.set(xlabel="step", ylabel=axis_label(findings), title=f"Learning curves{of_sample(rows)}")
     ax.set_xlim(0, findings.search.steps * 1.02)
-    _legend(ax)
+    legend_beside(ax)
     return fig
 
 
@@ -172,16 +172,16 @@ def slices(findings: Findings) -> Figure | str:
     marks = paper_values(findings)
     for ax, axis in zip(grid.flat, axes_, strict=False):
         options = list(axis.options)
-        placed = [(r.params[axis.path], r) for r in _scored(findings) if axis.path in r.params]
-        _scatter(ax, [(options.index(v) if options else float(v), r) for v, r in placed], findings)
+        placed = [(r.params[axis.path], r) for r in scored_rows(findings) if axis.path in r.params]
+        scatter_trials(ax, [(options.index(v) if options else float(v), r) for v, r in placed], findings)
         if axis.path in marks:
             value = marks[axis.path]
-            _paper_line(ax, options.index(value) if value in options else value)
-        _slice_axis(ax, axis)
+            paper_line(ax, options.index(value) if value in options else value)
+        slice_axis(ax, axis)
     for ax in list(grid.flat)[len(axes_) :]:
         ax.set_visible(False)
     for ax in grid[:, 0]:
-        ax.set_ylabel(_label(findings))
+        ax.set_ylabel(axis_label(findings))
     fig.suptitle("Each searched value against the objective")
     found: dict[str, Any] = {}
     for ax in grid.flat:
@@ -193,7 +193,7 @@ def slices(findings: Findings) -> Figure | str:
 
 def importances(findings: Findings) -> Figure | str:
     """Importances, the largest on top."""
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     if isinstance(ranking, str):
         return ranking
     complete = sum(r.state == "COMPLETE" for r in findings.rows)
@@ -207,52 +207,6 @@ def importances(findings: Findings) -> Figure | str:
     ax.set_xlim(0, max([*values, 1e-9]) * 1.15)
     ax.grid(axis="y", visible=False)
     return fig
-
-
-# Characters of a value at an axis.
-TICK = 24
-
-
-def tick(value: Any) -> str:
-    """A value at an axis."""
-    return one_line(masked(value), TICK)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Places the values of an axis between 0 and 1: even on its own scale, options side by side."""
-
-    axis: Axis
-
-    @property
-    def options(self) -> list[Any]:
-        """Of a choice; numbers in order."""
-        options = list(self.axis.options)
-        return sorted(options) if is_numeric(self.axis) else options
-
-    def place(self, value: Any) -> float:
-        """Where a value lies; NaN where it is no value of the axis."""
-        if self.axis.kind == "choice":
-            options = self.options
-            return options.index(value) / max(1, len(options) - 1) if value in options else math.nan
-        low, high, x = self.axis.low, self.axis.high, float(value)
-        if self.axis.log:
-            low, high, x = math.log(low), math.log(high), math.log(x)
-        return (x - low) / (high - low)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Places and labels of a handful of values."""
-        if self.axis.kind == "choice":
-            return [(self.place(o), tick(o)) for o in self.options]
-        low, high = self.axis.low, self.axis.high
-        locator = LogLocator(subs=(1.0, 3.0)) if self.axis.log else MaxNLocator(5, integer=self.axis.integer)
-        values = [v for v in locator.tick_values(low, high) if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
-        return [(self.place(v), f"{v:g}") for v in (values if len(values) > 1 else (low, high))]
-
-
-def is_numeric(axis: Axis) -> bool:
-    """Whether the values of an axis are numbers."""
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.edges)
 
 
 def contour(findings: Findings) -> Figure | str:
@@ -273,8 +227,8 @@ def contour(findings: Findings) -> Figure | str:
     levels = [low + (high - low or 1e-6) * k / 12 for k in range(13)]
     for ax, (pair, (triangles, field)) in zip(grid.flat, made.items(), strict=True):
         drawn = ax.tricontourf(triangles, field, levels=levels, cmap="viridis", extend="both")
-        _over_contour(ax, findings, [Scale(a) for a in pair])
-    fig.colorbar(drawn, ax=list(grid.flat), label=_label(findings), format="%.1f")
+        over_contour(ax, findings, [Scale(a) for a in pair])
+    fig.colorbar(drawn, ax=list(grid.flat), label=axis_label(findings), format="%.1f")
     fig.suptitle("Objective over pairs of values, complete trials interpolated")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -284,18 +238,18 @@ def contour(findings: Findings) -> Figure | str:
 def parallel(findings: Findings) -> Figure | str:
     """Every trial as a line over all axes and the objective."""
     scales = [Scale(a) for a in findings.search.space.search]
-    rows = _scored(findings)
-    low, high = _limits(findings, rows)
+    rows = scored_rows(findings)
+    low, high = score_limits(findings, rows)
     span = (high - low) or 1.0
     fig, ax = plt.subplots(figsize=(max(6.5, 1.25 * (len(scales) + 1) + 1.5), 4.6))
     best, seen = findings.best, set()
-    for r in sorted(rows, key=lambda r: _y(findings, r)):
-        height = min(1.0, max(0.0, (_y(findings, r) - low) / span))
+    for r in sorted(sample_rows(findings, rows), key=lambda r: drawn_value(findings, r)):
+        height = min(1.0, max(0.0, (drawn_value(findings, r) - low) / span))
         whole, chosen = r.state == "COMPLETE", best is not None and r.number == best.number
-        name = _best_label(findings) if chosen else "" if whole else "not complete"
+        name = best_label(findings) if chosen else "" if whole else "not complete"
         ax.plot(
             range(len(scales) + 1),
-            [*_places(scales, r.params), height],
+            [*places_of(scales, r.params), height],
             color=BEST if chosen else SHADES(height) if whole else COLORS["FAIL"],
             lw=2.6 if chosen else 1.4 if whole else 0.8,
             ls="-" if whole else "--",
@@ -310,10 +264,10 @@ def parallel(findings: Findings) -> Figure | str:
     shown = [float(v) for v in MaxNLocator(5).tick_values(low, high)]
     own = [((v - low) / span, f"{v:g}") for v in shown if low <= v <= high]
     off = [(OFF, "off")] if any(s.axis.when for s in scales) else []
-    _parallel_axes(ax, [s.ticks() + (off if s.axis.when else []) for s in scales] + [own], bool(off))
+    parallel_axes(ax, [s.ticks() + (off if s.axis.when else []) for s in scales] + [own], bool(off))
     names = [s.axis.name for s in scales]
-    ax.set_xticks(range(len(scales) + 1), [*names, _label(findings)])
-    ax.set_title("Values of each trial, the darker the better", pad=12)
+    ax.set_xticks(range(len(scales) + 1), [*names, axis_label(findings)])
+    ax.set_title(f"Values of each trial, the darker the better{of_sample(rows)}", pad=12)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     return fig
@@ -346,13 +300,13 @@ def rungs(findings: Findings) -> Figure | str:
                 bbox={"boxstyle": "round,pad=0.05", "fc": "white", "ec": "none"},
             )
     ax.set_ylim(0, 1.1 * bottom[0] if any(bottom) else 1)
-    _rung_lines(ax, findings)
+    rung_lines(ax, findings)
     ax.set(xlabel="step", ylabel="trials that reached it", title="What the scheduler let through")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if len(steps) <= 10:
         ax.set_xticks(steps)
     ax.grid(axis="x", visible=False)
-    _legend(ax)
+    legend_beside(ax)
     return fig
 
 
@@ -369,9 +323,12 @@ def cost(findings: Findings) -> Figure | str:
         these = [r for r in rows if r.state == state]
         if these:
             numbers, held = [r.number for r in these], [weigh(r, r.seconds) for r in these]
-            ax.bar(numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
-            ax.bar(numbers, [weigh(r, training_seconds(r)) for r in these], color=color, label=state.lower())
-    ax.bar([rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
+            draw_bars(ax, numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
+            trained = [weigh(r, training_seconds(r)) for r in these]
+            draw_bars(ax, numbers, trained, fc=color, ec="none", label=state.lower())
+    draw_bars(ax, [rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
+    ax.autoscale_view()
+    ax.set_ylim(bottom=0)
     ax.set(xlabel="trial", ylabel=unit, title="What each trial held")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="x", visible=False)
@@ -388,11 +345,12 @@ def front(findings: Findings) -> Figure | str:
         return ""
     rows = [r for r in findings.rows if r.state == "COMPLETE" and r.values]
     best = pareto(findings.rows, objectives)
+    unbeaten = {r.number for r in best}
     if not best:
         return "pareto: no trial has completed within the constraints; no plot"
     fig, grid = plt.subplots(1, len(objectives) - 1, figsize=(5.6 * (len(objectives) - 1) + 1, 4.2), squeeze=False)
     for k, ax in enumerate(grid.flat, 1):
-        others = [r for r in rows if r not in best]
+        others = [r for r in rows if r.number not in unbeaten]
         for marker, words, these, color in (
             ("o", "complete", [r for r in others if not r.violation], COLORS["COMPLETE"]),
             ("x", "beyond a constraint", [r for r in others if r.violation], COLORS["FAIL"]),
@@ -405,7 +363,7 @@ def front(findings: Findings) -> Figure | str:
         for r in best:
             x, y = _pair(findings, [r], k)
             ax.annotate(str(r.number), (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=9)
-        ax.set(xlabel=label(objectives[k].name), ylabel=_label(findings))
+        ax.set(xlabel=label(objectives[k].name), ylabel=axis_label(findings))
     fig.suptitle("Objectives against each other, numbers of trials")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -426,143 +384,10 @@ PLOTS: dict[str, Callable[[Findings], Figure | str]] = {
 UNSCORED = (cost,)
 
 
-def save(fig: Figure, path: Path) -> None:
-    """Write a figure and forget it."""
-    fig.set_layout_engine("constrained")
-    picture = io.BytesIO()
-    fig.savefig(picture, format="png")
-    plt.close(fig)
-    place(path).write(picture.getvalue())
-
-
-def rung_steps(space: SearchSpace, steps: int) -> list[int]:
-    """Steps at which the scheduler may stop a trial, the end left out.
-
-    Args:
-        space: The search.
-        steps: Of a whole run.
-    """
-    asked, first = space.scheduler, int(space.scheduler.grace_steps)
-    if asked.name != "asha":
-        return [first] if asked.name in ("median", "hyperband") else []
-    made = [first]
-    while made[-1] * asked.reduction_factor < steps:
-        made.append(int(made[-1] * asked.reduction_factor))
-    return made if made[0] < steps else []
-
-
-# -- parts of plots ---------------------------------------------------------------------------
-
-
-def _scored(findings: Findings) -> list[TrialRow]:
-    return [r for r in findings.rows if r.value is not None]
-
-
-def _scale(findings: Findings) -> float:
-    return 100.0 if percent(findings.search.objective) else 1.0
-
-
-def _y(findings: Findings, row: TrialRow) -> float:
-    return math.nan if row.value is None else _scale(findings) * row.value
-
-
-def _label(findings: Findings) -> str:
-    return label(findings.search.objective)
-
-
-def _so_far(findings: Findings, rows: Sequence[TrialRow]) -> list[float]:
-    """The best score after each of these trials, as drawn; NaN before the first complete one."""
-    objective, sign = findings.search.objectives[0], 1.0 if findings.search.objectives[0].maximize else -1.0
-    able = {r.number for r in ranked(rows, objective)}
-    best, line = -math.inf, []
-    for r in rows:
-        if r.number in able:
-            best = max(best, sign * _y(findings, r))
-        line.append(sign * best if best > -math.inf else math.nan)
-    return line
-
-
-def _legend(ax: Axes) -> None:
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _limits(findings: Findings, rows: Sequence[TrialRow]) -> tuple[float, float]:
-    """The lowest and the highest score as drawn, without early and collapsed ones where two others are left."""
-    done = [_y(findings, r) for r in rows if r.state == "COMPLETE" and not collapsed(r.runs)]
-    ys = done if len(done) > 1 and max(done) > min(done) else [_y(findings, r) for r in rows]
-    return min(ys), max(ys)
-
-
-def _best_label(findings: Findings) -> str:
-    number = findings.best.number if findings.best else ""
-    return f"best with fresh seeds: trial {number}" if findings.finalists else f"best: trial {number}"
-
-
-def _scatter(ax: Axes, placed: Sequence[tuple[float, TrialRow]], findings: Findings) -> None:
-    best, paper = findings.best, paper_trial(findings)
-    low, high = _limits(findings, _scored(findings))
-    margin = EDGE * ((high - low) or 1.0)
-    # What lies beyond the others would squeeze them: it is drawn hollow at the edge.
-    at = {r.number: min(high + margin, max(low - margin, _y(findings, r))) for _, r in placed}
-    for state, color in COLORS.items():
-        these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
-        inside = [(x, at[r.number]) for x, r in these if low <= at[r.number] <= high]
-        _dots(ax, inside, color=color, marker="x" if state == "FAIL" else "o", s=32, label=state.lower())
-        for marker, outside in (
-            ("v", [(x, at[r.number]) for x, r in these if at[r.number] < low]),
-            ("^", [(x, at[r.number]) for x, r in these if at[r.number] > high]),
-        ):
-            _dots(ax, outside, fc="none", ec=color, marker=marker, s=38, label=f"{state.lower()}, beyond the axis")
-    for x, r in placed:
-        if best is not None and r.number == best.number:
-            ax.scatter([x], [at[r.number]], color=BEST, marker="*", s=150, zorder=4, label=_best_label(findings))
-        if paper is not None and r.number == paper.number:
-            name = f"the paper's: trial {r.number}"
-            ax.scatter([x], [at[r.number]], fc="none", ec=PAPER, marker="D", s=70, lw=1.3, zorder=5, label=name)
-
-
-def _baseline_line(ax: Axes, findings: Findings) -> None:
-    """What is had without learning anything, where the axis shows it."""
-    value = _scale(findings) * baseline(findings, findings.search.objective)
-    low, high = ax.get_ylim()
-    if low <= value <= high:
-        ax.axhline(value, color="#444444", ls="-.", lw=1.0, zorder=1, label="without learning anything")
-
-
-def _paper_line(ax: Axes, x: float, *, across: bool = False) -> None:
-    (ax.axhline if across else ax.axvline)(x, color="#666666", ls="--", lw=0.9, label="the paper's value")
-
-
-def _slice_axis(ax: Axes, axis: Axis) -> None:
-    options = list(axis.options)
-    if options:
-        names = [tick(o) for o in options]
-        wordy = max(map(len, names)) * len(options) > 28
-        ax.set_xticks(range(len(options)), names, rotation=25 if wordy else 0)
-        ax.set_xlim(-0.5, len(options) - 0.5)
-    elif axis.log:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_xlim(axis.low / 1.15, axis.high * 1.15)
-    else:
-        margin = 0.05 * (axis.high - axis.low)
-        ax.set_xlim(axis.low - margin, axis.high + margin)
-    ax.set_xlabel(axis.name)
-
-
-def _rung_lines(ax: Axes, findings: Findings) -> None:
-    space = findings.search.space
-    name = {"asha": "rungs of ASHA"}.get(space.scheduler.name, "no stop before")
-    for k, step in enumerate(rung_steps(space, findings.search.steps)):
-        ax.axvline(step, color="#555555", ls=":", lw=1.1, label=None if k else name)
-
-
 def _leading(findings: Findings) -> list[Axis]:
     """The numeric axes by importance, as many as a contour shows; in the file's order where it is not known."""
     axes_ = [a for a in findings.search.space.search if is_numeric(a)]
-    ranking = importance(findings.study)
+    ranking = importance(findings)
     if isinstance(ranking, dict):
         axes_.sort(key=lambda a: -ranking.get(a.path, 0.0))
     return axes_[:CONTOUR_AXES]
@@ -571,10 +396,10 @@ def _leading(findings: Findings) -> list[Axis]:
 def _field(findings: Findings, scales: Sequence[Scale]) -> tuple[Triangulation, list[float]] | None:
     """The plane of two axes cut into triangles, and the objective at their corners; ``None`` with too little."""
     found: dict[tuple[float, ...], list[float]] = {}
-    for r in _scored(findings):
+    for r in scored_rows(findings):
         if r.state == "COMPLETE" and all(s.axis.path in r.params for s in scales):
             at = tuple(round(s.place(r.params[s.axis.path]), 9) for s in scales)
-            found.setdefault(at, []).append(_y(findings, r))
+            found.setdefault(at, []).append(drawn_value(findings, r))
     if len(found) < CONTOUR:
         return None
     try:
@@ -582,73 +407,6 @@ def _field(findings: Findings, scales: Sequence[Scale]) -> tuple[Triangulation, 
     except (RuntimeError, ValueError):  # all on one line
         return None
     return triangles, [sum(v) / len(v) for v in found.values()]
-
-
-def _over_contour(ax: Axes, findings: Findings, scales: Sequence[Scale]) -> None:
-    """Trials, the best one and the paper's point on top of a contour, and its axes."""
-    rows = [r for r in _scored(findings) if all(sc.axis.path in r.params for sc in scales)]
-    whole = [_places(scales, r.params) for r in rows if r.state == "COMPLETE"]
-    early = [_places(scales, r.params) for r in rows if r.state != "COMPLETE"]
-    _dots(ax, whole, fc="white", ec="#333333", s=26, lw=0.9, zorder=3, label="complete")
-    _dots(ax, early, fc="#bbbbbb", ec="#333333", marker="s", s=18, lw=0.7, zorder=3, label="not complete")
-    best, marks = findings.best, paper_values(findings)
-    top = [_places(scales, r.params) for r in rows if best is not None and r.number == best.number]
-    _dots(ax, top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=_best_label(findings))
-    paper = paper_trial(findings)
-    at = marks if paper is None else paper.params
-    known = [s.place(at[s.axis.path]) if s.axis.path in at else math.nan for s in scales]
-    if all(map(math.isfinite, known)):
-        _dots(ax, [known], fc="none", ec="white", marker="D", s=80, lw=2.6, zorder=4)
-        name = "the paper's" + (f": trial {paper.number}" if paper else "")
-        _dots(ax, [known], fc="none", ec=PAPER, marker="D", s=80, lw=1.3, zorder=4, label=name)
-    elif any(map(math.isfinite, known)):
-        across = math.isfinite(known[1])
-        _paper_line(ax, known[across], across=across)
-    ax.set_xticks(*zip(*scales[0].ticks(), strict=True))
-    ax.set_yticks(*zip(*scales[1].ticks(), strict=True))
-    ax.set(xlabel=scales[0].axis.name, ylabel=scales[1].axis.name, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
-    ax.grid(visible=False)
-
-
-def _dots(ax: Axes, points: Sequence[Sequence[float]], **style: Any) -> None:
-    if points:
-        ax.scatter([p[0] for p in points], [p[1] for p in points], **style)
-
-
-# Where a line crosses a parallel axis that does not count.
-OFF = -0.12
-
-
-def _places(scales: Sequence[Scale], params: Any) -> list[float]:
-    """Where a point lies on each axis; below the axis where the axis does not count."""
-    return [s.place(params[s.axis.path]) if s.axis.path in params else OFF for s in scales]
-
-
-def _parallel_axes(ax: Axes, ticks: Sequence[Sequence[tuple[float, str]]], off: bool) -> None:
-    """Upright axes with labels of their own."""
-    for x, own in enumerate(ticks):
-        ax.axvline(x, ymin=0, color="#666666", lw=1, zorder=1)
-        last = x == len(ticks) - 1
-        for y, text in own:
-            ax.plot([x - 0.03, x + 0.03], [y, y], color="#666666", lw=1, zorder=1)
-            ax.text(
-                x + (0.07 if last else -0.07),
-                y,
-                text,
-                ha="left" if last else "right",
-                va="center",
-                fontsize=8.5,
-                color="#222222",
-                zorder=7,
-                bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75},
-            )
-    ax.set_xlim(-0.6, len(ticks) - 0.4)
-    ax.set_ylim(OFF - 0.06 if off else -0.05, 1.05)
-    ax.set_yticks([])
-    ax.tick_params(axis="x", length=0)
-    ax.grid(visible=False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
 
 
 def _compute(rows: Sequence[TrialRow]) -> tuple[str, Callable[[TrialRow, float], float]]:
@@ -668,9 +426,9 @@ def _bought(
 ) -> None:
     """Scores over the compute that was spent when each trial ended."""
     spent = list(itertools.accumulate(weigh(r, r.seconds) for r in rows))
-    _scatter(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
-    ax.step(spent, _so_far(findings, rows), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
-    ax.set(xlabel=f"{unit} spent", ylabel=_label(findings), title="What the compute bought")
+    scatter_trials(ax, [(x, r) for x, r in zip(spent, rows, strict=True) if r.value is not None], findings)
+    ax.step(spent, best_so_far(findings, rows), where="post", color=COLORS["COMPLETE"], lw=0.9, label="best so far")
+    ax.set(xlabel=f"{unit} spent", ylabel=axis_label(findings), title="What the compute bought")
     ax.set_xlim(left=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
@@ -682,4 +440,4 @@ def _or_last(value: float) -> float:
 def _pair(findings: Findings, rows: Sequence[TrialRow], k: int) -> tuple[list[float], list[float]]:
     """The k-th and the first objective of trials, as drawn."""
     scale = 100.0 if percent(findings.search.objectives[k].name) else 1.0
-    return [scale * r.values[k] for r in rows], [_y(findings, r) for r in rows]
+    return [scale * r.values[k] for r in rows], [drawn_value(findings, r) for r in rows]

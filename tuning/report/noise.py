@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from tuning.record import Run, TrialRow, label, percent, ranked
-from tuning.search import Findings
+from tuning.report.read import Findings, once
 
 # Of Student's t: a difference beyond it would be luck in one of twenty cases.
 QUANTILE = 0.975
@@ -144,6 +145,7 @@ class Noise:
         return self.paired if self.paired is not None and self.judges_pairs(found) else self
 
 
+@once
 def seed_noise(findings: Findings, name: str = "", *, final: bool = False) -> Noise:
     """The noise of a metric, pooled over all configurations with two or more seeds.
 
@@ -177,17 +179,35 @@ def noise_of(groups: Iterable[Mapping[int, float]]) -> Noise:
 
 def _paired(groups: Sequence[Mapping[int, float]]) -> Noise | None:
     """What is left of seeds' noise beside one number for each configuration and one for each seed."""
-    cells = [(k, seed, value) for k, group in enumerate(groups) for seed, value in group.items()]
-    seeds = sorted({seed for _, seed, _ in cells})
-    table = np.zeros((len(cells), len(groups) + len(seeds)))
-    for row, (k, seed, _) in enumerate(cells):
-        table[row, k] = table[row, len(groups) + seeds.index(seed)] = 1.0
-    values = np.array([value for *_, value in cells])
+    groups = _crossed(groups)
+    if not groups:
+        return None
+    seeds = {seed: k for k, seed in enumerate(sorted({seed for group in groups for seed in group}))}
+    values = np.array([value for group in groups for value in group.values()])
+    table = np.zeros((len(values), len(seeds)))
+    table[range(len(values)), [seeds[seed] for group in groups for seed in group]] = 1.0
+    # Each configuration's number is its mean: taken from both sides, it needs no column (Frisch and Waugh, 1933).
+    sizes = np.array([len(group) for group in groups])
+    starts = np.cumsum(sizes) - sizes
+    values -= np.repeat(np.add.reduceat(values, starts) / sizes, sizes)
+    table -= np.repeat(np.add.reduceat(table, starts) / sizes[:, None], sizes, axis=0)
     fitted, _, rank, _ = np.linalg.lstsq(table, values, rcond=None)
-    freedom = len(cells) - int(rank)
+    freedom = len(values) - len(groups) - int(rank)
     if freedom < LEAST_FREEDOM:
         return None
     return Noise(math.sqrt(float(np.square(values - table @ fitted).sum()) / freedom), freedom)
+
+
+def _crossed(groups: Sequence[Mapping[int, float]]) -> list[dict[int, float]]:
+    """The values that have others of the same configuration and of the same seed; the rest fit without remainder."""
+    left = [dict(group) for group in groups]
+    while True:
+        shared = Counter(seed for group in left for seed in group)
+        kept = [{s: v for s, v in group.items() if shared[s] > 1} for group in left]
+        kept = [group for group in kept if len(group) > 1]
+        if sum(map(len, kept)) == sum(map(len, left)):
+            return kept
+        left = kept
 
 
 @dataclass(frozen=True)
@@ -293,6 +313,7 @@ class Loss:
         return abs(self.lost) <= (self.picked if self.lost > 0 else 0.0) + self.seeds + ROUNDING
 
 
+@once
 def loss(findings: Findings) -> Loss | None:
     """What the first finalist lost with fresh seeds; ``None`` without one, or without a score in the search."""
     if not findings.finalists or findings.finalists[0].trial.value is None:
@@ -334,11 +355,13 @@ def _values(runs: Iterable[Run], name: str) -> dict[int, float]:
     return {r.seed: r.metrics[name] for r in runs if _finite(r, name, False)}
 
 
+@once
 def _alike(findings: Findings, name: str) -> Noise | None:
     """The noise without what a seed does to all trials alike, the search's own seeds among the seeds."""
     return noise_of(a | b for a, b in _groups(findings, name)).paired
 
 
+@once
 def _draws(findings: Findings, name: str) -> int:
     """Degrees of freedom of what seeds do: trials on the same seeds saw the same draws, and count once."""
     return sum(len(seeds) - 1 for seeds in {frozenset(g) for pair in _groups(findings, name) for g in pair if g})

@@ -19,28 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuning.facts import (
-    BEST,
-    STAR,
-    best_tree,
-    contender,
-    dagger,
-    finalist_scores,
-    first_line,
-    metric_names,
-    objective_of,
-    ordered,
-    plural,
-    remark,
-    train_command,
-    verdict,
-)
-from tuning.noise import show
 from tuning.options import COSTS, METRICS
-from tuning.paper import PaperSection
 from tuning.plain import short
 from tuning.record import BESIDE, label, pareto
-from tuning.search import Findings
+from tuning.report.findings import BEST, best_tree, contender, metric_names, objective_of, ordered, train_command
+from tuning.report.noise import show
+from tuning.report.paper import PaperSection
+from tuning.report.read import Findings
+from tuning.report.sentences import STAR, dagger, finalist_scores, first_line, plural, remark, verdict
 from ugrl import config as configs
 from ugrl.secrets import masked
 from ugrl.storage import StorageError, place
@@ -48,6 +34,8 @@ from ugrl.text import csv_cell, line, plain
 
 TABLE, PAGE, TEXT, PAPER_TEXT = "trials.csv", "report.html", "report.md", "paper.md"
 PLOT_FOLDER = "plots"
+# Trials that the terminal shows, and lines on failed ones; the files hold more.
+SHOWN = 100
 
 
 def write_report(findings: Findings, console: Console) -> None:
@@ -75,9 +63,9 @@ def write_report(findings: Findings, console: Console) -> None:
 
 
 def _write_files(findings: Findings) -> tuple[list[str], PaperSection | None]:
-    from tuning.page import write_html, write_markdown
-    from tuning.paper import paper_section
-    from tuning.plots import draw
+    from tuning.report.page import write_html, write_markdown
+    from tuning.report.paper import paper_section
+    from tuning.report.plots import draw
 
     out = findings.search.out
     write_csv(findings)
@@ -169,7 +157,7 @@ def print_trials(findings: Findings, console: Console) -> None:
     points.add_column("trial", justify="right")
     for axis in axes_:
         (results if wide else points).add_column(_plain(axis.name), justify="right")
-    for r in ordered(findings):
+    for r in ordered(findings)[:SHOWN]:
         chosen = best is not None and r.number == best.number
         style = "bold green" if chosen else "dim" if r.state == "FAIL" else ""
         cells = [f"{STAR} {r.number}" if chosen else str(r.number), r.state, str(r.step)]
@@ -182,6 +170,8 @@ def print_trials(findings: Findings, console: Console) -> None:
     _print(results, console)
     if not wide:
         _print(points, console)
+    if len(findings.rows) > SHOWN:
+        _say(f"The first {SHOWN} of {len(findings.rows)} trials; {TABLE} holds all of them.", console)
 
 
 def finalists_table(findings: Findings) -> Table:
@@ -218,13 +208,17 @@ def paper_table(paper: PaperSection) -> Table:
 
 def print_failures(findings: Findings, console: Console) -> None:
     """Why trials failed or were stopped by a constraint, a line each."""
+    said = 0
     for r in findings.rows:
         reason = first_line(r.error) if r.state == "FAIL" else ""
         text = f"trial {r.number} failed: {reason or 'no reason was recorded'}" if r.state == "FAIL" else ""
         if r.violation and not text:
             text = f"trial {r.number} is out: {remark(r)}"
-        if text:
+        if text and said < SHOWN:
             _say(text, console)
+        said += bool(text)
+    if said > SHOWN:
+        _say(f"{said - SHOWN} more trials failed or are out; {TABLE} holds their reasons.", console)
 
 
 def print_files(findings: Findings, console: Console) -> None:
