@@ -23,10 +23,9 @@ from ugrl.config import build
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import MANIFEST, ROW_GROUP, Manifest, ShardInfo, SplitInfo, sha256, write_rows
 from ugrl.files import write_whole
-from ugrl.method.build import build_par, build_prototypes
 from ugrl.method.pool import reliable_pool
 from ugrl.method.pseudo import pseudo_labels
-from ugrl.model.build import build_net
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import Batch, Row
 

@@ -35,7 +35,9 @@ from ugrl.data.order import sample_rng
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.spec import LoaderSpec
-from ugrl.train.loop import Hooks, Trainer, local_loader
+from ugrl.train.batches import local_loader
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 from ugrl.train.run import ensure_shards
 from ugrl.types import Sample, collate
 

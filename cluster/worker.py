@@ -31,7 +31,8 @@ from ugrl.ownership import fence
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, Trainer, nothing
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"

@@ -23,7 +23,7 @@ from ugrl.config import DataConfig
 from ugrl.data.spec import LoaderSpec
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
-from ugrl.train.loop import local_loader
+from ugrl.train.batches import local_loader
 from ugrl.train.run import ensure_shards
 
 TINY = {

@@ -18,7 +18,7 @@ from ugrl.data.shards import Manifest
 from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError
 from ugrl.storage import StorageError
-from ugrl.train.loop import local_loader
+from ugrl.train.batches import local_loader
 
 ray_data = pytest.importorskip("cluster.data", exc_type=ImportError)
 reading = pytest.importorskip("cluster.reading")

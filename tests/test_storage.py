@@ -23,7 +23,9 @@ from ugrl.data.shards import Manifest
 from ugrl.errors import CheckpointError, DataError
 from ugrl.storage import Place, StorageError, place, retry
 from ugrl.train import checkpoint
-from ugrl.train.loop import Hooks, Trainer, local_loader
+from ugrl.train.batches import local_loader
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_rows_and_batches_are_those_of_the_local_folder(shards: Path, server: Se
     for index in torch.randperm(len(here), generator=torch.Generator().manual_seed(0)).tolist():
         assert here[index] == remote[index]
     cfg = build(tiny_tree(steps=6))
-    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu")._spec() for s in (shards, there)]
+    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu").loader_spec() for s in (shards, there)]
     a, b = (local_loader(spec) for spec in specs)
     for _ in range(6):
         x, y = next(a), next(b)
@@ -263,7 +265,7 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
 MAKES = """
 import sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from ugrl.train.folder import make_scratch
+from ugrl.train.run_folder import make_scratch
 path, _ = make_scratch()
 (path / "metrics.jsonl").write_text("{}")
 print(path, flush=True)
@@ -274,7 +276,7 @@ sys.stdin.read()
 def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ugrl.train.folder import LOCK, SCRATCH, YOUNG_S, make_scratch
+    from ugrl.train.run_folder import LOCK, SCRATCH, YOUNG_S, make_scratch
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     there = [

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.eval.selection import NEEDS_MASKS, NEEDS_TAGS
 from ugrl.text import brief
-from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
     from tuning.space import SearchSpace

@@ -141,7 +141,7 @@ class StepOutput:
     Attributes:
         loss: Scalar to call backward on: the local share of the global loss times the number of
             ranks, so that averaging gradients over ranks gives the gradient of the global loss.
-        terms: Named losses, detached scalars, *global* values after :func:`mean over ranks`.
+        terms: Named losses, detached scalars; their mean over ranks is the loss of the global batch.
         stats: Named detached scalars worth logging (effective sample share, mean u, …).
         views: Tensors for pictures, filled only when asked for.
     """

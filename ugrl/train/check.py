@@ -12,7 +12,7 @@ from ugrl.data.order import steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
-from ugrl.train.objective import NEEDS_MASKS, resolve_objective
+from ugrl.eval.selection import NEEDS_MASKS, resolve_objective
 from ugrl.types import IGNORE
 
 
@@ -23,7 +23,7 @@ def check_run(
 
     Args:
         cfg: The run; its own values go together (:func:`ugrl.config.build` has seen to crops, scales and warm-ups).
-        manifest: Of the shards.
+        manifest: Manifest of the prepared shards.
         split: Judged on; ``data.val_split`` by default.
         objective: Judged by; ``eval.objective`` by default.
         fresh: Whether it starts from ``model.weights``, which must be at hand then.
