@@ -172,8 +172,9 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path / "tb")], capture_output=True, text=True, timeout=120, check=True
     )
     said = done.stdout.splitlines()
-    assert said[0].startswith("TensorBoard: OSError: [Errno 27]") and "training goes on" in said[0]
-    assert said[1:] == ["TensorBoard: works again"]
+    refused, works = said[::2], said[1::2]  # few records fit into a new file, too: how often, the machine decides
+    assert all(s.startswith("TensorBoard: OSError: [Errno 27]") and "training goes on" in s for s in refused)
+    assert set(works) == {"TensorBoard: works again"} and len(works) == len(refused)
     assert points(tmp_path / "tb") == [("train/total", k, float(k)) for k in range(1, 201)]
     assert len(list((tmp_path / "tb").iterdir())) > 1
 

@@ -294,7 +294,7 @@ def _objectives(value: Any) -> tuple[Objective, ...]:
     known = ("auto", *METRICS, *COSTS)
     for name in names:
         if name not in known:
-            raise ConfigError(f"space key 'objective': '{name}' is measured by nothing{nearest(str(name), known)}")
+            raise ConfigError(f"space key 'objective': {brief(name)} is measured by nothing{nearest(str(name), known)}")
     if names[0] in COSTS:
         raise ConfigError(
             f"space key 'objective' is {brief(value)}; expected a metric first: {', '.join(METRICS)} or auto"
