@@ -26,11 +26,13 @@ from cluster.metrics import RayGauges
 from cluster.reading import begin_process
 from ugrl import config as configs
 from ugrl.data.make import Loaded
+from ugrl.data.spec import LoaderSpec
 from ugrl.ownership import fence
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, LoaderSpec, Trainer, nothing
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks, nothing
 
 # Marks the reports of a validation; those of a checkpoint repeat the last validation's metrics.
 EVALUATED = "evaluated"
@@ -59,7 +61,7 @@ def train_worker(config: dict[str, Any]) -> None:
     begin_process()
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
-        asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
+        asked = replace(spec, data=replace(spec.data, prefetch=cfg.cluster.prefetch_batches))
         return ray_loader(asked, tasks=config["data_tasks"], store_bytes=store)
 
     logged: dict[str, float] = {}

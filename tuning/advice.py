@@ -9,9 +9,9 @@ from tuning.search import Search
 from tuning.space import SearchSpace
 from ugrl.config import Config
 from ugrl.data.shards import Manifest
+from ugrl.eval.selection import why_no_masks
 from ugrl.text import line
 from ugrl.train.check import judged_rows
-from ugrl.train.objective import why_no_masks
 
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
 ROOM = 1000

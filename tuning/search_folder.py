@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 
 from tuning.lease import PLAN_S
-from tuning.options import Objective, public
+from tuning.options import Objective
 from tuning.record import ranked, read_trials
 from tuning.search import Search
 from tuning.space import SearchSpace, complete_point, differences
@@ -22,6 +22,7 @@ from tuning.study import OBJECTIVES, WHERE, open_study, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.ownership import FOLDER, own
+from ugrl.secrets import public_database as public
 from ugrl.storage import place
 
 SPACE, BASE = "space.yaml", "base.yaml"

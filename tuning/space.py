@@ -24,12 +24,12 @@ from tuning.options import (
     Scheduler,
     as_float,
     mapping,
-    public,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
-from ugrl.text import brief
+from ugrl.secrets import public_database as public
+from ugrl.text import brief, line
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def complete_point(space: SearchSpace, key: str, point: Any, base: Config | None
     searched = [a.path for a in space.search]
     for path in given:
         if path not in searched:
-            raise ConfigError(f"space key '{key}.{path}' is not searched{nearest(path, searched)}")
+            raise ConfigError(f"space key '{key}.{line(path)}' is not searched{nearest(path, searched)}")
     made: dict[str, Any] = {}
     for axis in space.search:
         if not axis.active(made):

@@ -27,11 +27,11 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from tuning.journal import ends_whole, mend_journal, spoiled
-from tuning.options import public
 from tuning.record import DRIVER
 from ugrl.command import complain
 from ugrl.errors import AwayError, ConfigError, UgrlError
 from ugrl.secrets import HIDDEN
+from ugrl.secrets import public_database as public
 from ugrl.storage import StorageError
 from ugrl.text import line
 

@@ -28,12 +28,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.options import Objective, public
+from tuning.options import Objective
 from tuning.record import FROM
 from tuning.sampling import make_pruner, make_sampler
 from tuning.space import SearchSpace
 from tuning.store import check_internals, open_storage
 from ugrl.errors import UgrlError
+from ugrl.secrets import public_database as public
 
 STUDY = "ugrl"
 # Attributes of a study.
