@@ -42,7 +42,7 @@ class Axis:
         kind: One of :data:`KINDS`.
         low: Lower end of a range.
         high: Upper end of a range, included.
-        options: Of a choice.
+        options: The values of a choice; empty for a range.
         step: Distance of the values of a range; 0 for any value.
         when: Path → values: the axis counts only where these other axes have one of these values.
     """

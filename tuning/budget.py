@@ -17,10 +17,10 @@ class Spent:
     """Costs so far.
 
     Attributes:
-        trials: That were begun.
+        trials: Trials that were begun.
         hours: Of the clock, while at least one driver was there.
-        gpu_hours: That trials held.
-        cpu_hours: That trials held.
+        gpu_hours: Hours of GPUs that trials held.
+        cpu_hours: Hours of CPUs that trials held.
     """
 
     trials: int = 0

@@ -48,8 +48,8 @@ def run_search(search: Search, study: optuna.Study, have: Capacity, lease: Lease
     Args:
         search: The search.
         study: From :func:`tuning.study.open_study`.
-        have: The cluster.
-        lease: This driver's.
+        have: What the cluster has.
+        lease: Says which trials this driver owns.
         **more: As of :func:`run`.
 
     Returns:
@@ -92,8 +92,8 @@ def run(
     """Let Ray Tune run what a ledger hands out.
 
     Args:
-        ledger: Of this driver.
-        have: The cluster.
+        ledger: Hands out this driver's trials.
+        have: What the cluster has.
         observers: As :class:`tuning.tune_adapter.Observer`; one with an attribute ``ledger`` is given the ledger.
         reuse: Whether a process is used again for the next trial.
         patience_s: Of :func:`wait_for_work`.
@@ -131,7 +131,7 @@ def wait_for_work(ledger: Ledger, *, patience_s: float, say: Callable[[str], Non
     Outside of Tune, which would hold processes, and hear no signal, while it waits.
 
     Args:
-        ledger: Of this driver.
+        ledger: Hands out this driver's trials.
         patience_s: How long room is waited for while no driver gets on with the search; ``inf`` for ever.
         say: Told in one line what is waited for.
 

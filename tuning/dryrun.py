@@ -60,7 +60,7 @@ def dry_run(
 
     Args:
         search: The search.
-        have: The cluster.
+        have: What the cluster has.
         console: Where to print.
         step_s: Seconds of a training step; measured here without it.
         where: What ``have`` is, in words.
@@ -224,7 +224,7 @@ class Cost:
     Attributes:
         share: Of a whole run that a trial takes with its first seed.
         runs: Whole runs of the search itself, in steps.
-        finals: Whole runs afterwards.
+        finals: Whole runs with fresh seeds afterwards.
         seconds: Of all of them, one after the other.
     """
 

@@ -105,9 +105,9 @@ class FinalQueue(TrialQueue):
     """The final runs that this driver may begin.
 
     Args:
-        finals: Their study.
+        finals: The study of the final runs.
         search: The search.
-        lease: This driver's.
+        lease: Says which final runs this driver owns.
         study: That of the search, whose trials are the candidates.
     """
 

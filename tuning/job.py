@@ -30,7 +30,7 @@ class Job:
     """A trial that this driver looks after.
 
     Attributes:
-        trial: Optuna's, RUNNING.
+        trial: The trial in the study; its state is RUNNING.
         point: Dotted path of the configuration → value.
         seeds: One for each run, in the order in which they run.
         folder: Where the runs are written, one folder a seed.

@@ -46,7 +46,7 @@ class Lease:
 
     Args:
         study: Whose storage holds the sessions.
-        slots: Trials side by side.
+        slots: Trials that the driver runs at a time.
         beat_s: Seconds between two heartbeats.
     """
 
@@ -94,9 +94,9 @@ class Lease:
         """Own a trial that waits, or an orphan, and have it RUNNING under this driver's name.
 
         Args:
-            study: The trial's.
+            study: The study that the trial belongs to.
             seen: The trial as it was found.
-            folder: Of its runs.
+            folder: Where the runs of the trial are written.
 
         Returns:
             ``None`` where another driver has it, or has had it since it was looked at.

@@ -33,9 +33,9 @@ class Ledger:
     """The trials that one driver looks after.
 
     Args:
-        queue: Where they come from.
-        cpus: That a trial holds.
-        gpus: That a trial holds.
+        queue: Where the trials come from.
+        cpus: CPUs that a trial holds.
+        gpus: GPUs that a trial holds.
 
     Attributes:
         jobs: The trials that run, by the names that whoever runs them gives them.

@@ -45,10 +45,10 @@ class Measure:
     """A mean over seeds.
 
     Attributes:
-        name: Of the metric or cost.
+        name: The metric or cost.
         mean: In the metric's own unit, ratios as fractions; NaN without a measurement.
         stderr: Its standard error; NaN with fewer than two seeds.
-        count: Seeds.
+        count: Number of seeds.
         seeds: Which; empty where it does not matter.
     """
 
@@ -88,9 +88,9 @@ def measure(runs: Iterable[Run], name: str, *, final: bool = False) -> Measure:
     """A metric over runs.
 
     Args:
-        runs: Of one configuration.
-        name: Of a metric or cost.
-        final: On the untouched split.
+        runs: The runs of one configuration.
+        name: The metric or cost.
+        final: Whether it is that of the untouched split.
     """
     runs = tuple(runs)
     seeds = tuple(sorted(r.seed for r in runs if has_metric(r, name, final)))
@@ -196,7 +196,7 @@ class Gap(Measure):
     """A difference of two measures.
 
     Attributes:
-        noise: That it is judged by.
+        noise: What it is judged by.
         paired: Whether it was taken seed by seed.
     """
 

@@ -197,7 +197,7 @@ def first_rung(grace: float, base: Config) -> int:
     Args:
         grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0, which is half
             of what follows the warm-ups.
-        base: The run.
+        base: The configuration whose steps are meant.
     """
     if grace >= 1:
         return int(grace)

@@ -82,7 +82,7 @@ class Room:
 
     Args:
         search: The search.
-        have: The cluster.
+        have: What the cluster has.
         free: Says what each node has free now, as :func:`tuning.tune_adapter.free_resources`.
     """
 

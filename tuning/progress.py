@@ -59,11 +59,11 @@ class TrialProgress:
     """An observer of the trials (:class:`tuning.tune_adapter.Observer`) that shows what happens.
 
     Args:
-        objectives: Of the search.
-        steps: Of a whole run.
+        objectives: What is optimised; the first one is shown.
+        steps: Steps of a whole run.
         console: Where to show it.
         enabled: Whether to show anything.
-        title: Of the live table.
+        title: Title of the live table.
         word: What a trial is called.
     """
 

@@ -60,8 +60,8 @@ class Run:
     """One training of a configuration.
 
     Attributes:
-        seed: Of the configuration.
-        step: Of its last validation.
+        seed: The seed of the training.
+        step: Step of its last validation.
         value: The first objective there; ``None`` without a validation.
         metrics: All metrics and costs of that validation, ratios as fractions.
         curve: (step, first objective) of all validations.
@@ -99,21 +99,21 @@ class TrialRow:
     """One trial, as the report shows it.
 
     Attributes:
-        number: Optuna's.
+        number: The number of the trial in its study.
         state: COMPLETE, PRUNED, FAIL, RUNNING or WAITING.
         values: One for each objective: what the study was told, else means over the runs so far; empty without any.
         runs: One for each seed that was begun.
         params: Dotted path → value; an axis that did not count is missing.
         seconds: How long the trial held its resources.
-        cpus: That it held.
-        gpus: That it held.
+        cpus: CPUs that it held.
+        gpus: GPUs that it held.
         error: Why it failed.
         note: Why it was stopped.
         violation: Cost → value, where a constraint is broken.
         origin: Where the point came from, if nothing sampled it.
         host: Where it ran.
-        commit: Of the code.
-        out: The folder of its runs.
+        commit: Commit of the code that ran.
+        out: Folder of its runs.
         started: Seconds since the epoch, or NaN.
         ended: Seconds since the epoch, or NaN.
     """
@@ -170,8 +170,8 @@ class TrialRow:
         """Mean, standard error and number of the runs that have a metric.
 
         Args:
-            name: Of a metric or cost.
-            final: On the untouched split.
+            name: The metric or cost.
+            final: Whether it is that of the untouched split.
         """
         found = [(r.final if final else r.metrics).get(name) for r in self.runs]
         values = [v for v in found if v is not None and math.isfinite(v)]
@@ -310,10 +310,10 @@ class Session:
     """One driver's time with a study.
 
     Attributes:
-        id: Of the driver.
+        id: Name of the driver.
         host: Where it ran.
-        pid: Its process.
-        slots: Trials side by side.
+        pid: Number of its process.
+        slots: Trials that it runs at a time.
         started: Seconds since the epoch.
         seen: When it was last heard of.
         ended: Whether it said goodbye.

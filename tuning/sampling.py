@@ -60,7 +60,7 @@ def make_pruner(space: SearchSpace, steps: int) -> BasePruner:
 
     Args:
         space: The search.
-        steps: Of a whole run.
+        steps: Steps of a whole run.
     """
     asked = space.scheduler
     factor = int(asked.reduction_factor)

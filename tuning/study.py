@@ -67,7 +67,7 @@ def open_study(
         out: Its folder.
         create: Refuse a study that exists.
         objectives: What is optimised, by their real names.
-        steps: Of a whole run.
+        steps: Steps of a whole run.
         storage: Already open.
         planned: Whether to put the trials that the budget lacks into it at once; of drivers that may start together
             one does (:func:`tuning.lease.once`).

@@ -31,7 +31,7 @@ class TrialQueue:
     Args:
         study: From :func:`tuning.study.open_study`.
         search: The search.
-        lease: This driver's.
+        lease: Says which trials this driver owns.
     """
 
     def __init__(self, study: optuna.Study, search: Search, lease: Lease) -> None:

@@ -59,7 +59,7 @@ class StudySearch(Searcher):
     """Tune's searcher: asks the ledger for trials, and tells it how they ended.
 
     Args:
-        ledger: Of this driver.
+        ledger: Hands out this driver's trials, and judges them.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -103,7 +103,7 @@ class StudyScheduler(FIFOScheduler):
     """Tune's scheduler: asks the ledger whether a trial that has just reported is to be stopped.
 
     Args:
-        ledger: Of this driver.
+        ledger: Hands out this driver's trials, and judges them.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -204,7 +204,7 @@ def run_session(
     """Have Tune run trials until this driver has nothing to begin.
 
     Args:
-        ledger: Of this driver.
+        ledger: Hands out this driver's trials, and judges them.
         name: Of the session, another one each time: Tune would mix a known one with what it finds there.
         side_by_side: Trials at a time.
         observers: Told what happens.
