@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 
+from bench.memory import LiveBytes
+
 
 class Remote:
     """A call that happens elsewhere; each process serves one side, from the ``with`` statement's begin to its end.
@@ -34,7 +36,7 @@ class Remote:
     def __enter__(self) -> Remote:
         # A server that has imported what all need, and computed nothing, forks the processes: that is quick.
         server = mp.get_context("forkserver")
-        server.set_forkserver_preload(["bench.measure", "ugrl.train.step"])
+        server.set_forkserver_preload(["bench.memory", "ugrl.train.step"])
         self.pipe, theirs = server.Pipe()
         self.process = server.Process(target=_serve, args=(theirs, self.make, self.args, self.threads), daemon=True)
         self.process.start()
@@ -73,8 +75,6 @@ class Remote:
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple, threads: int) -> None:
-    from bench.measure import LiveBytes
-
     torch.set_num_threads(threads)
     now = time.process_time if threads == 1 else time.perf_counter
     step: Callable[[], object] | None = None

@@ -21,11 +21,11 @@ from bench.contrast import problem, sides
 from bench.measure import Context, Growth, growth
 from ugrl.config import build
 from ugrl.data.reader import ShardReader
-from ugrl.data.shards import MANIFEST, ROW_GROUP, Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
-from ugrl.method.build import build_par, build_prototypes
+from ugrl.data.shards import MANIFEST, ROW_GROUP, Manifest, ShardInfo, SplitInfo, sha256, write_rows
+from ugrl.files import write_whole
 from ugrl.method.pool import reliable_pool
 from ugrl.method.pseudo import pseudo_labels
-from ugrl.model.build import build_net
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import Batch, Row
 
@@ -99,7 +99,7 @@ def folder(root: Path, shards: int) -> Path:
         made.append(ShardInfo(path.name, ROWS_A_SHARD, path.stat().st_size, sha256(path)))
     splits = {"train": SplitInfo(rows=shards * ROWS_A_SHARD, with_masks=0, shards=tuple(made))}
     manifest = Manifest(root=root, source="folder", options={}, class_names=("thing",), splits=splits)
-    write_text(root / MANIFEST, manifest.to_json())
+    write_whole(root / MANIFEST, manifest.to_json())
     return root
 
 

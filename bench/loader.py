@@ -25,13 +25,16 @@ from torch.utils.data import DataLoader
 
 from bench.baseline.loader import PublicDataset, item, stack
 from bench.measure import Context, Different, Entry, Skipped, compare, entry
+from ugrl.config import DataConfig
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.images import decode_pixels, decode_rgb
 from ugrl.data.loader import LocalLoader
 from ugrl.data.make import BatchMaker, Loaded, OnDevice
 from ugrl.data.reader import ShardReader
-from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
+from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows
+from ugrl.data.spec import LoaderSpec
+from ugrl.files import write_whole
 from ugrl.types import Row
 
 CROP, BATCH, SEED, VIEWS = 512, 8, 0, 2
@@ -97,7 +100,7 @@ def write_shards(rows: list[Row], folder: Path) -> Path:
     write_rows(path, iter(rows))
     shard = ShardInfo(path.name, len(rows), path.stat().st_size, sha256(path))
     split = SplitInfo(len(rows), 0, (shard,))
-    write_text(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
+    write_whole(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
     return folder
 
 
@@ -193,7 +196,9 @@ def local_epochs(folder: Path, augment: Augment, threads: int) -> int:
     """Two epochs by our loader; returns how many crops that was."""
     reader, crops = ShardReader(folder, "train"), 0
     steps = 2 * (len(reader) // BATCH)
-    with LocalLoader(reader, augment, seed=SEED, global_batch=BATCH, threads=threads, prefetch=2) as loader:
+    data = DataConfig(crop=augment.crop, threads=threads, prefetch=2)
+    spec = LoaderSpec(folder, "train", augment.num_classes, seed=SEED, global_batch=BATCH, data=data)
+    with LocalLoader(spec, reader) as loader:
         for _ in range(steps):
             crops += len(next(loader).to("cpu").ids)
     return crops

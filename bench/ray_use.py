@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
+from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows
+from ugrl.files import write_whole
 from ugrl.types import Row
 
 MARK = "UGRL_BENCH_MARK"
@@ -153,7 +154,7 @@ def write_noise(folder: Path, megabytes: int, *, distinct: int = 48, shards: int
         rows_written, _ = write_rows(path, rows)
         infos.append(ShardInfo(path.name, rows_written, path.stat().st_size, sha256(path)))
     split = SplitInfo(count, 0, tuple(infos))
-    write_text(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
+    write_whole(folder / "manifest.json", Manifest(folder, "folder", {}, ("thing",), {"train": split}).to_json())
     return folder
 
 

@@ -30,9 +30,8 @@ from bench.apart import Remote
 from bench.baseline.step import PublicStep
 from bench.measure import Context, Different, Entry, Skipped, compare
 from ugrl.config import Config, build
-from ugrl.method.build import build_par, build_prototypes
-from ugrl.model.build import build_net
 from ugrl.model.network import UGRLNet
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.optim import Optimizer, lr_factor
 from ugrl.train.step import Step
 from ugrl.types import Batch, StepOutput

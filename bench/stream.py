@@ -28,12 +28,16 @@ from bench.loader import BATCH, CROP, SEED, kilobytes, photos, write_shards
 from bench.loader import cpu_seconds as cpu_seconds_of
 from bench.measure import Context, Different, Entry, Skipped, entry
 from ugrl import config as configs
+from ugrl.config import DataConfig
 from ugrl.data.augment import Augment
 from ugrl.data.make import OnDevice
 from ugrl.data.order import sample_rng
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
-from ugrl.train.loop import Hooks, LoaderSpec, Trainer, local_loader
+from ugrl.data.spec import LoaderSpec
+from ugrl.train.batches import local_loader
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 from ugrl.train.run import ensure_shards
 from ugrl.types import Sample, collate
 
@@ -63,17 +67,20 @@ def asked(shards: Path, images: int, on_device: OnDevice = "none") -> LoaderSpec
     return LoaderSpec(
         shards=shards,
         split="train",
-        augment=Augment(CROP, 1),
+        num_classes=1,
+        data=DataConfig(crop=CROP, threads=1, prefetch=2, on_device=on_device),
         seed=SEED,
         global_batch=BATCH,
         rank=0,
         world=1,
         start_step=0,
         total_steps=images // BATCH,
-        threads=1,
-        prefetch=2,
-        on_device=on_device,
     )
+
+
+def with_data(spec: LoaderSpec, **values: object) -> LoaderSpec:
+    """The same with other values in its section ``data``."""
+    return replace(spec, data=replace(spec.data, **values))
 
 
 def settle(mark: str | None) -> None:
@@ -170,7 +177,7 @@ def local_rate(shards: Path, images: int, threads: int) -> float:
     """The same of our loader."""
 
     def work() -> None:
-        loader = local_loader(replace(asked(shards, 100 * images), threads=threads))
+        loader = local_loader(with_data(asked(shards, 100 * images), threads=threads))
         for _ in range(images // BATCH):
             next(loader)
         loader.close()  # type: ignore[attr-defined]
@@ -307,7 +314,7 @@ def bounded(ctx: Context, tmp: Path) -> Iterator[Entry]:
     manifest = Manifest.load(noise)
     size = sum(s.bytes for s in manifest.split("train").shards)
     steps = manifest.rows("train") // BATCH
-    spec = replace(asked(noise, steps * BATCH, "normalize"), augment=Augment(32, 1))
+    spec = with_data(asked(noise, steps * BATCH, "normalize"), crop=32)
     with ray_use.private_cluster(store_bytes=STORE):
         bound = stream_bytes(mean_row_bytes(manifest, "train"), tasks=2, store_bytes=store_part(1))
         ctx.log("stream/store")

@@ -24,8 +24,8 @@ from ugrl.data.images import encode_labels
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.eval.evaluate import evaluate
-from ugrl.model.build import build_net
 from ugrl.seeding import generator
+from ugrl.train.build import build_net
 from ugrl.types import Row
 
 CLASSES = 20

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     resolve(args.device)
     plan = plan_run(cfg, data=args.data, out=args.out, resume=args.resume, console=console)
     from ugrl.ownership import own
-    from ugrl.train.loop import Hooks, Trainer
+    from ugrl.train.loop import Trainer
+    from ugrl.train.observer import Hooks
 
     with own(plan.out) as held, ugrl.hear.owning(held.give_back):
         trainer = Trainer(

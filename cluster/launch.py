@@ -82,7 +82,7 @@ def launch(
     """Run the trainer on workers of Ray Train, fed by Ray Data.
 
     The folder looks as after a run of one process: ``config.yaml``, ``metrics.jsonl``, ``tb`` and
-    ``checkpoints/step_…`` under ``out``. Workers that die are replaced, ``cluster.max_failures`` times; the run then goes
+    ``checkpoints/step_…`` under ``out``. Workers that die are replaced, ``cluster.max_failures`` times; the run goes
     on from its last checkpoint. Where ``cluster.min_workers`` allows fewer workers, the run goes on with as many as
     still fit, and takes more again when there is room. The global batch stays the same, so only numbers of workers that
     divide it are used.

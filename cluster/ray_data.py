@@ -25,6 +25,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -35,14 +36,14 @@ from ray.exceptions import RayError
 
 from cluster.blocks import BlockPlan, mean_row_bytes, plan_blocks, store_part
 from cluster.ray_internals import block_refs, pause_scheduler
-from cluster.read_tasks import ERRORS, Carried, Wanted, fetch, unpack
+from cluster.read_tasks import ERRORS, Carried, fetch, unpack
 from ugrl.data.cache import PixelCache
 from ugrl.data.make import BatchMaker, Draft, Loaded, awaited
 from ugrl.data.reader import wants_masks
 from ugrl.data.shards import Manifest
+from ugrl.data.spec import LoaderSpec, silent
 from ugrl.errors import DataError, UgrlError
 from ugrl.storage import place, retry
-from ugrl.train.loop import LoaderSpec
 
 # Ray Data stores the description of every block before it begins, 1 ms each. So it gets this many at a time.
 BLOCKS_AT_ONCE = 2000
@@ -64,35 +65,21 @@ def ray_loader(spec: LoaderSpec, *, tasks: int = 1, store_bytes: float | None = 
     Raises:
         DataError: A shard or row is broken; raised when its step is reached.
     """
-    local = spec.global_batch // spec.world
+    local = spec.local_batch
     total = (spec.total_steps - spec.start_step) * local
     if total <= 0:
         return
     _quiet()
-    manifest = retry(str(place(spec.shards)), lambda: Manifest.load(spec.shards), patience_s=spec.patience_s)
+    spec = replace(spec, shards=place(spec.shards))  # which means the same in every process
+    patience_s = spec.data.storage_patience_s
+    manifest = retry(str(spec.shards), lambda: Manifest.load(spec.shards), patience_s=patience_s)
     room = store_part(spec.world) if store_bytes is None else store_bytes
     plan = plan_blocks(mean_row_bytes(manifest, spec.split), tasks=tasks, store_bytes=room)
-    work = partial(fetch, spec=wanted(spec), manifest=manifest, block_bytes=plan.block_bytes, stream=uuid.uuid4().hex)
+    sent = replace(spec, say=silent)  # the trainer stays here
+    work = partial(fetch, spec=sent, manifest=manifest, block_bytes=plan.block_bytes, stream=uuid.uuid4().hex)
     with Feeder(spec, _blocks(work, plan, total, local)) as feeder:
         for _ in range(spec.start_step, spec.total_steps):
             yield feeder.next()
-
-
-def wanted(spec: LoaderSpec) -> Wanted:
-    """What reading tasks must know of a loader."""
-    return Wanted(
-        shards=place(spec.shards),
-        split=spec.split,
-        seed=spec.seed,
-        global_batch=spec.global_batch,
-        rank=spec.rank,
-        world=spec.world,
-        start_step=spec.start_step,
-        masks_every=spec.masks_every,
-        cache_dir=spec.cache_dir,
-        cache_disk_mb=spec.cache_disk_mb,
-        patience_s=spec.patience_s,
-    )
 
 
 # --- what runs in the consumer --------------------------------------------------------------------------------------
@@ -144,19 +131,14 @@ class Feeder:
 
     def __init__(self, spec: LoaderSpec, blocks: Iterator[pa.Table]) -> None:
         self.spec, self.blocks = spec, blocks
-        self.local = spec.global_batch // spec.world
-        self.maker = BatchMaker(
-            spec.augment,
-            seed=spec.seed,
-            on_device=spec.on_device,
-            cache=PixelCache(spec.cache_mb) if spec.cache_mb > 0 else None,
-            pin_memory=spec.pin_memory,
-        )
-        self.pool = ThreadPoolExecutor(spec.threads, "ugrl-decode") if spec.threads > 0 else None
+        self.local = spec.local_batch
+        data = spec.data
+        self.maker = BatchMaker.of(spec, PixelCache(data.cache_mb) if data.cache_mb > 0 else None)
+        self.pool = ThreadPoolExecutor(data.threads, "ugrl-decode") if data.threads > 0 else None
         self.made: queue.SimpleQueue[Future[Loaded]] = queue.SimpleQueue()
         self.coming: Future[Loaded] | None = None
         self.step = spec.start_step
-        self.room = threading.Semaphore(max(1, spec.prefetch))
+        self.room = threading.Semaphore(data.prefetch)
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._feed, name="ugrl-feed", daemon=True)
 

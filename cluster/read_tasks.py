@@ -17,9 +17,10 @@ import pyarrow as pa
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
+from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
-from ugrl.storage import Place, StorageError, place
+from ugrl.storage import StorageError, place
 
 # A process of Ray's pool keeps the readers of this many streams.
 OPEN_STREAMS = 4
@@ -40,23 +41,6 @@ PLACE = [
     pa.field("error", pa.string()),
 ]
 CARRIED = pa.schema([*SCHEMA, *PLACE])
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which rows a rank's stream has, in which order; fields as of :class:`ugrl.train.loop.LoaderSpec`."""
-
-    shards: Place
-    split: str
-    seed: int
-    global_batch: int
-    rank: int
-    world: int
-    start_step: int
-    masks_every: int
-    cache_dir: str | None
-    cache_disk_mb: int
-    patience_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +70,7 @@ class Carried:
 
 
 def fetch(
-    batch: dict[str, Any], *, spec: Wanted, manifest: Manifest, block_bytes: int, stream: str
+    batch: dict[str, Any], *, spec: LoaderSpec, manifest: Manifest, block_bytes: int, stream: str
 ) -> Iterator[pa.Table]:
     """Fetch the bytes of the rows at some positions of a rank's stream.
 
@@ -117,7 +101,7 @@ def fetch(
         yield pack(rows)
 
 
-def _read_ahead(positions: range, spec: Wanted, reader: ShardReader) -> Iterator[Carried]:
+def _read_ahead(positions: range, spec: LoaderSpec, reader: ShardReader) -> Iterator[Carried]:
     """The rows in order. Rows of a remote storage are requested several at a time."""
     read = partial(_read, spec=spec, reader=reader)
     if place(spec.shards).local is not None:
@@ -127,8 +111,8 @@ def _read_ahead(positions: range, spec: Wanted, reader: ShardReader) -> Iterator
         yield from pool.map(read, positions)
 
 
-def _read(position: int, *, spec: Wanted, reader: ShardReader) -> Carried:
-    local = spec.global_batch // spec.world
+def _read(position: int, *, spec: LoaderSpec, reader: ShardReader) -> Carried:
+    local = spec.local_batch
     step, slot = spec.start_step + position // local, position % local
     try:
         epoch, indices = batch_rows(
@@ -153,13 +137,11 @@ def _read(position: int, *, spec: Wanted, reader: ShardReader) -> Carried:
 _opened: dict[str, ShardReader] = {}
 
 
-def _open(stream: str, manifest: Manifest, spec: Wanted) -> ShardReader:
+def _open(stream: str, manifest: Manifest, spec: LoaderSpec) -> ShardReader:
     """Make a reader for a stream. A process keeps it, so that later tasks find the shards open."""
     while len(_opened) >= OPEN_STREAMS:
         del _opened[next(iter(_opened))]
-    _opened[stream] = ShardReader(
-        manifest, spec.split, cache_dir=spec.cache_dir, cache_disk_mb=spec.cache_disk_mb, patience_s=spec.patience_s
-    )
+    _opened[stream] = ShardReader(manifest, spec.split, spec.data)
     return _opened[stream]
 
 

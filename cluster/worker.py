@@ -31,11 +31,13 @@ from cluster.ray_data import ray_loader
 from cluster.read_tasks import start_reading_process
 from ugrl import config as configs
 from ugrl.data.make import Loaded
+from ugrl.data.spec import LoaderSpec
 from ugrl.ownership import fence
 from ugrl.storage import Place, place
 from ugrl.train import checkpoint
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, LoaderSpec, Trainer, nothing
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks, nothing
 
 # Set in the reports of a validation. The reports of a checkpoint repeat the metrics of the last validation.
 EVALUATED = "evaluated"
@@ -63,7 +65,7 @@ def train_worker(config: dict[str, Any]) -> None:
     start_reading_process()
 
     def loader(spec: LoaderSpec) -> Iterator[Loaded]:
-        asked = replace(spec, prefetch=cfg.cluster.prefetch_batches)
+        asked = replace(spec, data=replace(spec.data, prefetch=cfg.cluster.prefetch_batches))
         return ray_loader(asked, tasks=config["data_tasks"], store_bytes=store)
 
     try:

@@ -62,7 +62,7 @@ from ugrl.ownership import FOLDER, STALE_S, read_claims
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import line
 from ugrl.train import checkpoint
-from ugrl.train.folder import SCRATCH
+from ugrl.train.run_folder import SCRATCH
 
 # Of a driver that is to notice soon that its cluster is lost.
 HEAD = "cluster.head_s=10"

@@ -22,9 +22,9 @@ from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.source import SOURCES, RowError, Source
 from ugrl.errors import UgrlError
-from ugrl.model.build import build_net
 from ugrl.model.network import UGRLNet
 from ugrl.row import IGNORE
+from ugrl.train.build import build_net
 
 
 class BackboneContract:

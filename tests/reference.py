@@ -98,7 +98,7 @@ def ref_pseudo_labels(planes, classes, box, size, high, low):
     return labels, conf
 
 
-def ref_random_walk(cam, ahat, beta, log_iterations):
+def ref_random_walk(cam, ahat, beta):
     """One map of N values along an N x N affinity."""
     count = len(cam)
     walk = []
@@ -106,8 +106,6 @@ def ref_random_walk(cam, ahat, beta, log_iterations):
         row = [ahat[i][j] ** beta for j in range(count)]
         total = sum(row)
         walk.append([v / total if total > 0 else 0.0 for v in row])
-    for _ in range(log_iterations):
-        walk = [[sum(walk[i][k] * walk[k][j] for k in range(count)) for j in range(count)] for i in range(count)]
     return [sum(walk[i][j] * cam[j] for j in range(count)) for i in range(count)]
 
 
@@ -489,31 +487,21 @@ def sample_nearest_loops(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def contrastive_loss_loops(
-    emb: np.ndarray,
-    labels: np.ndarray,
-    pool: np.ndarray,
-    tau: float,
-    scope: str = "image",
-    multiplicity: np.ndarray | None = None,
+    emb: np.ndarray, labels: np.ndarray, pool: np.ndarray, tau: float, scope: str = "image"
 ) -> float:
-    """emb (B, D, h, w): mean over anchors of log Σ_{j≠i} e^{s_ij/τ} − log Σ_{j≠i, same} e^{s_ij/τ}.
-
-    With a multiplicity (B, h, w), the sums count a pixel j ≠ i m_j times and i itself m_i − 1 times, the mean counts i
-    m_i times.
-    """
+    """emb (B, D, h, w): mean over anchors of log Σ_{j≠i} e^{s_ij/τ} − log Σ_{j≠i, same} e^{s_ij/τ}."""
     anchors = [
-        (b, int(labels[b, y, x]), emb[b, :, y, x], 1 if multiplicity is None else int(multiplicity[b, y, x]))
+        (b, int(labels[b, y, x]), emb[b, :, y, x])
         for b, y, x in np.ndindex(*labels.shape)
         if pool[b, y, x] and labels[b, y, x] != IGNORED
     ]
     total, n = 0.0, 0
-    for i, (image, label, vector, m) in enumerate(anchors):
+    for i, (image, label, vector) in enumerate(anchors):
         every, positive = [], []
-        for j, (other_image, other_label, other, times) in enumerate(anchors):
-            times = times - 1 if i == j else times
-            if m == 0 or times == 0 or (scope == "image" and image != other_image):
+        for j, (other_image, other_label, other) in enumerate(anchors):
+            if i == j or (scope == "image" and image != other_image):
                 continue
-            s = sum(float(p) * float(q) for p, q in zip(vector, other, strict=True)) / tau + math.log(times)
+            s = sum(float(p) * float(q) for p, q in zip(vector, other, strict=True)) / tau
             every.append(s)
             if label == other_label:
                 positive.append(s)
@@ -523,8 +511,8 @@ def contrastive_loss_loops(
         high = max(positive)
         lse_all = top + math.log(sum(math.exp(s - top) for s in every))
         lse_pos = high + math.log(sum(math.exp(s - high) for s in positive))
-        total += m * (lse_all - lse_pos)
-        n += m
+        total += lse_all - lse_pos
+        n += 1
     return total / n if n else 0.0
 
 

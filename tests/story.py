@@ -17,8 +17,9 @@ from rich.console import Console
 
 from tuning.options import Objective
 from tuning.record import Run, read_trials
-from tuning.report import write_report
-from tuning.search import Finalist, Findings, Search, Session
+from tuning.report.files import write_report
+from tuning.report.read import Finalist, Findings
+from tuning.search import Search, Session
 from tuning.space import SearchSpace, build_space
 from tuning.study import distribution
 from ugrl.storage import Place

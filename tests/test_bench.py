@@ -23,7 +23,6 @@ from bench.measure import (
     Different,
     Entry,
     Growth,
-    LiveBytes,
     Skip,
     Skipped,
     compare,
@@ -35,6 +34,7 @@ from bench.measure import (
     peak_bytes,
     same,
 )
+from bench.memory import LiveBytes
 from bench.report import Report, plot
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,12 +22,11 @@ from bench.validation import configuration as validation_configuration
 from ugrl.config import Config, build
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
-from ugrl.method.build import build_par, build_prototypes
 from ugrl.model import encoder
-from ugrl.model.build import build_net
 from ugrl.model.encoder import MiTSpec, attention_logits
 from ugrl.model.network import UGRLNet
 from ugrl.model.noise import sample_noise
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import Batch
 

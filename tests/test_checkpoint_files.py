@@ -20,12 +20,13 @@ from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import LostError
 from ugrl.storage import place
 from ugrl.train import checkpoint
-from ugrl.train.folder import RunFolder
+from ugrl.train.checkpoint_writer import CheckpointWriter, Snapshot
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, Trainer
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 from ugrl.train.restore import restore
 from ugrl.train.run import stored_config
-from ugrl.train.saver import Saver, Snapshot
+from ugrl.train.run_folder import RunFolder
 
 CFG = build(tiny_tree(steps=3, eval_every=1, keep_best=2))
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def test_a_run_that_was_lost_while_its_storage_was_away_writes_no_more(tmp_path:
             raise LostError("another driver has taken it over")
 
     (tmp_path / "checkpoints").write_text("in the way")
-    keeper = Saver(
+    keeper = CheckpointWriter(
         tmp_path,
         mirror=None,
         config={},
@@ -180,7 +181,7 @@ def test_a_ranking_that_cannot_be_read_begins_anew(tmp_path: Path) -> None:
         "keep_best": 1,
         "patience_s": 5.0,
     }
-    keeper = Saver(tmp_path, objective="m", log=said.append, **common)
+    keeper = CheckpointWriter(tmp_path, objective="m", log=said.append, **common)
     for step, value in ((1, 0.5), (2, 0.4), (3, float("nan"))):
         keeper.submit(Snapshot(step, {"m": value, "step": step}, {"model": {"x": torch.ones(1)}}))
         keeper.flush()

@@ -19,10 +19,11 @@ from cluster.capacity import Capacity
 from cluster.launch import launch
 from tests.raycluster import check_same, training_workers, when_saved
 from ugrl import config as configs
-from ugrl.data.augment import Augment
+from ugrl.config import DataConfig
+from ugrl.data.spec import LoaderSpec
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
-from ugrl.train.loop import LoaderSpec, local_loader
+from ugrl.train.batches import local_loader
 from ugrl.train.run import ensure_shards
 
 TINY = {
@@ -71,15 +72,14 @@ def spec(cfg: configs.Config, shards: Path, rank: int, start: int) -> LoaderSpec
     return LoaderSpec(
         shards=shards,
         split="train",
-        augment=Augment(crop=32, num_classes=6),
+        num_classes=6,
+        data=DataConfig(crop=32, threads=1, prefetch=2),
         seed=3,
         global_batch=6,
         rank=rank,
         world=2,
         start_step=start,
         total_steps=30,  # several epochs
-        threads=1,
-        prefetch=2,
     )
 
 

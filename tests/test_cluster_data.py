@@ -20,13 +20,15 @@ pytest.importorskip("ray", reason="Ray is not installed")
 from bench.ray_use import StoreWatch, private_cluster, processes, write_noise
 from cluster import blocks, ray_data
 from cluster.ray_internals import SchedulerPause
-from ugrl.data.augment import Augment
+from tests.loaders import changed
+from ugrl.config import DataConfig
 from ugrl.data.make import Loaded
 from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
 from ugrl.data.reader import ShardReader
-from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows, write_text
+from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, sha256, write_rows
+from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError
-from ugrl.train.loop import LoaderSpec
+from ugrl.files import write_whole
 
 pytestmark = pytest.mark.ray
 
@@ -50,18 +52,16 @@ def asked(shards: Path, steps: int, **changes: Any) -> LoaderSpec:
     made = LoaderSpec(
         shards=shards,
         split="train",
-        augment=Augment(crop=16, num_classes=6),
+        num_classes=6,
+        data=DataConfig(crop=16, threads=1, prefetch=2, on_device="normalize"),
         seed=3,
         global_batch=8,
         rank=0,
         world=1,
         start_step=0,
         total_steps=steps,
-        threads=1,
-        prefetch=2,
-        on_device="normalize",
     )
-    return replace(made, **changes)
+    return changed(made, **changes)
 
 
 def ids_of(batch: Loaded) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ def cut_image(folder: Path, manifest: Manifest) -> None:
     write_rows(path, iter(rows))
     shard = ShardInfo(path.name, len(rows), path.stat().st_size, sha256(path))
     split = SplitInfo(len(rows), len(rows), (shard,))
-    write_text(folder / "manifest.json", replace(manifest, splits={"train": split}).to_json())
+    write_whole(folder / "manifest.json", replace(manifest, splits={"train": split}).to_json())
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,15 @@ def test_continue_with_is_what_was_typed(
     assert words == ["ugrl-train", *again]
 
 
+def test_each_problem_of_a_configuration_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", "shapes", "train.stpes=3", "train.steps=0", "name=a/b"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: shapes.yaml: unknown config key 'train.stpes'; did you mean 'train.steps'?",
+        "error: shapes.yaml: config key 'train.steps' is 0; expected ≥ 1",
+        "error: shapes.yaml: config key name is 'a/b'; expected a name that a folder can have",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -39,6 +43,75 @@ def test_bad_values_are_named(words: list[str], message: str) -> None:
         config.load("voc", config.parse_overrides(words))
     assert message in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    tree = {
+        "trian": {},
+        "name": "a/b",
+        "data": {"scale_min": 3, "crop": "wide"},
+        "method": {"contrast": {"tua": 0.1, "keep": 0}, "cam": 3},
+        "train": {"steps": 0, "mirror": True},
+    }
+    with pytest.raises(ConfigError) as info:
+        config.build(tree)
+    problems = info.value.problems
+    assert problems == (
+        "unknown config key 'trian'; did you mean 'train'?",
+        "config key 'data.crop' is 'wide'; expected an integer",
+        "unknown config key 'method.contrast.tua'; did you mean 'tau'?",
+        "config key 'method.contrast.keep' is 0.0; expected > 0 and ≤ 1",
+        "config section 'method.cam' is 3; expected keys and values",
+        "config key 'train.steps' is 0; expected ≥ 1",
+        "unknown config key 'train.mirror'; did you mean 'data.mirror'?",
+        "config key data.scale_min is 3.0; expected ≤ data.scale_max 2.0",
+        "config key name is 'a/b'; expected a name that a folder can have",
+    )
+    assert all(problem in str(info.value) for problem in problems)
+    again = pickle.loads(pickle.dumps(info.value.of("run.yaml")))
+    assert again.problems == tuple(f"run.yaml: {problem}" for problem in problems)
+
+
+def test_all_overrides_are_looked_at() -> None:
+    with pytest.raises(ConfigError) as info:
+        config.parse_overrides(["nonsense", "train.steps=3", "train.lr=[1", "=2"])
+    assert [p[:20] for p in info.value.problems] == [
+        "override 'nonsense' ",
+        "override 'train.lr=[",
+        "override '=2' is not",
+    ]
+    with pytest.raises(ConfigError) as info:
+        config.load("shapes", {"train.stpes": 3, "trian.steps": 3})
+    assert [p[:43] for p in info.value.problems] == [
+        "shapes.yaml: unknown config key 'train.stpe",
+        "shapes.yaml: unknown config key 'trian.step",
+    ]
+
+
+def test_many_problems_are_one_bounded_line() -> None:
+    with pytest.raises(ConfigError) as info:
+        config.build({f"key{k}": k for k in range(200)})
+    assert len(info.value.problems) == 200
+    assert len(str(info.value)) < 1000 and str(info.value).endswith("more problems")
+
+
+def sections(cls: type = config.Config) -> Iterator[type]:
+    yield cls
+    for hint in get_type_hints(cls).values():
+        if is_dataclass(hint):
+            yield from sections(hint)
+
+
+def test_every_key_has_a_text() -> None:
+    count = 0
+    for section in sections():
+        texts = config.field_texts(section)
+        assert list(texts) == [f.name for f in fields(section)]
+        for name, text in texts.items():
+            assert len(text) > 10 and text[-1] == "." and "\n" not in text, f"{section.__name__}.{name}: {text!r}"
+        count += sum(not is_dataclass(hint) for hint in get_type_hints(section).values())
+        assert len(set(texts.values())) == len(texts)
+    assert count == len(config.paths())
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.loaders import local
 from ugrl.data import make
-from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
-from ugrl.data.loader import LocalLoader
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
@@ -30,9 +29,7 @@ def reader(tmp_path_factory):
 def run(reader, cache_mb, threads=0, epochs=3):
     """All images of some epochs, and the loader's cache."""
     images = []
-    with LocalLoader(
-        reader, Augment(32, 6), seed=1, global_batch=8, threads=threads, cache_mb=cache_mb, prefetch=1
-    ) as loader:
+    with local(reader, 32, 6, seed=1, global_batch=8, threads=threads, cache_mb=cache_mb, prefetch=1) as loader:
         for _ in range(epochs * COUNT // 8):
             batch = next(loader)
             images.append(torch.cat([batch.images_B3HW.flatten(), batch.masks_BHW.flatten()]).clone())
@@ -103,9 +100,7 @@ def test_a_broken_row_is_refused_every_time(tmp_path):
     other = source.row("val", "val_000000")
     rows[3] = replace(rows[3], mask=other.mask[: len(other.mask) // 2])
     write_rows(tmp_path / "out" / "train-00000.parquet", iter(rows))
-    with LocalLoader(
-        ShardReader(manifest, "train"), Augment(32, 6), seed=0, global_batch=8, threads=0, cache_mb=10
-    ) as loader:
+    with local(ShardReader(manifest, "train"), 32, 6, seed=0, global_batch=8, threads=0, cache_mb=10) as loader:
         for _ in range(2):
             with pytest.raises(DataError, match=r"train-00000\.parquet: row train_000003: "):
                 next(loader)
@@ -121,9 +116,7 @@ def test_images_of_another_data_set_are_not_taken_for_those_of_this_one(tmp_path
         batches = []
         for kept in (cache, None):
             mb = 0 if kept is None else 10
-            with LocalLoader(
-                reader, Augment(32, 6), seed=0, global_batch=8, threads=0, cache_mb=mb, cache=kept
-            ) as loader:
+            with local(reader, 32, 6, seed=0, global_batch=8, threads=0, cache_mb=mb, cache=kept) as loader:
                 batches.append(next(loader).images_B3HW.clone())
         assert torch.equal(*batches)
         seen.append((cache.hits, cache.misses, len(cache)))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.loaders import local
 from tests.test_data_augment import Draws
 from tests.tiny import tiny_tree
 from ugrl import config as configs
 from ugrl.data.augment import IMAGENET_STD, Augment
 from ugrl.data.device import PixelBatch, RawBatch, triangles
-from ugrl.data.loader import LocalLoader
-from ugrl.data.make import BatchMaker, Recycler
+from ugrl.data.make import BatchMaker, BufferPool
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader, wants_masks
 from ugrl.data.shapes import ShapesSource, ShapesSpec
@@ -70,7 +70,7 @@ def test_normalising_later_gives_the_same_floats(epoch, dtype):
 
 def test_what_is_carried_is_eight_bits(reader):
     for mode, kind in (("normalize", PixelBatch), ("augment", RawBatch)):
-        with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=4, threads=0, on_device=mode) as loader:
+        with local(reader, 32, 6, seed=0, global_batch=4, threads=0, on_device=mode) as loader:
             carried = next(loader)
         assert isinstance(carried, kind)
         parts = [carried.pixels_BHW3] if mode == "normalize" else carried.images
@@ -151,9 +151,10 @@ def test_threads_ranks_and_starts_change_nothing(reader, mode):
     def samples(*, start=0, world=1, **options):
         out = {}
         for rank in range(world):
-            with LocalLoader(
+            with local(
                 reader,
-                Augment(40, 6),
+                40,
+                6,
                 seed=2,
                 global_batch=6,
                 rank=rank,
@@ -186,9 +187,7 @@ def test_threads_ranks_and_starts_change_nothing(reader, mode):
 
 def test_masks_are_made_at_the_steps_that_want_them(reader):
     def steps(every, threads):
-        with LocalLoader(
-            reader, Augment(32, 6), seed=0, global_batch=4, threads=threads, masks_every=every, start_step=1
-        ) as loader:
+        with local(reader, 32, 6, seed=0, global_batch=4, threads=threads, masks_every=every, start_step=1) as loader:
             return [next(loader).masks_BHW is not None for _ in range(5)]
 
     for threads in (0, 2):
@@ -198,7 +197,7 @@ def test_masks_are_made_at_the_steps_that_want_them(reader):
 
 
 def test_memory_is_lent_again_only_when_nothing_refers_to_it():
-    recycler = Recycler()
+    recycler = BufferPool()
     first = recycler.empty((4, 5), np.float32)
     place, view = first.data_ptr(), first[1:]
     second = recycler.empty((4, 5), np.float32)
@@ -218,7 +217,7 @@ def test_memory_is_lent_again_only_when_nothing_refers_to_it():
 
 
 def test_batches_that_are_kept_are_not_written_to(reader):
-    with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=4, threads=2, prefetch=2) as loader:
+    with local(reader, 32, 6, seed=0, global_batch=4, threads=2, prefetch=2) as loader:
         kept = [next(loader) for _ in range(6)]
         before = [b.images_B3HW.clone() for b in kept]
         for _ in range(6):

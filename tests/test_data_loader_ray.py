@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from ugrl.data.augment import Augment
+from tests.loaders import changed
+from ugrl.config import DataConfig
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
+from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError
 from ugrl.storage import StorageError
-from ugrl.train.loop import LoaderSpec, local_loader
+from ugrl.train.batches import local_loader
 
 ray_data = pytest.importorskip("cluster.ray_data", exc_type=ImportError)
 reading = pytest.importorskip("cluster.read_tasks")
@@ -27,17 +29,16 @@ def asked(shards: Path, **changes: Any) -> LoaderSpec:
     made = LoaderSpec(
         shards=shards,
         split="train",
-        augment=Augment(crop=40, num_classes=6),
+        num_classes=6,
+        data=DataConfig(crop=40, threads=0, prefetch=2),
         seed=3,
         global_batch=8,
         rank=1,
         world=2,
         start_step=1,
         total_steps=9,
-        threads=0,
-        prefetch=2,
     )
-    return replace(made, **changes)
+    return changed(made, **changes)
 
 
 def blocks(spec: LoaderSpec, sizes: list[int], block_bytes: int = 10**9, stream: str = "") -> Iterator[Any]:
@@ -47,9 +48,7 @@ def blocks(spec: LoaderSpec, sizes: list[int], block_bytes: int = 10**9, stream:
     for start, stop in zip([0, *stops], stops, strict=False):
         span = {"start": np.array([start]), "stop": np.array([stop])}
         name = stream or f"{spec.shards}"
-        yield from reading.fetch(
-            span, spec=ray_data.wanted(spec), manifest=manifest, block_bytes=block_bytes, stream=name
-        )
+        yield from reading.fetch(span, spec=spec, manifest=manifest, block_bytes=block_bytes, stream=name)
 
 
 @pytest.mark.parametrize("mode", ["none", "normalize", "augment"])
@@ -57,7 +56,7 @@ def blocks(spec: LoaderSpec, sizes: list[int], block_bytes: int = 10**9, stream:
 @pytest.mark.parametrize("masks_every", [1, 2, 0])
 def test_batches_are_those_of_the_local_loader(shards, mode, cache_mb, masks_every):
     spec = asked(shards, on_device=mode, cache_mb=cache_mb, masks_every=masks_every)
-    local = local_loader(replace(spec, threads=2))
+    local = local_loader(changed(spec, threads=2))
     with ray_data.Feeder(spec, blocks(spec, [3, 2, 9, 18], block_bytes=12_000)) as feeder:
         for k in range(8):
             found, expected = feeder.next().to("cpu"), next(local).to("cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ugrl.data.pages import MappedShard, Unusual, value_spans
+from ugrl.data.pages import MappedShard, UnsupportedLayout, value_spans
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest, ShardInfo, SplitInfo, from_table, open_shard, sha256, to_table, write_rows
 from ugrl.types import Row
@@ -79,7 +79,7 @@ def test_what_is_stored_otherwise_is_left_to_the_library(tmp_path: Path, options
     pq.write_table(to_table(expected), path, row_group_size=8, **{**plain, **options})
     with open_shard(path) as file:
         shard = MappedShard(path, file)
-    with pytest.raises(Unusual):
+    with pytest.raises(UnsupportedLayout):
         shard.row(3, 0, 0)
     assert reader_of(path, 40).rows(range(40)) == expected
 
@@ -118,7 +118,7 @@ def test_a_damaged_page_is_never_read_as_something_else(tmp_path: Path, column: 
             data[at] = value
             try:
                 spans = value_spans(memoryview(data), start, 8, nullable=column == "mask")
-            except Unusual:
+            except UnsupportedLayout:
                 refused += 1
                 continue
             assert all(0 <= a <= b <= len(data) for a, b in spans)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ugrl.data.pages import Unusual, value_spans
+from ugrl.data.pages import UnsupportedLayout, value_spans
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
@@ -233,7 +233,7 @@ HUGE = b"\x15\x00\x15\x20\x15\x20\x2c\x15\xfe\xff\xff\xff\x0f\x15\x00\x00\x00"  
     ids=["values", "endless number", "nested", "size"],
 )
 def test_a_page_header_asks_for_no_more_than_its_chunk_has(header: bytes) -> None:
-    with pytest.raises(Unusual):
+    with pytest.raises(UnsupportedLayout):
         value_spans(memoryview(header + bytes(64)), 0, 8, nullable=False)
 
 

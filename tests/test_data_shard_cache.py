@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ugrl.config import DataConfig
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
@@ -105,9 +106,9 @@ def test_a_copy_that_is_dropped_before_it_is_opened_is_read_from_the_storage(
         return copy
 
     monkeypatch.setattr(ShardCache, "file", dropped)
-    reader = ShardReader(there, "train", cache_dir=tmp_path / "cache", cache_disk_mb=10)
+    reader = ShardReader(there, "train", DataConfig(cache_dir=str(tmp_path / "cache"), cache_disk_mb=10))
     assert reader.rows(range(5)) == here.rows(range(5))
     monkeypatch.setattr(ShardCache, "file", lambda *_: tmp_path / "broken")
     (tmp_path / "broken").write_bytes(b"PAR1")  # one that is there and broken is told
     with pytest.raises(DataError, match="broken: not a readable shard"):
-        ShardReader(there, "train", cache_dir=tmp_path / "cache", cache_disk_mb=10)[0]
+        ShardReader(there, "train", DataConfig(cache_dir=str(tmp_path / "cache"), cache_disk_mb=10))[0]

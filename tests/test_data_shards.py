@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ugrl.data.augment import Augment
-from ugrl.data.loader import LocalLoader
+from tests.loaders import local
 from ugrl.data.order import batch_rows, epoch_order, steps_per_epoch
 from ugrl.data.prepare import JOURNAL, hold_out, prepare, write_shard
 from ugrl.data.reader import ShardReader
@@ -482,7 +481,7 @@ def test_batches_that_cannot_be_are_refused(whole):
     with pytest.raises(DataError, match="24 training rows do not fill one global batch of 32"):
         batch_rows(0, seed=0, manifest=manifest, global_batch=32)
     with pytest.raises(DataError, match="24 training rows do not fill one global batch of 25"):
-        LocalLoader(ShardReader(manifest, "train"), Augment(32, 6), seed=0, global_batch=25)
+        local(ShardReader(manifest, "train"), 32, 6, seed=0, global_batch=25)
 
 
 def samples(folder, *, steps=5, start=0, world=1, **options):
@@ -490,9 +489,8 @@ def samples(folder, *, steps=5, start=0, world=1, **options):
     out = {}
     for rank in range(world):
         reader = ShardReader(folder, "train")
-        augment = Augment(crop=40, num_classes=6)
-        with LocalLoader(
-            reader, augment, seed=2, global_batch=6, rank=rank, world=world, start_step=start, **options
+        with local(
+            reader, 40, 6, seed=2, global_batch=6, rank=rank, world=world, start_step=start, **options
         ) as loader:
             for step, batch in zip(range(start, steps), loader, strict=False):
                 assert len(batch.ids) == 6 // world
@@ -523,7 +521,7 @@ def test_a_row_that_broke_after_preparation_reaches_the_consumer(tmp_path):
     write_rows(tmp_path / "out" / "train-00000.parquet", iter(rows))
     for threads in (0, 2):
         reader = ShardReader(manifest, "train")
-        with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=8, threads=threads) as loader:
+        with local(reader, 32, 6, seed=0, global_batch=8, threads=threads) as loader:
             words = r"train-00000\.parquet: row train_000003: truncated image \(\d+ bytes\)$"
             with pytest.raises(DataError, match=words):
                 next(loader)
@@ -537,5 +535,5 @@ def test_shards_without_masks_give_batches_without_masks(tmp_path):
     manifest = prepare(Tagged(SPEC), tmp_path / "out")
     reader = ShardReader(manifest, "train")
     assert not reader.has_masks and manifest.splits["train"].with_masks == 0 and reader[0].mask is None
-    with LocalLoader(reader, Augment(32, 6), seed=0, global_batch=2, threads=0) as loader:
+    with local(reader, 32, 6, seed=0, global_batch=2, threads=0) as loader:
         assert next(loader).masks_BHW is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ugrl.data.augment import Augment
+from tests.loaders import local
 from ugrl.data.loader import LocalLoader
 from ugrl.data.reader import ShardReader
 from ugrl.data.transfer import Transfer
@@ -16,8 +16,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def loader(shards: Path, mode: str, pin_memory: bool) -> LocalLoader:
-    reader, augment = ShardReader(shards, "train"), Augment(crop=40, num_classes=6)
-    return LocalLoader(reader, augment, seed=3, global_batch=4, threads=1, on_device=mode, pin_memory=pin_memory)
+    return local(
+        ShardReader(shards, "train"), 40, 6, seed=3, global_batch=4, threads=1, on_device=mode, pin_memory=pin_memory
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -187,7 +187,7 @@ def ops_of_a_run(shards: Path, **changes: object) -> set[str]:
     tree = tiny_tree(steps=4, cls_warmup_iters=1, eval_every=4, **changes.pop("train", {}))
     cfg = configs.build(configs.override(tree, changes))
     trainer = Trainer(cfg, shards=shards, out=None, quiet=True, device="cpu")
-    trainer.step_fn.counts_on_host = False
+    trainer.step_fn.target_maker.counts_on_host = False
     with Ops() as ops:
         trainer.fit()
     return ops.names

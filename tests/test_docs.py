@@ -366,7 +366,6 @@ def test_every_key_of_a_space_file_says_what_it_is(reference: ModuleType) -> Non
     assert {row[0].strip("`").split(".")[0] for row in rows} >= {"config", "search", "objective", "budget", "first"}
 
 
-@pytest.mark.xfail(strict=True, reason="comes with the package ugrl.config; then take this mark away")
 def test_every_key_of_a_run_says_what_it_is(reference: ModuleType) -> None:
     rows = [line for part in reference.tree(config.Config) for line in part.splitlines() if line.startswith("| `")]
     assert len(rows) == len(config.paths())

@@ -12,7 +12,8 @@ from cluster.cli import main
 from tests.own import ROWS, own_shards
 from tests.tiny import tiny_tree
 from ugrl.config import build
-from ugrl.train.loop import Hooks, Trainer
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 
 TREE = tiny_tree(steps=8, cls_warmup_iters=1, lr_warmup_iters=1)
 TREE["data"]["crop"] = 32

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from tests.reference import ref_multi_scale_cam, ref_normalise, ref_pseudo_labels, ref_random_walk
 from ugrl.errors import UgrlError
-from ugrl.method.cam import dense, inside_grid, inside_mask, multi_scale_cam, normalise, spans, to_grid
+from ugrl.grid import cell_means, inside_cells, inside_pixels, scatter_pairs, spans
+from ugrl.method.cam import CamPass, multi_scale_cam, normalise
 from ugrl.method.pseudo import propagate_cam, pseudo_labels, random_walk
 
 PAIRS = torch.tensor([[0, 1], [0, 4], [2, 0]])
@@ -25,13 +26,13 @@ class Net:
     def __init__(self) -> None:
         g = torch.Generator().manual_seed(1)
         self.weight = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=g)
-        self.calls: list[tuple[tuple[int, int], bool]] = []
+        self.calls: list[tuple[tuple[int, int], CamPass]] = []
 
-    def __call__(self, x, affinity):
-        self.calls.append((tuple(x.shape[-2:]), affinity))
+    def __call__(self, x, view):
+        self.calls.append((tuple(x.shape[-2:]), view))
         raw = F.conv2d(x, self.weight, stride=4)
         n = raw.shape[-2] * raw.shape[-1]
-        return raw, raw + 1, torch.full((x.shape[0], n, n), float(x.sum())) if affinity else None
+        return raw, raw + 1, torch.full((x.shape[0], n, n), float(x.sum())) if view.plain else None
 
 
 def loop_forward(planes):
@@ -65,10 +66,17 @@ def test_multi_scale_cam_equals_loops(scales, mirror):
         torch.testing.assert_close(out.cam_PHW[PAIRS[:, 0] == b], torch.tensor(want, dtype=torch.float64))
 
 
-def test_affinity_is_wanted_once_from_the_plain_pass_at_scale_one():
+def test_each_pass_is_told_what_it_serves_and_the_plain_one_gives_the_affinity():
     net, x = Net(), images()
     out = multi_scale_cam(net, x, PAIRS, BOXES, scales=(0.5, 1.0, 1.5))
-    assert net.calls == [((16, 24), True), ((16, 24), False)] + 2 * [((8, 12), False)] + 2 * [((24, 36), False)]
+    assert net.calls == [
+        ((16, 24), CamPass(1.0, mirrored=False, plain=True)),
+        ((16, 24), CamPass(1.0, mirrored=True)),
+        ((8, 12), CamPass(0.5, mirrored=False)),
+        ((8, 12), CamPass(0.5, mirrored=True)),
+        ((24, 36), CamPass(1.5, mirrored=False)),
+        ((24, 36), CamPass(1.5, mirrored=True)),
+    ]
     torch.testing.assert_close(out.f4_BDhw, F.conv2d(x, net.weight, stride=4) + 1)
     assert out.affinity_BNN is not None and float(out.affinity_BNN[0, 0, 0]) == pytest.approx(float(x.sum()))
 
@@ -86,10 +94,10 @@ def test_cam_range_box_gradient_and_precision():
     x = images().float().requires_grad_()
     net = Net()
     net.weight = net.weight.to(torch.bfloat16)
-    out = multi_scale_cam(lambda y, a: net(y.to(torch.bfloat16), a), x, PAIRS, BOXES)
+    out = multi_scale_cam(lambda y, view: net(y.to(torch.bfloat16), view), x, PAIRS, BOXES)
     cam = out.cam_PHW
     assert cam.dtype == torch.float32 and not cam.requires_grad
-    inside = inside_mask(BOXES[PAIRS[:, 0]], 16, 24, "cpu")
+    inside = inside_pixels(BOXES[PAIRS[:, 0]], (16, 24), "cpu")
     assert cam.min() == 0 and 0.99 < cam.max() < 1
     assert (cam[~inside] == 0).all() and (cam[inside] > 0).any()
 
@@ -104,8 +112,8 @@ def test_no_pair_still_runs_every_pass():
     net = Net()
     out = multi_scale_cam(net, images(), torch.zeros((0, 2), dtype=torch.int64), BOXES)
     assert out.cam_PHW.shape == (0, 16, 24) and len(net.calls) == 6
-    assert to_grid(out.cam_PHW, (4, 6)).shape == (0, 4, 6)
-    assert dense(out.cam_PHW, torch.zeros((0, 2), dtype=torch.int64), 3, 5).abs().sum() == 0
+    assert cell_means(out.cam_PHW, (4, 6)).shape == (0, 4, 6)
+    assert scatter_pairs(out.cam_PHW, torch.zeros((0, 2), dtype=torch.int64), 3, 5).abs().sum() == 0
 
 
 @pytest.mark.parametrize("scales", [(0.5, 1.5), (1.0, 0.0), ()])
@@ -127,22 +135,22 @@ def test_normalise_equals_loops_and_survives_empty_box_and_constant():
 
 def test_dense_puts_pairs_where_they_belong_and_zeros_elsewhere():
     cam = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) + 1
-    out = dense(cam, PAIRS, 3, 5)
+    out = scatter_pairs(cam, PAIRS, 3, 5)
     assert out.shape == (3, 5, 4, 5)
     for p, (b, f) in enumerate(PAIRS.tolist()):
         assert torch.equal(out[b, f], cam[p])
     assert (out.flatten(2).sum(-1) > 0).sum() == 3
 
 
-def test_to_grid_is_the_mean_of_each_cell():
+def test_cell_means_are_the_mean_of_each_cell():
     cam = torch.arange(2 * 4 * 6, dtype=torch.float64).view(2, 4, 6)
-    out = to_grid(cam, (2, 3))
+    out = cell_means(cam, (2, 3))
     assert out[0].tolist() == [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]]
     assert torch.equal(out[1], out[0] + 24)
 
 
-def test_inside_mask_and_grid_sample_the_box():
-    mask = inside_mask(torch.tensor([[1, 3, 0, 2], [2, 2, 0, 4]]), 4, 4, "cpu")
+def test_inside_pixels_and_cells_sample_the_box():
+    mask = inside_pixels(torch.tensor([[1, 3, 0, 2], [2, 2, 0, 4]]), (4, 4), "cpu")
     assert mask[0].int().tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert not mask[1].any()
     size, grid = (10, 7), (4, 3)
@@ -152,7 +160,7 @@ def test_inside_mask_and_grid_sample_the_box():
         for i in range(4)
         for j in range(3)
     ]
-    assert inside_grid(boxes, size, grid).tolist() == [want]
+    assert inside_cells(boxes, size, grid).flatten(1).float().tolist() == [want]
     assert 0 < sum(want) < 12
 
 
@@ -192,7 +200,7 @@ def test_thresholds_at_equality_and_ties():
 
 def test_an_image_without_a_tag_is_background_in_its_box():
     labels, conf = pseudo_labels(torch.zeros(0, 16, 24), PAIRS[:0], BOXES, batch=3)
-    inside = inside_mask(BOXES, 16, 24, "cpu")
+    inside = inside_pixels(BOXES, (16, 24), "cpu")
     assert torch.equal(labels == 0, inside) and (labels[~inside] == 255).all()
     assert torch.equal(conf, inside * torch.tensor(0.35))
 
@@ -203,15 +211,15 @@ def test_thresholds_are_checked():
             pseudo_labels(torch.zeros(3, 16, 24), PAIRS, BOXES, batch=3, high=high, low=low)
 
 
-@pytest.mark.parametrize("beta,log_iterations", [(2.0, 0), (1.5, 2)])
-def test_random_walk_equals_loops(beta, log_iterations):
+@pytest.mark.parametrize("beta", [2.0, 1.5])
+def test_random_walk_equals_loops(beta):
     g = torch.Generator().manual_seed(7)
     cam = torch.rand(3, 6, dtype=torch.float64, generator=g)
     ahat = torch.rand(3, 6, 6, dtype=torch.float64, generator=g)
     ahat[0, 2] = 0
-    out = random_walk(cam, PAIRS, ahat, beta=beta, log_iterations=log_iterations)
+    out = random_walk(cam, PAIRS, ahat, beta=beta)
     for p, (b, _) in enumerate(PAIRS.tolist()):
-        want = ref_random_walk(cam[p].tolist(), ahat[b].tolist(), beta, log_iterations)
+        want = ref_random_walk(cam[p].tolist(), ahat[b].tolist(), beta)
         torch.testing.assert_close(out[p], torch.tensor(want, dtype=torch.float64))
     assert out[0, 2] == 0
     scaled = random_walk(cam, PAIRS, ahat * torch.rand(3, 6, 1, generator=g), beta=beta)
@@ -226,16 +234,16 @@ def test_propagation_fills_an_object_from_a_part_of_it():
     cam = torch.zeros(3, 16, 24)
     cam[:, 4:8, 4:8] = 1
     whole = torch.tensor([[0, 16, 0, 24]] * 3)
-    out = to_grid(propagate_cam(cam, PAIRS, logits, whole, grid=grid), grid)[0].flatten()
+    out = cell_means(propagate_cam(cam, PAIRS, logits, whole, grid=grid), grid)[0].flatten()
     assert out[side].min() > 0.07 and out[~side].max() < 0.05
     assert out.max() < 1
     # Nothing beyond the radius, nothing outside the box, and padding gives nothing.
     near = propagate_cam(cam, PAIRS, torch.zeros(3, 24, 24), whole, grid=grid, radius=1)
     assert (near[:, :, 20:] == 0).all() and (near[:, 4:8, 4:8] > 0).all()
     boxed = propagate_cam(
-        torch.ones(3, 16, 24) * inside_mask(BOXES[PAIRS[:, 0]], 16, 24, "cpu"), PAIRS, logits, BOXES, grid=grid
+        torch.ones(3, 16, 24) * inside_pixels(BOXES[PAIRS[:, 0]], (16, 24), "cpu"), PAIRS, logits, BOXES, grid=grid
     )
-    torch.testing.assert_close(boxed, inside_mask(BOXES[PAIRS[:, 0]], 16, 24, "cpu").float())
+    torch.testing.assert_close(boxed, inside_pixels(BOXES[PAIRS[:, 0]], (16, 24), "cpu").float())
     assert propagate_cam(cam[:0], PAIRS[:0], logits, whole, grid=grid).shape == (0, 16, 24)
 
 

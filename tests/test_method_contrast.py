@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baseline.contrast import naive
-from bench.measure import LiveBytes
+from bench.memory import LiveBytes
 from tests.reference import contrastive_loss_loops, numeric_gradient
 from ugrl.errors import ConfigError
 from ugrl.method import contrast
@@ -50,25 +50,6 @@ def dense(emb: Tensor, labels: Tensor, pool: Tensor, tau: float, scope: str = "i
         ~positive[anchor], -torch.inf
     ).logsumexp(1)
     return terms.sum() / max(int(anchor.sum()), 1)
-
-
-def repeated(emb: Tensor, labels: Tensor, pool: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every pixel as often as its multiplicity says; images are filled up to one size with pixels off the pool."""
-    m, c, on = m.flatten(1), labels.flatten(1), pool.flatten(1)
-    widest = max(int(m.sum(1).max()), 1)
-    parts = []
-    for b in range(len(m)):
-        fill = widest - int(m[b].sum())
-        x, ci, oni = (t.repeat_interleave(m[b], dim=-1) for t in (emb[b].flatten(1), c[b], on[b]))
-        parts.append((F.pad(x, (0, fill)), F.pad(ci, (0, fill)), F.pad(oni, (0, fill))))
-    x, c, on = (torch.stack(t)[..., None] for t in zip(*parts, strict=True))
-    return x, c, on
-
-
-def multiplicities(labels: Tensor, seed: int = 0) -> Tensor:
-    """0 to 3, most above 0."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 8, labels.shape, generator=g).clamp(max=3)
 
 
 def value_and_grad(f, raw: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -202,15 +183,13 @@ def test_half_precision_embeddings_and_autocast_use_float32():
     assert grad.dtype == torch.bfloat16 and grad.any()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_no_matrix_of_all_pairs_exists(scope, weighted):
+def test_no_matrix_of_all_pairs_exists(scope):
     N, D = 4096, 64
     g = torch.Generator().manual_seed(0)
     emb = F.normalize(torch.randn(1, D, 64, 64, generator=g), dim=1).requires_grad_()
     labels = torch.randint(0, 4, (1, 64, 64), generator=g)
     pool = torch.ones_like(labels, dtype=torch.bool)
-    m = torch.ones_like(labels) if weighted else None
     saved: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -218,7 +197,7 @@ def test_no_matrix_of_all_pairs_exists(scope, weighted):
         return x
 
     with LiveBytes() as tiled, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = contrastive_loss(emb, labels, pool, tau=0.1, scope=scope, tile=256, multiplicity_Bhw=m)
+        loss = contrastive_loss(emb, labels, pool, tau=0.1, scope=scope, tile=256)
         (grad,) = torch.autograd.grad(loss, emb)
     rows = N * D * 4
     assert saved and sum(saved) <= 2.5 * rows
@@ -228,74 +207,6 @@ def test_no_matrix_of_all_pairs_exists(scope, weighted):
         (expected,) = torch.autograd.grad(naive(emb, labels, pool, 0.1), emb)
     assert full.largest >= N * N * 4
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("scope", ["image", "batch"])
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize("case", CASES)
-def test_multiplicity_equals_repeated_pixels(case, tau, scope):
-    raw, labels, pool = degenerate(case)
-    m = multiplicities(labels)
-    expected = contrastive_loss_loops(
-        F.normalize(raw, dim=1).numpy(), labels.numpy(), pool.numpy(), tau, scope, m.numpy()
-    )
-    plain, expected_grad = value_and_grad(lambda e: dense(*repeated(e, labels, pool, m), tau, scope), raw, 2.5)
-    assert float(plain) == pytest.approx(expected, rel=1e-12, abs=1e-13)
-    for tile in (1, 4, 1000):
-        loss, grad = value_and_grad(
-            lambda e, tile=tile: contrastive_loss(e, labels, pool, tau=tau, scope=scope, tile=tile, multiplicity_Bhw=m),
-            raw,
-            2.5,
-        )
-        assert float(loss) == pytest.approx(expected, rel=1e-12, abs=1e-13), tile
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
-    if case in ("plain", "no_positive", "equal"):  # copies are positives
-        assert expected > 0
-
-
-@pytest.mark.parametrize("tau", TAUS)
-def test_gradient_with_copies_reaches_the_length(tau):
-    # Not normalised here: an anchor's own squared length is one of its positives, and must have a derivative.
-    raw, labels, pool = scene(7, B=2, D=3, h=3, w=3)
-    raw, m = (0.5 * F.normalize(raw, dim=1)).requires_grad_(), multiplicities(labels, 2)
-    for tile in (4, 1000):
-        assert torch.autograd.gradcheck(
-            lambda x, tile=tile: contrastive_loss(x, labels, pool, tau=tau, tile=tile, multiplicity_Bhw=m), (raw,)
-        )
-        loss = contrastive_loss(raw, labels, pool, tau=tau, tile=tile, multiplicity_Bhw=m)
-        full = dense(*repeated(raw, labels, pool, m), tau)
-        torch.testing.assert_close(*(torch.autograd.grad(v, raw)[0] for v in (loss, full)), rtol=1e-10, atol=1e-12)
-
-
-def test_nearest_neighbour_upsampling_is_a_multiplicity():
-    raw, labels, pool = scene(8, h=3, w=5)
-    four = torch.full_like(labels, 4)
-
-    def large(x: Tensor) -> Tensor:
-        return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
-
-    for tau in TAUS:
-        a, grad_a = value_and_grad(lambda e: contrastive_loss(large(e), large(labels), large(pool), tau=tau), raw)  # noqa: B023
-        b, grad_b = value_and_grad(
-            lambda e: contrastive_loss(e, labels, pool, tau=tau, multiplicity_Bhw=four),  # noqa: B023
-            raw,
-        )
-        torch.testing.assert_close(b, a, rtol=1e-12, atol=0)
-        torch.testing.assert_close(grad_b, grad_a, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-@pytest.mark.parametrize("tile", [4, 1000])
-def test_multiplicities_of_one_change_nothing(dtype, tile):
-    raw, labels, pool = scene(9)
-    for tau in TAUS:
-        a = value_and_grad(lambda e: contrastive_loss(e, labels, pool, tau=tau, tile=tile), raw)  # noqa: B023
-        ones = torch.ones_like(labels, dtype=dtype)
-        b = value_and_grad(
-            lambda e: contrastive_loss(e, labels, pool, tau=tau, tile=tile, multiplicity_Bhw=ones),  # noqa: B023
-            raw,
-        )
-        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14)
 
 
 EXTREMES = {  # h, w, classes
@@ -328,10 +239,10 @@ def test_any_number_of_anchors_and_classes(name, tau, scope):
         assert float(single) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
 
 
-def weighted_jobs(raw: Tensor, labels: Tensor, pool: Tensor, m: Tensor) -> list[tuple[Tensor, Tensor]]:
+def rank_jobs(raw: Tensor, labels: Tensor, pool: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [
         value_and_grad(
-            lambda e: contrastive_loss(e, labels, pool, tau=tau, scope=scope, tile=tile, multiplicity_Bhw=m),  # noqa: B023
+            lambda e: contrastive_loss(e, labels, pool, tau=tau, scope=scope, tile=tile),  # noqa: B023
             raw,
         )
         for scope in ("image", "batch")
@@ -346,33 +257,21 @@ def worker(rank: int, folder: str) -> None:
     try:
         raw, labels, pool = scene(11, B=4)
         mine = slice(2 * rank, 2 * rank + 2)
-        args = (x[mine] for x in (raw, labels, pool, multiplicities(labels)))
-        torch.save(weighted_jobs(*args), f"{folder}/{rank}.pt")
+        torch.save(rank_jobs(*(x[mine] for x in (raw, labels, pool))), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def test_multiplicities_on_two_ranks():
+def test_two_ranks_are_one():
     raw, labels, pool = scene(11, B=4)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, args=(folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{r}.pt") for r in range(2)]
-    whole = weighted_jobs(raw, labels, pool, multiplicities(labels))
+    whole = rank_jobs(raw, labels, pool)
     for one, a, b in zip(whole, *ranks, strict=True):
         torch.testing.assert_close((a[0] + b[0]) / 2, one[0], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(torch.cat([a[1], b[1]]) / 2, one[1], rtol=1e-10, atol=1e-13)
         assert one[0] > 0 and one[1].any()
-
-
-def test_more_anchors_than_most_are_refused():
-    raw, labels, pool = scene(0)
-    sizes = (pool & (labels != 255)).flatten(1).sum(1)
-    wanted = contrastive_loss(raw, labels, pool, tau=0.1)
-    assert contrastive_loss(raw, labels, pool, tau=0.1, most=int(sizes.max())) == wanted
-    with pytest.raises(ConfigError, match="most"):
-        contrastive_loss(raw, labels, pool, tau=0.1, most=int(sizes.max()) - 1)
-    with pytest.raises(ConfigError, match="most"):
-        contrastive_loss(raw, labels, pool, tau=0.1, most=int(sizes.sum()) // 3 - 1, scope="batch")
 
 
 def test_cpu_never_imports_triton_by_itself():
@@ -393,12 +292,12 @@ def test_cpu_never_imports_triton_by_itself():
 
 def test_pairs_visit_upper_tiles_once_and_most_need_no_mask():
     counts = [300, 0, 500, 200]
-    tiles = contrast._cut(counts, 0, 100, True)
+    tiles = contrast.tiles_of(counts, 0, 100, True)
     assert [(t.start, t.stop) for t in tiles] == [(i, i + 100) for i in range(0, 1000, 100)]
     pairs = list(contrast._pairs(tiles))
     assert len(pairs) == 55 and len(set(pairs)) == 55
     assert {a.relation(b) for a, b in pairs} == {"same", "different"}
-    uneven = contrast._cut([150, 250], 0, 100, True)
+    uneven = contrast.tiles_of([150, 250], 0, 100, True)
     kinds = [a.relation(b) for a, b in contrast._pairs(uneven)]
     assert (uneven[1].low, uneven[1].high) == (0, 1) and kinds.count("mixed") == 4
 
@@ -420,10 +319,7 @@ def test_bad_values_are_refused():
         ({"tau": float("nan")}, "tau"),
         ({"tau": 0.1, "tile": 0}, "tile"),
         ({"tau": 0.1, "scope": "world"}, "contrast"),
-        ({"tau": 0.1, "most": 0}, "most"),
         ({"tau": 0.1, "kernel": "cuda"}, "kernel"),
-        ({"tau": 0.1, "multiplicity_Bhw": torch.ones_like(labels)[:1]}, "multiplicity"),
-        ({"tau": 0.1, "multiplicity_Bhw": torch.ones_like(labels).double()}, "multiplicity"),
     ):
         with pytest.raises(ConfigError, match=word):
             contrastive_loss(raw, labels, pool, **options)

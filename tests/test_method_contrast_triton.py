@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.test_method_contrast import degenerate, dense, multiplicities, repeated, scene, value_and_grad
+from tests.test_method_contrast import degenerate, dense, scene, value_and_grad
 from ugrl.errors import ConfigError
 from ugrl.method.contrast import contrastive_loss
 
@@ -34,9 +34,7 @@ class Case(NamedTuple):
     scene: str  # of SCENES, or of the degenerate ones
     tau: float
     scope: str = "image"
-    weighted: bool = False
     dtype: torch.dtype = torch.float64
-    most: int | None = None
     own_blocks: bool = False  # as on a GPU, not the smallest
 
 
@@ -51,20 +49,19 @@ SCENES = {
 }
 DEGENERATE = ("no_positive", "one_class", "all_ignored", "empty_pool", "pool_off", "equal", "one_negative")
 CASES = [
-    *(Case("several", tau, scope, weighted) for tau in TAUS for scope in SCOPES for weighted in (False, True)),
-    *(Case("several", tau, dtype=torch.float32, weighted=tau == 0.02) for tau in TAUS),
-    *(Case("several", tau, dtype=torch.bfloat16, weighted=w) for tau in (0.01, 0.1) for w in (False, True)),
+    *(Case("several", tau, scope) for tau in TAUS for scope in SCOPES),
+    *(Case("several", tau, dtype=torch.float32) for tau in TAUS),
+    *(Case("several", tau, dtype=torch.bfloat16) for tau in (0.01, 0.1)),
     Case("several", 0.1, dtype=torch.float16),
     *(Case(name, tau) for name in ("one_pixel", "pair", "two_classes", "many_classes") for tau in (0.01, 0.1)),
     *(Case(name, tau, scope) for name in DEGENERATE for tau, scope in ((0.01, "batch"), (0.1, "image"))),
-    *(Case(name, 0.1, "batch", True) for name in ("no_positive", "one_class", "all_ignored")),
-    *(Case("several", 0.1, scope, most=most) for scope in SCOPES for most in (30, 1000)),
+    *(Case(name, 0.1, "batch") for name in ("no_positive", "one_class", "all_ignored")),
     *(Case("large", 0.1, dtype=dtype, own_blocks=True) for dtype in (torch.float32, torch.bfloat16)),
     Case("large", 0.01, own_blocks=True),
 ]  # fmt: skip
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     if case.scene in DEGENERATE:
         raw, labels, pool = degenerate(case.scene)
     else:
@@ -75,11 +72,11 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             pool[:] = True
         if case.scene == "several":  # most pixels; the second image has fewer than the first
             pool[0] = True
-    return raw, labels, pool, multiplicities(labels)
+    return raw, labels, pool
 
 
 def fused(case: Case, *parts: Tensor) -> tuple[Tensor, Tensor]:
-    raw, labels, pool, m = parts
+    raw, labels, pool = parts
     return value_and_grad(
         lambda e: contrastive_loss(
             e.to(case.dtype),
@@ -87,8 +84,6 @@ def fused(case: Case, *parts: Tensor) -> tuple[Tensor, Tensor]:
             pool,
             tau=case.tau,
             scope=case.scope,
-            multiplicity_Bhw=m if case.weighted else None,
-            most=case.most,
             kernel="triton",
         ),
         raw,
@@ -97,13 +92,9 @@ def fused(case: Case, *parts: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact(case: Case) -> tuple[Tensor, Tensor]:
     """The N×N form in float64, of the embeddings as the case rounds them; its own gradient is not rounded."""
-    raw, labels, pool, m = inputs(case)
-    if not case.weighted:
-        m = torch.ones_like(m)
+    raw, labels, pool = inputs(case)
     rounded = F.normalize(raw, dim=1).to(case.dtype).double()
-    return value_and_grad(
-        lambda e: dense(*repeated(e + (rounded - e).detach(), labels, pool, m), case.tau, case.scope), raw
-    )
+    return value_and_grad(lambda e: dense(e + (rounded - e).detach(), labels, pool, case.tau, case.scope), raw)
 
 
 def split_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +105,7 @@ def split_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, c.to(torch.uint8), torch.tensor([[40]], dtype=torch.int32)
 
 
-RANKS = [Case("several", tau, "batch", weighted=tau == 0.02) for tau in (0.02, 0.1)]
+RANKS = [Case("several", tau, "batch") for tau in (0.02, 0.1)]
 RANKS += [Case("several", 0.1, "batch", dtype=torch.bfloat16), Case("several", 0.1)]
 
 
@@ -158,10 +149,9 @@ def interpret(folder: str) -> None:
     small_blocks()
     x, c, n = split_inputs()
     x.requires_grad_()
-    total = contrast_triton._SumOfLosses.apply(x, c, None, n, 0, 0.1, True, True)
+    total = contrast_triton._SumOfLosses.apply(x, c, n, 0, 0.1, True, True)
     out["split"] = torch.autograd.grad(total, x)[0]
-    out["beyond"] = [fused(Case("several", 0.1, scope, most=15), *inputs(CASES[0])) for scope in SCOPES]
-    raw, labels, pool, _ = inputs(CASES[0])
+    raw, labels, pool = inputs(CASES[0])
     contrast_triton.gradient_kernel = None  # no sweep may start
     with torch.no_grad():
         out["no_grad"] = contrastive_loss(F.normalize(raw, dim=1), labels, pool, tau=0.01, kernel="triton")
@@ -217,11 +207,6 @@ def test_bfloat16_products_keep_the_digits_of_the_gradient(interpreted):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_more_anchors_than_most_give_nan(interpreted):
-    for loss, grad in interpreted["beyond"]:
-        assert loss.isnan() and grad.isnan().any()
-
-
 def test_no_gradient_is_computed_when_none_is_wanted(interpreted):
     torch.testing.assert_close(interpreted["no_grad"], interpreted[0][0])
 
@@ -263,16 +248,16 @@ def test_the_host_waits_for_nothing(monkeypatch, scope):
     with FakeTensorMode():
         emb = torch.randn(2, 512, 64, 64).requires_grad_()
         labels = torch.zeros(2, 64, 64, dtype=torch.int64)
-        pool, m = labels == 0, labels + 1
-        loss = contrastive_loss(emb, labels, pool, tau=0.1, scope=scope, multiplicity_Bhw=m, most=1000, kernel="triton")
+        pool = labels == 0
+        loss = contrastive_loss(emb, labels, pool, tau=0.1, scope=scope, kernel="triton")
         loss.backward()
         assert emb.grad.shape == emb.shape
         with pytest.raises(DataDependentOutputException):
             contrastive_loss(emb, labels, pool, tau=0.1, scope=scope, kernel="torch")
     assert launched == (
-        [("sums", (8, 2)), ("gradient", (16, 2, 2))]
+        [("sums", (32, 2)), ("gradient", (64, 2, 2))]
         if scope == "image"
-        else [("sums", (16, 1)), ("gradient", (32, 2, 1))]
+        else [("sums", (64, 1)), ("gradient", (128, 2, 1))]
     )
 
 
@@ -287,10 +272,10 @@ def test_a_cpu_without_the_interpreter_is_refused():
 
 @pytest.mark.parametrize("kind", ["sums", "gradient"])
 @pytest.mark.parametrize(
-    ("dtype", "tau", "weighted", "D", "segments"),
-    [(torch.bfloat16, 0.1, False, 512, 1), (torch.float32, 0.01, True, 320, 2)],
+    ("dtype", "tau", "D", "segments"),
+    [(torch.bfloat16, 0.1, 512, 1), (torch.float32, 0.01, 320, 2)],
 )
-def test_kernels_compile_for_sm_90(monkeypatch, tmp_path, kind, dtype, tau, weighted, D, segments):
+def test_kernels_compile_for_sm_90(monkeypatch, tmp_path, kind, dtype, tau, D, segments):
     triton = pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET is set: these kernels were made for the interpreter and cannot be compiled")
@@ -303,11 +288,10 @@ def test_kernels_compile_for_sm_90(monkeypatch, tmp_path, kind, dtype, tau, weig
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(contrast_kernels, f"{kind}_kernel")
-    constants = contrast_triton.constants(dtype, kind, D, tau, weighted) | {"SEGMENTS": segments}
+    constants = contrast_triton.constants(dtype, kind, D, tau) | {"SEGMENTS": segments}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     x = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     types = {"x_ptr": x, "class_ptr": "*u8", "counts_ptr": "*i32", "length": "i32", "own": "i32"}
-    types["copies_ptr"] = "*fp32" if weighted else x  # any pointer will do where it is not read
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
     source = ASTSource(kernel, signature, constants, whole)

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests import reference as ref
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.method import prototypes
+from ugrl.method.class_vectors import class_positions, class_vectors, local_affinity
 from ugrl.method.prototypes import Prototypes
-from ugrl.method.uncertainty import class_positions, class_vectors, local_affinity
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.seeding import generator
 

@@ -21,11 +21,12 @@ from cluster.channel import checkpoint_record, event_record, log_record, start_r
 from cluster.live import Display, RunState, watch
 from ugrl.errors import ConfigError
 from ugrl.eval.evaluate import EvalResult
-from ugrl.train.board import Board, EventSink
+from ugrl.train.background import MOST, BackgroundWriter
 from ugrl.train.meter import Meter
-from ugrl.train.outlet import MOST, Outlet
+from ugrl.train.observer import Observers
 from ugrl.train.progress import Progress
-from ugrl.train.tracking import check_mlflow, scalars_of
+from ugrl.train.tensorboard import EventFileWriter, TensorBoard
+from ugrl.train.tracking import MlflowObserver, check_mlflow, scalars_of
 from ugrl.types import Batch
 
 VALUES = {
@@ -112,13 +113,15 @@ def points(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
-    first = Board(tmp_path / "tb")
+    first = TensorBoard(tmp_path / "tb")
     for step in range(1, 8):
         first.scalars("train", {"total": float(step)}, step)
-    first.close("KILLED")
-    again = Board(tmp_path / "tb", step=4)  # the last checkpoint
+    first.leave("KILLED")
+    first.close()
+    again = TensorBoard(tmp_path / "tb", step=4)  # the last checkpoint
     for step in range(5, 10):
         again.scalars("train", {"total": 10.0 * step}, step)
+    again.leave("FINISHED")
     again.close()
     expected = [(float(k) if k < 5 else 10.0 * k) for k in range(1, 10)]
     assert points(tmp_path / "tb") == [("train/total", k + 1, v) for k, v in enumerate(expected)]
@@ -126,7 +129,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
 
 
 def test_pictures_are_written_beside_the_scalars(tmp_path: Path) -> None:
-    board = Board(tmp_path / "tb")
+    board = TensorBoard(tmp_path / "tb")
     batch = Batch(
         ids=("a", "b"),
         images_B3HW=torch.zeros(2, 3, 16, 16),
@@ -136,38 +139,29 @@ def test_pictures_are_written_beside_the_scalars(tmp_path: Path) -> None:
         pairs_P2=torch.tensor([[0, 0], [1, 0]]),
     )
     views = {"cam": torch.rand(2, 16, 16), "u": torch.rand(2, 16, 16)}
-    board.pictures(batch, views, 3)
+    board.on_pictures(3, batch, views)
     board.close()
     assert [(tag, step) for tag, step, _ in points(tmp_path / "tb")] == [("train/walk", 3)]
-
-
-def test_without_a_folder_nothing_is_written() -> None:
-    board = Board(None, mlflow="http://127.0.0.1:9")
-    board.scalars("train", {"total": 1.0}, 1)
-    board.close()
-    assert board.writer is None and board.tracker is None
 
 
 FULL = """
 import resource, sys, time
 from pathlib import Path
-from ugrl.train.board import EventSink
-from ugrl.train.outlet import Outlet
-from ugrl.train.outlet import Outlet
+from ugrl.train.tensorboard import EventFileWriter
+from ugrl.train.background import BackgroundWriter
 from ugrl.train.tracking import scalars_of
 
 said = []
-sink = EventSink(Path(sys.argv[1]), 0)
-outlet = Outlet("TensorBoard", sink, said.append, every_s=0.02)
+writer = BackgroundWriter("TensorBoard", EventFileWriter(Path(sys.argv[1]), 0), said.append, every_s=0.02)
 most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
 for step in range(1, 201):
-    outlet.put(scalars_of("train", {"total": float(step)}, step))
+    writer.put(scalars_of("train", {"total": float(step)}, step))
     time.sleep(0.001)
 while not said:
     time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-outlet.close()
+writer.close()
 print("\\n".join(said))
 """
 
@@ -178,18 +172,21 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path / "tb")], capture_output=True, text=True, timeout=120, check=True
     )
     said = done.stdout.splitlines()
-    assert said[0].startswith("TensorBoard: OSError: [Errno 27]") and "training goes on" in said[0]
-    assert said[1:] == ["TensorBoard: works again"]
+    refused, works = said[::2], said[1::2]  # few records fit into a new file, too: how often, the machine decides
+    assert all(s.startswith("TensorBoard: OSError: [Errno 27]") and "training goes on" in s for s in refused)
+    assert set(works) == {"TensorBoard: works again"} and len(works) == len(refused)
     assert points(tmp_path / "tb") == [("train/total", k, float(k)) for k in range(1, 201)]
     assert len(list((tmp_path / "tb").iterdir())) > 1
 
 
-def test_what_waits_for_a_sink_is_bounded(tmp_path: Path) -> None:
+def test_what_waits_for_a_writer_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
-    outlet = Outlet("board", EventSink(tmp_path / "file" / "tb", 0), said.append, every_s=0.01)  # no folder there
-    outlet.put(scalars_of("train", {str(k): 0.0 for k in range(MOST + 5)}, 1))
-    outlet.close()
+    writer = BackgroundWriter(
+        "board", EventFileWriter(tmp_path / "file" / "tb", 0), said.append, every_s=0.01
+    )  # no folder there
+    writer.put(scalars_of("train", {str(k): 0.0 for k in range(MOST + 5)}, 1))
+    writer.close()
     assert len(said) == 2 and said[0].startswith("board: NotADirectoryError")
     assert said[1] == f"board: {MOST + 5} points were not written"
 
@@ -204,7 +201,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     # Beside other loads a first database takes its time.
-    monkeypatch.setitem(Outlet.close.__kwdefaults__, "patience_s", 300.0)
+    monkeypatch.setitem(BackgroundWriter.close.__kwdefaults__, "patience_s", 300.0)
 
 
 def test_a_resumed_run_is_one_run_in_mlflow(tmp_path: Path, patient: None) -> None:
@@ -213,23 +210,26 @@ def test_a_resumed_run_is_one_run_in_mlflow(tmp_path: Path, patient: None) -> No
     store, out = tmp_path / "tracked", tmp_path / "run"
     params = {"seed": 3, "train": {"lr": 0.1, **{f"key{k}": k for k in range(150)}}}
 
-    def board(step: int) -> Board:
-        return Board(out / "tb", mlflow=str(store), name="shapes", params=params, step=step, say=said.append)
+    def tracker() -> MlflowObserver:
+        return MlflowObserver(str(store), out / "mlflow.json", name="shapes", params=params, say=said.append)
 
-    first = board(0)
+    out.mkdir()
+    first = tracker()
     for step in range(1, 8):
         first.scalars("train", {"total": float(step), "a@b": float("nan")}, step)
-    first.close("KILLED")
+    first.leave("KILLED")
+    first.close()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
     note = json.loads((out / "mlflow.json").read_text())
     run = client.get_run(note["run_id"])
     assert run.info.status == "KILLED" and run.info.run_name == "shapes"
     assert len(run.data.params) == 152 and run.data.params["train.lr"] == "0.1"
 
-    again = board(4)
+    again = tracker()
     for step in range(5, 10):
         again.scalars("train", {"total": float(step)}, step)
     again.scalars("val", {"mIoU": 0.5}, 9)
+    again.leave("FINISHED")
     again.close()
     experiment = client.get_experiment_by_name("ugrl")
     assert [r.info.run_id for r in client.search_runs([experiment.experiment_id])] == [note["run_id"]]
@@ -247,15 +247,19 @@ def test_a_lost_tracking_server_is_told_of_once_and_waited_for_by_nobody(tmp_pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said: list[str] = []
-    board = Board(tmp_path / "tb", mlflow=f"http://me:secret@127.0.0.1:{port}", say=said.append)
+    where = f"http://me:secret@127.0.0.1:{port}"
+    tracker = MlflowObserver(where, tmp_path / "mlflow.json", name="run", params={}, say=said.append)
+    board = TensorBoard(tmp_path / "tb", say=said.append)
+    both = Observers([tracker, board])
     for step in range(1, 50):
-        board.scalars("train", {"total": 1.0}, step)
-    board.close()
+        both.on_log(step, {"total": 1.0})
+    both.leave("FINISHED")
+    both.close()
     assert len(said) == 2
     assert said[0].startswith(f"MLflow at http://127.0.0.1:{port}: ") and "training goes on" in said[0]
     assert said[1] == f"MLflow at http://127.0.0.1:{port}: 49 points were not written"
     assert "secret" not in "".join(said)
-    assert len(points(tmp_path / "tb")) == 49  # the other board has everything
+    assert len(points(tmp_path / "tb")) == 49  # the other observer has everything
 
 
 def test_a_tracking_server_that_never_answers_is_given_up(tmp_path: Path, patient: None) -> None:
@@ -264,18 +268,17 @@ def test_a_tracking_server_that_never_answers_is_given_up(tmp_path: Path, patien
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        board = Board(tmp_path / "tb", mlflow=f"http://127.0.0.1:{deaf.getsockname()[1]}", say=said.append)
-        assert board.tracker is not None
-        board.scalars("train", {"total": 1.0}, 1)
-        board.tracker.close("KILLED", patience_s=0.3)
+        where = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        tracker = MlflowObserver(where, tmp_path / "mlflow.json", name="run", params={}, say=said.append)
+        tracker.scalars("train", {"total": 1.0}, 1)
+        tracker.writer.close("KILLED", patience_s=0.3)
         assert said[-1].endswith("1 points were not written")
-        board.writer.close()
 
 
 def test_mlflow_that_is_not_installed_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as Python marks what cannot be imported
     with pytest.raises(ConfigError) as caught:
-        Board(tmp_path / "tb", mlflow="https://me:secret@host/")
+        MlflowObserver("https://me:secret@host/", tmp_path / "mlflow.json", name="run", params={})
     text = "train.mlflow is 'https://host/', but MLflow is not installed: pip install mlflow-skinny"
     assert str(caught.value) == text
     with pytest.raises(ConfigError):
@@ -373,8 +376,9 @@ def test_on_a_terminal_the_display_lives_while_the_run_does() -> None:
 def test_a_single_run_shows_the_same_figures(tmp_path: Path) -> None:
     file = io.StringIO()
     with Progress(Console(file=file, width=80), 100, 0, enabled=True) as progress:
-        progress.advance(100, VALUES)
-        progress.evaluated(50, EvalResult(metrics={"mIoU": 0.5}, classes={}, images=7))
+        progress.on_log(100, VALUES)
+        progress.on_step(100)
+        progress.on_eval(50, EvalResult(metrics={"mIoU": 0.5}, classes={}, images=7))
     lines = file.getvalue().splitlines()
     assert lines[0] == (
         "step 100/100  81.2 img/s  98 ms/step  3% data wait  10.4 GB  total 2.1234  cls 0.1235  seg 1.2345"

@@ -66,11 +66,12 @@ def test_it_is_told_once_for_each_kind_of_step() -> None:
 def test_off_a_terminal_lines_have_the_time_left_and_go_on_during_a_validation() -> None:
     file = io.StringIO()
     with Progress(Console(file=file, width=40), 100, 0, enabled=True, pace=paced(30), every_s=0) as progress:
-        progress.advance(29)
-        progress.advance(30, VALUES)
-        progress.advance(31)
-        progress.validating(4, 10)
-        progress.validating(10, 10)
+        progress.on_step(29)
+        progress.on_log(30, VALUES)
+        progress.on_step(30)
+        progress.on_step(31)
+        progress.on_eval_batch(5, (), 4, 10)
+        progress.on_eval_batch(5, (), 10, 10)
     assert file.getvalue().splitlines() == [
         "step 30/100  5 min 50 s left  81.2 img/s  98 ms/step  3% data wait  total 2.1234  cls 0.1235  seg 1.2345",
         "step 31/100  5 min 45 s left  81.2 img/s  98 ms/step  3% data wait  total 2.1234  cls 0.1235  seg 1.2345",
@@ -78,8 +79,9 @@ def test_off_a_terminal_lines_have_the_time_left_and_go_on_during_a_validation()
     ]
     quiet = io.StringIO()
     with Progress(Console(file=quiet), 100, 0, enabled=False, pace=paced(30), every_s=0) as progress:
-        progress.advance(30, VALUES)
-        progress.evaluated(100, EvalResult({"tag_map": 0.5}))
+        progress.on_log(30, VALUES)
+        progress.on_step(30)
+        progress.on_eval(100, EvalResult({"tag_map": 0.5}))
     assert quiet.getvalue() == ""
 
 
@@ -87,10 +89,11 @@ def test_on_a_terminal_the_row_lives() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, color_system=None)
     with Progress(console, 100, 0, enabled=True, pace=paced(30)) as progress:
-        progress.advance(30, VALUES)
-        progress.validating(4, 10)
+        progress.on_log(30, VALUES)
+        progress.on_step(30)
+        progress.on_eval_batch(5, (), 4, 10)
         assert progress.render().plain == "step 30/100  " + "━" * 20 + "  5 min 50 s left  validation 4/10"
-        progress.advance(31)
+        progress.on_step(31)
     assert "step 31/100" in file.getvalue()
 
 

@@ -17,13 +17,15 @@ import torch
 from tests.s3server import Server, bucket_server
 from tests.tiny import tiny_tree
 from ugrl.cli import main as ugrl
-from ugrl.config import build
+from ugrl.config import DataConfig, build
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import CheckpointError, DataError
 from ugrl.storage import Place, StorageError, place, retry
 from ugrl.train import checkpoint
-from ugrl.train.loop import Hooks, Trainer, local_loader
+from ugrl.train.batches import local_loader
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_rows_and_batches_are_those_of_the_local_folder(shards: Path, server: Se
     for index in torch.randperm(len(here), generator=torch.Generator().manual_seed(0)).tolist():
         assert here[index] == remote[index]
     cfg = build(tiny_tree(steps=6))
-    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu")._spec() for s in (shards, there)]
+    specs = [Trainer(cfg, shards=s, out=None, quiet=True, device="cpu").loader_spec() for s in (shards, there)]
     a, b = (local_loader(spec) for spec in specs)
     for _ in range(6):
         x, y = next(a), next(b)
@@ -136,7 +138,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     here, cache = ShardReader(shards, "train"), tmp_path / "cache"
 
     def reader(most: int = 100) -> ShardReader:
-        return ShardReader(there, "train", cache_dir=cache, cache_disk_mb=most)
+        return ShardReader(there, "train", DataConfig(cache_dir=str(cache), cache_disk_mb=most))
 
     assert reader()[0] == here[0]
     (copy,) = cache.glob("*.parquet")
@@ -162,7 +164,7 @@ def test_copies_on_the_node(shards: Path, server: Server, tmp_path: Path) -> Non
     upload(shards, there)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert ShardReader(there, "train", cache_dir=blocked, cache_disk_mb=9)[2] == here[2]
+    assert ShardReader(there, "train", DataConfig(cache_dir=str(blocked), cache_disk_mb=9))[2] == here[2]
 
 
 def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_old_copies_make_room(shards: Path, server: Server, tmp_path: Path) -> N
 def test_a_server_that_is_away_for_a_while_is_waited_for(shards: Path, server: Server, tmp_path: Path) -> None:
     there = place(server.uri(f"bucket/{tmp_path.name}"))
     upload(shards, there)
-    reader, here = ShardReader(there, "train", patience_s=60), ShardReader(shards, "train")
+    reader, here = ShardReader(there, "train", DataConfig(storage_patience_s=60)), ShardReader(shards, "train")
     assert reader[0] == here[0]
     timer = server.pause(4)
     assert reader[len(here) - 1] == here[len(here) - 1]  # another row group
@@ -263,7 +265,7 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
 MAKES = """
 import sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from ugrl.train.folder import make_scratch
+from ugrl.train.run_folder import make_scratch
 path, _ = make_scratch()
 (path / "metrics.jsonl").write_text("{}")
 print(path, flush=True)
@@ -274,7 +276,7 @@ sys.stdin.read()
 def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ugrl.train.folder import LOCK, SCRATCH, YOUNG_S, make_scratch
+    from ugrl.train.run_folder import LOCK, SCRATCH, YOUNG_S, make_scratch
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     there = [
@@ -300,3 +302,13 @@ def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next_
         for process in there:
             process.kill()
             process.communicate()
+
+
+def test_the_query_of_an_s3_uri_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"^s3://b: unknown option 'regoin'; did you mean 'region'\?$"):
+        place("s3://key:word@b/x?regoin=eu-west-1").exists()
+    found, path = place("s3://key:w%2Ford@b/x/y?region=eu-west-1&allow_bucket_creation=true").filesystem()
+    assert (found.region, path) == ("eu-west-1", "b/x/y")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # as pyarrow takes it for a URI
+    with pytest.raises(StorageError, match="^s3://other/x: "):
+        place("s3://key:word@other/x").exists()

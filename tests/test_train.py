@@ -307,7 +307,7 @@ def test_sharing_the_plain_pass_changes_nothing_where_nothing_is_dropped(share: 
         calls: list[int] = []
         trainer.net.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.net.train()
-        batches = trainer.loader(trainer._spec())
+        batches = trainer.loader(trainer.loader_spec())
         losses = []
         for step in range(5):
             out = trainer.step_fn(next(batches).to("cpu", torch.float64), step)
@@ -328,7 +328,7 @@ def test_dropped_branches_keep_the_plain_pass_apart(shards: Path) -> None:
         tree = tiny_tree()
         tree["method"]["cam"]["share"] = share
         step = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu").step_fn
-        assert [step.shares(1), step.shares(2)] == expected
+        assert [step.schedule.shares(1), step.schedule.shares(2)] == expected
 
 
 def test_the_encoder_is_one_graph(shards: Path) -> None:

@@ -57,7 +57,7 @@ def test_parts_change_no_loss_and_no_gradient(
         cfg = build(tree(setting=setting, share=share, scope=scope, norm=norm))
         trainer = Trainer(cfg, shards=shards, out=None, quiet=True, dtype=torch.float64, device="cpu")
         trainer.net.train()
-        batches = trainer.loader(trainer._spec())
+        batches = trainer.loader(trainer.loader_spec())
         seen: list[int] = []
         handle = trainer.net.encoder.register_forward_hook(
             lambda _, args, out, seen=seen: seen.append(len(args[0])) if torch.is_grad_enabled() else None

@@ -15,12 +15,11 @@ from ugrl.data.prepare import prepare
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import ConfigError
 from ugrl.method.losses import affinity_loss, eligible_tokens
-from ugrl.method.pool import reliable_pool
+from ugrl.method.pool import chosen, pool_bound, positions, reliable_pool
 from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import ProjectionHead, unit
 from ugrl.model.encoder import rows
 from ugrl.train.loop import Trainer
-from ugrl.train.step import chosen, pool_bound, positions
 from ugrl.types import IGNORE
 
 
@@ -145,9 +144,9 @@ def test_a_bound_instead_of_the_count_changes_no_loss(setting: str, shards: Path
         tree = tiny_tree()
         tree["method"]["setting"] = setting
         trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu", dtype=torch.float64)
-        trainer.step_fn.counts_on_host = counts
+        trainer.step_fn.target_maker.counts_on_host = counts
         trainer.net.train()
-        batches = trainer.loader(trainer._spec())
+        batches = trainer.loader(trainer.loader_spec())
         for step in range(4):
             out = trainer.step_fn(next(batches).to("cpu", torch.float64), step)
             out.loss.backward()

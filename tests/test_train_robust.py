@@ -25,10 +25,11 @@ from ugrl.config import TrainConfig, build
 from ugrl.errors import CheckpointError, UgrlError
 from ugrl.storage import place, retry
 from ugrl.train import checkpoint
+from ugrl.train.checkpoint_writer import CheckpointWriter, Snapshot
 from ugrl.train.interrupt import Interrupted
-from ugrl.train.loop import Hooks, Trainer
+from ugrl.train.loop import Trainer
+from ugrl.train.observer import Hooks
 from ugrl.train.optim import Optimizer
-from ugrl.train.saver import Saver, Snapshot
 
 TIMES = ("images_per_s", "step_s", "data_wait", "device_memory_mb")
 
@@ -70,7 +71,7 @@ def test_a_bad_step_changes_nothing_but_the_count(shards: Path, tmp_path: Path) 
     assert any(not torch.equal(states[4][k], states[5][k]) for k in states[4])
     assert all(torch.isfinite(v).all() for v in trainer.net.state_dict().values() if v.is_floating_point())
     line = json.loads((tmp_path / "run" / "nonfinite.jsonl").read_text())
-    assert line["step"] == 4 and line["ids"] == trainer._ids_of(3) and len(set(line["ids"])) == 4
+    assert line["step"] == 4 and line["ids"] == trainer.ids_of(3) and len(set(line["ids"])) == 4
     assert [e for e in events if "finite" in e] == ["step 4: loss or gradients are not finite; skipped"]
     logged = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged if "lr" in r] == [1, 2, 3, 4, 5, 6]
@@ -170,7 +171,7 @@ def test_ranks_stop_together_though_one_is_told(shards: Path, tmp_path: Path) ->
     assert checkpoint.read_state(checkpoint.find(out)).step == 3
 
 
-def saver(folder: Path, **more: object) -> tuple[Saver, list[str]]:
+def saver(folder: Path, **more: object) -> tuple[CheckpointWriter, list[str]]:
     said: list[str] = []
     options: dict = {
         "mirror": None,
@@ -183,7 +184,7 @@ def saver(folder: Path, **more: object) -> tuple[Saver, list[str]]:
         "log": said.append,
         **more,
     }
-    return Saver(folder, **options), said
+    return CheckpointWriter(folder, **options), said
 
 
 def state(step: int, value: float | None = None) -> Snapshot:
@@ -230,7 +231,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_train_robust import saver, state
 import torch
-from ugrl.train.saver import Snapshot
+from ugrl.train.checkpoint_writer import Snapshot
 keeper, said = saver(Path(sys.argv[1]), patience_s=1.0)
 keeper.submit(state(1)); keeper.flush()
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # files cannot grow beyond it: as on a full disk
@@ -257,7 +258,7 @@ LOGS = """
 import resource, sys
 from ugrl.config import load
 from ugrl.storage import place
-from ugrl.train.folder import RunFolder
+from ugrl.train.run_folder import RunFolder
 said, none = [], resource.RLIM_INFINITY
 cfg = load("shapes", {"train.record_ids": True})
 folder = RunFolder(place(sys.argv[1]), cfg, class_names=(), objective="x", data="", say=said.append)

@@ -23,8 +23,8 @@ from ugrl.errors import ConfigError, UgrlError
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.metrics import Confusion
 from ugrl.eval.predict import predict_image
-from ugrl.model.build import build_net
 from ugrl.model.specs import SPECS, least_crop
+from ugrl.train.build import build_net
 from ugrl.train.check import check_run
 from ugrl.train.loop import Trainer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ugrl.train.step as step_module
+import ugrl.method.objective as objective_module
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.data.prepare import prepare
@@ -114,11 +114,11 @@ def test_a_step_waits_for_nothing(
     tree["method"]["setting"] = setting
     tree["method"]["cam"] |= {"refine": refine, "share": share, "propagate": "affinity", "propagate_after": 3}
     trainer = Trainer(build(tree), shards=shards, out=None, quiet=True, device="cpu")
-    trainer.step_fn.counts_on_host = False
+    trainer.step_fn.target_maker.counts_on_host = False
     trainer.net.train()
-    batches = trainer.loader(trainer._spec())
+    batches = trainer.loader(trainer.loader_spec())
     state = [*trainer.net.parameters(), *trainer.net.buffers(), *trainer.prototypes.buffers()]
-    plain = step_module.contrastive_loss
+    plain = objective_module.contrastive_loss
     called: list[int] = []
 
     for step in range(4):  # two of the warm-up, one after it, one with propagation
@@ -134,7 +134,7 @@ def test_a_step_waits_for_nothing(
                 finally:
                     device.allowed -= 1
 
-            monkeypatch.setattr(step_module, "contrastive_loss", loss)
+            monkeypatch.setattr(objective_module, "contrastive_loss", loss)
             if step == 2:  # the warm-up's end asks once in a run whether the prototypes are settled
                 trainer.prototypes.freeze()
             out = trainer.step_fn(batch, step)

@@ -92,7 +92,8 @@ def test_a_search_whose_driver_was_killed_is_resumed_to_its_budget(
     study = check_whole(out, 5, storage, failed=hopeless)
     assert hopeless >= 1
     for number, point in points.items():  # what was running went on with the same parameters
-        assert not point or study.get_trials()[number].params == point
+        # It may have been killed between two of them.
+        assert point.items() <= study.get_trials()[number].params.items()
     failed = study.get_trials(states=(TrialState.FAIL,))
     assert all("do not fill one global batch of 4096" in t.user_attrs["error"] for t in failed)
     assert "do not fill one global batch of 4096" in shown

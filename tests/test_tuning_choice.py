@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 
 from tests.searches import NO_STOP, SOUND, load, play, report, search_of, searcher, states
 from tuning.lease import Lease
-from tuning.noise import noise_of
 from tuning.record import collapsed, read_trials
+from tuning.report.noise import noise_of
 from tuning.study import open_study
 
 pytest.importorskip("ray")

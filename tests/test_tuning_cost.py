@@ -41,7 +41,7 @@ def test_operations_counted_on_the_meta_device_are_those_of_a_real_step(more: di
     cfg = small(**{"data.crop": 64, **more})
     cpu = torch.device("cpu")
     step = flops._made(cfg, 3, cpu)
-    step.counts_on_host = False
+    step.target_maker.counts_on_host = False
     real = flops._counted(step, flops._batch(cfg, 3, 1, cpu), cfg.train.steps - 1)
     assert flops.step_gflop(cfg, 3) == pytest.approx(real, rel=0.01)
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.story import STEPS, Story
-from tuning.facts import verdict
-from tuning.noise import Loss, Measure, Noise, by_luck, difference, expected_best, loss, noise_of, seed_noise
 from tuning.record import Run, TrialRow
-from tuning.search import Finalist, Findings
+from tuning.report.noise import Loss, Measure, Noise, by_luck, difference, expected_best, loss, noise_of, seed_noise
+from tuning.report.read import Finalist, Findings
+from tuning.report.sentences import verdict
 
 # -- differences ------------------------------------------------------------------------------
 

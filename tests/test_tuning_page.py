@@ -20,10 +20,10 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from tests.story import SPACE, Story, csv_rows, report
-from tuning import plots
-from tuning.facts import collapse, verdict, weak_rung
-from tuning.report import write_best
-from tuning.search import Findings
+from tuning.report import drawing, plots
+from tuning.report.files import write_best
+from tuning.report.read import Findings
+from tuning.report.sentences import collapse, verdict, weak_rung
 from ugrl import config as configs
 from ugrl.errors import UgrlError
 
@@ -46,7 +46,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Findings, str]
 
 @pytest.fixture
 def figures() -> Iterator[None]:
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(drawing.STYLE):
         yield
     plt.close("all")
 

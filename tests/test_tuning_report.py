@@ -20,17 +20,18 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
-from tuning import facts, page
-from tuning import plots as plots_module
-from tuning import report as report_module
-from tuning.facts import cost, paper_trial, verdict
 from tuning.options import Objective
-from tuning.page import contents, write_html, write_markdown
-from tuning.paper import paper_section, spearman
-from tuning.plots import draw, importance
 from tuning.record import TrialRow, pareto
-from tuning.report import write_csv
-from tuning.search import Findings
+from tuning.report import drawing, files, sections
+from tuning.report import plots as plots_module
+from tuning.report.files import write_csv
+from tuning.report.findings import cost, paper_trial
+from tuning.report.page import write_html, write_markdown
+from tuning.report.paper import paper_section, spearman
+from tuning.report.plots import draw, importance
+from tuning.report.read import Findings
+from tuning.report.sections import contents
+from tuning.report.sentences import paper_sentence, verdict
 from ugrl import config as configs
 from ugrl.storage import Place
 from ugrl.text import markdown
@@ -132,7 +133,7 @@ def test_both_reports_tell_the_finding(whole: tuple[Path, Findings, str]) -> Non
         "PED-ANOVA",
     ):
         assert words in page
-    assert "the paper&#x27;s point" in page and "rank " in facts.paper_sentence(findings)
+    assert "the paper&#x27;s point" in page and "rank " in paper_sentence(findings)
     assert f"d_cls: {findings.best.params['method.uncertainty.d_cls']}" in page  # the best configuration, folded
     assert set(re.findall(r"\]\(plots/(\w+)\.png\)", text)) == plots(out)
     assert page.count("data:image/png;base64,") == len(plots(out))
@@ -308,7 +309,7 @@ def test_a_trial_without_a_point_is_not_the_papers(tmp_path: Path) -> None:
     number = story.add(d_cls=1024, d_seg=512, keep=0.35, alpha=9.0, origin="first[0]")
     found = paper_trial(story.findings())
     assert found is not None and found.number == number
-    assert facts.paper_sentence(story.findings()).startswith("The values that the paper publishes")
+    assert paper_sentence(story.findings()).startswith("The values that the paper publishes")
 
 
 def test_rows_are_compared_on_one_split(tmp_path: Path) -> None:
@@ -403,9 +404,9 @@ def test_the_importance_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.M
 def test_of_many_trials_the_page_and_the_plots_show_a_part_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "LONGEST", 10)
-    monkeypatch.setattr(report_module, "SHOWN", 5)
-    monkeypatch.setattr(plots_module, "LINES", 8)
+    monkeypatch.setattr(sections, "LONGEST", 10)
+    monkeypatch.setattr(files, "SHOWN", 5)
+    monkeypatch.setattr(drawing, "LINES", 8)
     draw_only(monkeypatch, "curves")
     story = Story(tmp_path / "many")
     story.fill(30)
@@ -422,7 +423,7 @@ def test_of_many_trials_the_page_and_the_plots_show_a_part_and_say_so(
         assert not isinstance(figure, str)
         axes = figure.axes[0]
         assert "a sample of 8 of 30 trials" in axes.get_title()
-        best = [line for line in axes.lines if line.get_color() == plots_module.BEST]
+        best = [line for line in axes.lines if line.get_color() == drawing.BEST]
         assert len(best) == 1
 
 

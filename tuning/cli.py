@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cluster.capacity import Capacity
-    from tuning.search import Findings, Search
+    from tuning.search import Search
     from tuning.space import SearchSpace
 
 SPACE, BASE = "space.yaml", "base.yaml"
@@ -270,7 +270,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--warm-start: a grid has all of its own points")
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
     from tuning.driver import nothing_left, open_finals
-    from tuning.report import write_report
+    from tuning.report.files import write_report
+    from tuning.report.read import read_findings
     from tuning.study import quiet_optuna
 
     quiet_optuna()
@@ -279,7 +280,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
     finals = open_finals(search, study._storage, create=False)
     if not interrupted:  # whoever sends a signal does not wait for pictures
-        write_report(findings(search, study, finals), console)
+        write_report(read_findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
 
 
@@ -332,9 +333,9 @@ def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -
     import optuna as library
 
     from tuning.lease import PLAN_S
-    from tuning.options import public
     from tuning.study import WHERE, open_storage, open_study, study_name
     from ugrl.ownership import own
+    from ugrl.secrets import public_database as public
     from ugrl.storage import place
 
     space, out = search.space, search.out
@@ -437,15 +438,6 @@ def _until_interrupted(work: Callable[[], Any], bar: Any) -> tuple[Any, int]:
         return None, getattr(stopped, "number", None) or signal.SIGINT
 
 
-def findings(search: Search, study: optuna.Study, finals: optuna.Study | None) -> Findings:
-    """All that the storage tells of a search."""
-    from tuning.record import read_trials
-    from tuning.search import Findings, read_finalists, read_sessions
-
-    rows = tuple(read_trials(study, search.objectives))
-    return Findings(search, study, rows, read_finalists(rows, finals, search), read_sessions(study))
-
-
 def _ended(
     args: argparse.Namespace,
     search: Search,
@@ -509,12 +501,13 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """``ugrl-tune report``."""
     from tuning.driver import open_finals
-    from tuning.report import write_report
+    from tuning.report.files import write_report
+    from tuning.report.read import read_findings
     from tuning.study import quiet_optuna
 
     quiet_optuna()
     search, study = stored_search(args.study, args.storage)
-    write_report(findings(search, study, open_finals(search, study._storage, create=False)), console)
+    write_report(read_findings(search, study, open_finals(search, study._storage, create=False)), console)
     return 0
 
 

@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
-from ugrl.secrets import HIDDEN, masked
+from ugrl.eval.selection import NEEDS_MASKS, NEEDS_TAGS
 from ugrl.text import brief
-from ugrl.train.objective import NEEDS_MASKS, NEEDS_TAGS
 
 if TYPE_CHECKING:
     from tuning.space import SearchSpace
@@ -53,18 +52,6 @@ SCHEDULERS = ("asha", "hyperband", "median", "none")
 PAPERS = ("table3", "table4", "fig7")
 # Each of them is in the storage from the beginning.
 MOST_TRIALS = 100_000
-
-
-def public(storage: str) -> str:
-    """A database URL without its password.
-
-    >>> public("postgresql+psycopg://ann:secret@db/ugrl")
-    'postgresql+psycopg://ann:***@db/ugrl'
-    """
-    scheme, sep, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
 
 
 @dataclass(frozen=True)
@@ -307,7 +294,7 @@ def _objectives(value: Any) -> tuple[Objective, ...]:
     known = ("auto", *METRICS, *COSTS)
     for name in names:
         if name not in known:
-            raise ConfigError(f"space key 'objective': '{name}' is measured by nothing{nearest(str(name), known)}")
+            raise ConfigError(f"space key 'objective': {brief(name)} is measured by nothing{nearest(str(name), known)}")
     if names[0] in COSTS:
         raise ConfigError(
             f"space key 'objective' is {brief(value)}; expected a metric first: {', '.join(METRICS)} or auto"

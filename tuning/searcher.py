@@ -30,7 +30,6 @@ from sqlalchemy.exc import OperationalError
 
 from tuning.budget import spent
 from tuning.lease import Lease
-from tuning.noise import ROUNDING, Measure, difference, noise_of
 from tuning.options import COSTS, METRICS
 from tuning.record import (
     BESIDE,
@@ -48,6 +47,7 @@ from tuning.record import (
     Run,
     read_trials,
 )
+from tuning.report.noise import ROUNDING, Measure, difference, noise_of
 from tuning.search import Search
 from tuning.space import finite, trial_config
 from tuning.study import STEP, make_sampler, put_back, queue, suggest_point, trial_folder

@@ -43,13 +43,13 @@ from tuning.options import (
     build_options,
     mapping,
     options_dict,
-    public,
     text,
     warm_steps,
 )
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
+from ugrl.secrets import public_database as public
 from ugrl.text import brief, line
 
 KINDS = {
@@ -382,21 +382,22 @@ def _axes(tree: Mapping[str, Any], base: Config) -> Iterator[Axis]:
         try:
             configs.check_path(path)
         except ConfigError as error:
-            raise ConfigError(f"space key 'search.{path}': {error}") from None
+            raise ConfigError(f"space key 'search.{line(path)}': {error}") from None
         if path in FIXED or path.startswith("cluster."):
             why = FIXED.get(path, "says where a run runs, not what it is")
-            raise ConfigError(f"space key 'search.{path}' {why}; expected another path")
+            raise ConfigError(f"space key 'search.{line(path)}' {why}; expected another path")
         kinds = [k for k in spec if k not in ("step", "when")] if isinstance(spec, Mapping) else []
         if len(kinds) > 1 and (wrong := [k for k in kinds if k not in KINDS]):
             names = [*KINDS, "step", "when"]
-            raise ConfigError(f"unknown space key 'search.{path}.{wrong[0]}'{nearest(str(wrong[0]), names)}")
+            raise ConfigError(f"unknown space key 'search.{path}.{line(str(wrong[0]))}'{nearest(str(wrong[0]), names)}")
         if len(kinds) != 1:
             raise ConfigError(
                 f"space key 'search.{path}' is {brief(spec)}; expected one of {', '.join(KINDS)}, as "
                 "{uniform: [0, 1]} (a constant belongs to 'overrides')"
             )
         if kinds[0] not in KINDS:
-            raise ConfigError(f"space key 'search.{path}': unknown kind '{kinds[0]}'{nearest(str(kinds[0]), KINDS)}")
+            kind = str(kinds[0])
+            raise ConfigError(f"space key 'search.{path}': unknown kind '{line(kind)}'{nearest(kind, KINDS)}")
         axis = _axis(path, kinds[0], spec[kinds[0]], spec.get("step"))
         if isinstance(configs.get(base, path), bool) and axis.kind != "choice":
             raise ConfigError(f"space key 'search.{path}' is a {axis.kind} range, but the key is true or false")
@@ -554,7 +555,7 @@ def complete_point(space: SearchSpace, key: str, point: Any, base: Config | None
     searched = [a.path for a in space.search]
     for path in given:
         if path not in searched:
-            raise ConfigError(f"space key '{key}.{path}' is not searched{nearest(path, searched)}")
+            raise ConfigError(f"space key '{key}.{line(path)}' is not searched{nearest(path, searched)}")
     made: dict[str, Any] = {}
     for axis in space.search:
         if not axis.active(made):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tuning.search import Search
 from tuning.space import weak_rung
 from ugrl.data.shards import Manifest
+from ugrl.eval.selection import why_no_masks
 from ugrl.text import line
 from ugrl.train.check import judged_rows
-from ugrl.train.objective import why_no_masks
 
 # Images by whose mean score two configurations can hardly be told apart.
 FEW = 30

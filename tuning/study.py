@@ -41,12 +41,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
-from tuning.options import Objective, public
+from tuning.options import Objective
 from tuning.record import DRIVER, FROM
 from tuning.space import Axis, SearchSpace
 from ugrl.errors import AwayError, ConfigError, UgrlError
 from ugrl.foreign import read_bytes
 from ugrl.secrets import HIDDEN
+from ugrl.secrets import public_database as public
 from ugrl.text import brief, line
 
 STEP = "step"

@@ -202,7 +202,8 @@ def train_here(
     """Train in this process; a checkpoint in ``out`` is continued."""
     import torch
 
-    from ugrl.train.loop import Hooks, Trainer
+    from ugrl.train.loop import Trainer
+    from ugrl.train.observer import Hooks
 
     torch.set_num_threads(max(1, int(shared["cpus"])))
     if torch.cuda.is_available() and 0 < shared["gpus"] < 1:
@@ -223,14 +224,14 @@ def train_here(
 def kept_loader(spec: Any) -> Any:
     """The local loader, with the decoded images that the trial before it left."""
     from ugrl.data.cache import PixelCache
-    from ugrl.train.loop import local_loader
+    from ugrl.train.batches import local_loader
 
-    if spec.cache_mb <= 0:
+    if spec.data.cache_mb <= 0:
         return local_loader(spec)
-    key = (place(spec.shards).where, spec.split, spec.cache_mb)
+    key = (place(spec.shards).where, spec.split, spec.data.cache_mb)
     if key not in _KEPT:
         _KEPT.clear()  # one data set at a time
-        _KEPT[key] = PixelCache(spec.cache_mb)
+        _KEPT[key] = PixelCache(spec.data.cache_mb)
     return local_loader(spec, _KEPT[key])
 
 

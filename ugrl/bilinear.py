@@ -23,7 +23,7 @@ def resize(x_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize (``align_corners=False``, no antialiasing).
 
     Args:
-        x_BDhw: Maps of floats.
+        x_BDhw: Maps to resize, float (B, D, H, W).
         size: ``(H, W)``.
 
     Returns:
@@ -39,7 +39,7 @@ def resize_gradient(grad_BDHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Gradient of :func:`resize` by its input.
 
     Args:
-        grad_BDHW: By its output.
+        grad_BDHW: Gradient of the loss by the output, of the output's shape.
         size: ``(h, w)`` of its input.
 
     Returns:

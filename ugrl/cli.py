@@ -133,9 +133,9 @@ def run_eval(args: argparse.Namespace) -> int:
     from ugrl.data.progress import Progress
     from ugrl.data.reader import ShardReader
     from ugrl.device import resolve
-    from ugrl.method.build import build_par
     from ugrl.storage import place
     from ugrl.terminal import Terminal
+    from ugrl.train.build import build_par
     from ugrl.train.measure import measure
     from ugrl.train.progress import result_table
     from ugrl.train.restore import restore

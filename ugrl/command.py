@@ -26,7 +26,7 @@ from ugrl.secrets import has_credentials, masked, public
 from ugrl.text import brief, line
 
 BAD_INPUT, FAULT, INTERRUPTED, NO_READER = 2, 70, 130, 141
-MOST = 400
+MOST, MOST_PROBLEMS = 400, 20
 EXITS = """
 exit status:
   0 done   2 bad input, named in one line   3 no room on the cluster or the disk
@@ -122,10 +122,13 @@ def guarded(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     except UgrlError as error:
         if os.environ.get("UGRL_DEBUG") == "1":
             traceback.print_exc()
+        problems = (_full(error),) if is_full(error) else error.problems
+        for problem in problems[:MOST_PROBLEMS]:
+            complain(problem)
+        if len(problems) > MOST_PROBLEMS:
+            complain(f"and {len(problems) - MOST_PROBLEMS} more")
         if is_full(error):
-            complain(_full(error))
             return NoRoomError.status
-        complain(str(error))
         if isinstance(error, HungError):  # Python would wait for the thread that hangs
             sys.stdout.flush()
             os._exit(error.status)

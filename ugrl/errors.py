@@ -10,6 +10,7 @@ from pathlib import Path
 # What a full disk, or a spent quota, is called by the system, by SQLite, and by libraries that quote them.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*(os.strerror(number) for number in _FULL), "disk is full")
+_MOST = 800  # characters of several problems in one line
 
 
 class UgrlError(Exception):
@@ -21,9 +22,42 @@ class UgrlError(Exception):
 
     status = 2
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one line each."""
+        return (str(self),)
+
 
 class ConfigError(UgrlError):
-    """A configuration or a search space that cannot be used."""
+    """A configuration or a search space that cannot be used.
+
+    Args:
+        problems: Everything that is wrong with it, one line each.
+
+    >>> error = ConfigError("key 'a' is 1", "key 'b' is 2")
+    >>> str(error), error.of("x.yaml").problems
+    ("key 'a' is 1; also: key 'b' is 2", ("x.yaml: key 'a' is 1", "x.yaml: key 'b' is 2"))
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)  # all of them are arguments, so that none is lost between processes
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one line each."""
+        return self.args
+
+    def __str__(self) -> str:
+        text, *more = self.args
+        for k, problem in enumerate(more):
+            if len(text) + len(problem) > _MOST:
+                return f"{text}; and {len(more) - k} more problems"
+            text += f"; also: {problem}"
+        return str(text)
+
+    def of(self, where: str) -> ConfigError:
+        """The same problems of a file, which each of them names."""
+        return ConfigError(*(f"{where}: {problem}" for problem in self.problems))
 
 
 class DataError(UgrlError):

@@ -45,10 +45,10 @@ def read_bytes(path: Path | str, what: str = "file", *, most: int = MOST_BYTES, 
     A pipe, a device or a link to nowhere is refused and never opened for waiting.
 
     Args:
-        path: Of the file.
+        path: The file to read.
         what: It is, for the message ("image", "mask", "table").
-        most: Bytes.
-        error: Class of the refusal.
+        most: Largest size that is read, in bytes.
+        error: Class of the exception that refuses it.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -95,7 +95,7 @@ def under(root: Path, name: str, where: str, *, error: Refusal = DataError) -> P
         root: The folder that the name belongs to.
         name: With ``/`` between its parts; Windows' ``\`` is read as one.
         where: Of the name, for the message.
-        error: Class of the refusal.
+        error: Class of the exception that refuses it.
     """
     parts = PurePosixPath(name.replace("\\", "/"))
     if not name.strip() or "\0" in name or len(name) > 4000:
@@ -143,8 +143,8 @@ def parse_json(
 
     Args:
         data: Bytes are decoded by :func:`decode_text`.
-        where: For the message.
-        error: Class of the refusal.
+        where: Name of the file, with which the message begins.
+        error: Class of the exception that refuses it.
         hook: Makes what stands for each object, as soon as it is read.
         nan: Whether ``NaN`` and ``Infinity`` are taken, which JSON does not know; by default they are refused.
     """
@@ -189,7 +189,11 @@ def read_json(
 
 
 class _Core(yaml.SafeLoader):
-    """YAML 1.2's core schema: ``on``, ``off``, ``yes`` and ``no`` are words, ``1e-3`` is a number, ``010`` is ten."""
+    """YAML 1.2's core schema: ``on``, ``off``, ``yes`` and ``no`` are words, ``1e-3`` is a number, ``010`` is ten.
+
+    ruamel.yaml reads 1.2 as well, but takes more than its core schema (``1_000`` and ``0b11`` as numbers, dates, merge
+    keys), and an alias of itself, infinite numbers and keys that are lists, so that all of these would be refused here.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 

@@ -7,6 +7,7 @@ parameter whose name says that it is secret.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 HIDDEN = "***"
 # user:password@ after a scheme; a password may hold an @ of its own, so that the last one before the path counts.
@@ -36,6 +37,34 @@ def public(uri: object) -> str:
     text = masked(uri).replace(f"{HIDDEN}@", "")
     text = re.sub(rf"(?<=[?&;])[^?&;=]+={re.escape(HIDDEN)}(?:[&;]|(?=#)|$)", "", text)
     return re.sub(r"[?&;](?=#|$)", "", text)
+
+
+def short(uri: object) -> str:
+    """A URI as a message names it: without credentials and without its query.
+
+    >>> short("s3://key:word@bucket/runs?secret_key=abc&region=eu")
+    's3://bucket/runs'
+    """
+    return public(uri).partition("?")[0]
+
+
+def public_database(url: str) -> str:
+    """A database URL without its password; the user stays, who is part of what finds the study again.
+
+    >>> public_database("postgresql+psycopg://ann:secret@db/ugrl")
+    'postgresql+psycopg://ann:***@db/ugrl'
+    """
+    scheme, sep, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return scheme + sep + name + (f"{colon}{HIDDEN}" if colon else "") + at + masked(f"x://{host}").removeprefix("x://")
+
+
+def public_tree(value: Any) -> Any:
+    """A tree of dicts whose texts hold no credentials."""
+    if isinstance(value, dict):
+        return {k: public_tree(v) for k, v in value.items()}
+    return masked(value) if isinstance(value, str) and has_credentials(value) else value
 
 
 def has_credentials(uri: object) -> bool:

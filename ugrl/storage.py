@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ugrl import foreign, secrets
 from ugrl.errors import AwayError, UgrlError, free_text, is_full
-from ugrl.text import brief, line
+from ugrl.files import replacing, write_whole
+from ugrl.text import brief, line, nearest
 
 T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -58,47 +59,44 @@ def is_uri(where: object) -> bool:
 @lru_cache(maxsize=32)
 def _filesystem(scheme: str, netloc: str, query: str) -> tuple[Any, str]:
     """The filesystem of a URI's root, and the part of its path that stands for the root."""
-    root = urlunsplit((scheme, netloc, "/", query, ""))
     try:
-        found, path = pafs.FileSystem.from_uri(root)
         if scheme == "s3":
-            options = found.__reduce__()[1][0]
-            options.update(connect_timeout=CONNECT_S, request_timeout=REQUEST_S)
-            options.setdefault("retry_strategy", None)
-            options["retry_strategy"] = pafs.AwsDefaultS3RetryStrategy(max_attempts=2)
-            found = pafs.S3FileSystem(**{k: v for k, v in options.items() if k in _S3_OPTIONS})
+            return _s3(netloc, query)
+        found, path = pafs.FileSystem.from_uri(urlunsplit((scheme, netloc, "/", query, "")))
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise StorageError(f"{scheme}://{_host(netloc)}: {_line(error)}", lasting=True) from None
+        raise StorageError(f"{secrets.short(f'{scheme}://{netloc}')}: {_line(error)}", lasting=True) from None
     return found, path.strip("/")
 
 
-_S3_OPTIONS = {
-    "access_key",
-    "secret_key",
-    "session_token",
-    "anonymous",
-    "region",
-    "scheme",
-    "endpoint_override",
-    "connect_timeout",
-    "request_timeout",
-    "retry_strategy",
-    "role_arn",
-    "session_name",
-    "external_id",
-    "load_frequency",
-    "proxy_options",
-    "background_writes",
-    "default_metadata",
-    "allow_bucket_creation",
-    "allow_bucket_deletion",
-    "force_virtual_addressing",
-    "tls_ca_file_path",
-}
+def _s3(netloc: str, query: str) -> tuple[Any, str]:
+    """The filesystem of ``s3://netloc/?query``, as pyarrow makes it but with our time limits, and its bucket."""
+    user, _, bucket = netloc.rpartition("@")
+    name, _, word = user.partition(":")
+    asked = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := sorted(asked.keys() - {*_S3_TEXTS, *_S3_FLAGS}):
+        raise ValueError(f"unknown option {brief(unknown[0])}{nearest(unknown[0], [*_S3_TEXTS, *_S3_FLAGS])}")
+    texts = {key: asked[key] for key in _S3_TEXTS if asked.get(key)}
+    if "endpoint_override" not in texts:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            texts["endpoint_override"] = endpoint
+        elif "region" not in texts:
+            texts["region"] = pafs.resolve_s3_region(bucket)
+    made = pafs.S3FileSystem(
+        **texts,
+        **{key: asked[key].lower() in ("true", "1") for key in _S3_FLAGS if key in asked},
+        access_key=unquote(name) or None,
+        secret_key=unquote(word) or None,
+        connect_timeout=CONNECT_S,
+        request_timeout=REQUEST_S,
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=2),
+    )
+    return made, bucket
 
 
-def _host(netloc: str) -> str:
-    return netloc.rsplit("@", 1)[-1]
+# What the query of an S3 URI may say.
+_S3_TEXTS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
+_S3_FLAGS = ("allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open")
 
 
 def _line(error: BaseException) -> str:
@@ -161,10 +159,7 @@ class Place:
 
     def __str__(self) -> str:
         """The path, or the URI without credentials and options."""
-        if self.local is not None:
-            return self.where
-        u = urlsplit(self.where)
-        return urlunsplit((u.scheme, _host(u.netloc), u.path, "", ""))
+        return self.where if self.local is not None else secrets.short(self.where)
 
     __repr__ = __str__
 
@@ -263,8 +258,8 @@ class Place:
 
         Args:
             what: It is, for the message.
-            most: Bytes.
-            error: Class of the refusal.
+            most: Largest size that is read, in bytes.
+            error: Class of the exception that refuses it.
 
         Raises:
             StorageError: A remote storage has no such file, or does not answer.
@@ -285,16 +280,7 @@ class Place:
         try:
             if self.local is not None:
                 self.local.parent.mkdir(parents=True, exist_ok=True)
-                draft = self.local.with_name(f".{self.local.name}.{os.getpid()}.tmp")
-                try:
-                    with draft.open("wb") as handle:
-                        handle.write(data)
-                        handle.flush()
-                        os.fsync(handle.fileno())
-                    os.replace(draft, self.local)
-                except BaseException:
-                    draft.unlink(missing_ok=True)  # a full disk needs the room
-                    raise
+                write_whole(self.local, data)
                 return
             found, path = self.filesystem()
             with found.open_output_stream(path) as file:  # an object appears when it is closed
@@ -325,7 +311,7 @@ class Place:
         """Make this a folder of a local folder's files.
 
         Args:
-            folder: Holds files alone.
+            folder: A local folder of files, without further folders.
             last: Of them, the one that marks the rest as whole: it is taken away first, and written last.
         """
         files = sorted((p for p in folder.iterdir() if p.is_file()), key=lambda p: p.name == last)
@@ -343,18 +329,16 @@ class Place:
             ) from None
 
     def _download(self, to: Path) -> Path:
-        draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        Place(str(draft)).delete()
-        if self.is_dir():
-            draft.mkdir()
-            for name in self.names():
-                (draft / name).write_bytes((self / name).read())
-        else:
-            draft.write_bytes(self.read())
-        if to.is_dir():
-            shutil.rmtree(to)
-        os.replace(draft, to)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(to, durable=False) as draft:
+            if self.is_dir():
+                draft.mkdir()
+                for name in self.names():
+                    (draft / name).write_bytes((self / name).read())
+            else:
+                draft.write_bytes(self.read())
+            if to.is_dir():
+                shutil.rmtree(to)
         return to
 
 
@@ -388,7 +372,7 @@ def retry(what: str, action: Callable[[], T], *, patience_s: float, log: Callabl
     """Do something on a storage that may be away or full for a while.
 
     Args:
-        what: For the log.
+        what: Name of the work, for the log.
         action: Raises OSError or StorageError where the storage refuses.
         patience_s: How long it is tried again, with growing pauses.
         log: Told when waiting begins, and when it is over.

@@ -6,9 +6,11 @@ its own rule here, and everything that prints goes through one of them.
 
 from __future__ import annotations
 
+import difflib
 import html as _html
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +64,22 @@ def brief(value: object, most: int = 80) -> str:
     "[[1, 2, 3, 4, ...], 'x']"
     """
     return line(_Brief().repr(value), most)
+
+
+MOST_NAMED = 24
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest option, else the list of options.
+
+    >>> nearest("trian", ["train", "model"]), nearest("x", ["train", "model"])
+    ("; did you mean 'train'?", '; expected one of train, model')
+    """
+    options = [line(option, 60) for option in options]
+    close = difflib.get_close_matches(word[:100], options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; expected one of {', '.join(options[:MOST_NAMED])}{', …' if len(options) > MOST_NAMED else ''}"
 
 
 def plain(value: object, style: str = "") -> Text:

@@ -37,9 +37,9 @@ class Sample:
     """One augmented image.
 
     Attributes:
-        id: The row's id.
+        id: Id of the row that it was made of.
         image_3HW: float32, normalised; padding is 0.
-        tags_F: float32, 0 or 1.
+        tags_F: float32 (F,): 1 for each class that the image shows, else 0.
         mask_HW: uint8 labels with 255 outside the box, or ``None``.
         box_4: int64 ``(y0, y1, x0, x1)``.
     """
@@ -56,9 +56,9 @@ class Batch:
     """Samples of this rank, stacked.
 
     Attributes:
-        ids: B names.
-        images_B3HW: float32.
-        tags_BF: float32, 0 or 1.
+        ids: Ids of the B rows.
+        images_B3HW: float32 (B, 3, H, W), normalised.
+        tags_BF: float32 (B, F): 1 for each class that the image shows, else 0.
         boxes_B4: int64, always on the CPU: the step slices with it and must not wait for a device.
         masks_BHW: uint8 or ``None``; never read by a loss, only by metrics and pictures.
         pairs_P2: int64 ``(b, f)`` of every tag, row-major, on the CPU; f counts from 0.
@@ -120,7 +120,7 @@ class ModelOutput:
         attn_BMNN: Pre-softmax, unscaled attention logits of the last two blocks of stage 4, or
             ``None`` when they were not asked for.
         affinity_BNN: One logit per pair of positions (Eq. 1), of all or of those asked for, or ``None``.
-        logits_BF: Class scores.
+        logits_BF: Class scores before the sigmoid, (B, F).
         seg_BChw: Decoder logits at stride 4, or ``None``.
         emb_BDhw: Unit-length embeddings of g_seg (Eq. 9) at stride 4, float32, or ``None``; (B, D, 1, n) where they
             were asked for at n positions.
@@ -141,7 +141,7 @@ class StepOutput:
     Attributes:
         loss: Scalar to call backward on: the local share of the global loss times the number of
             ranks, so that averaging gradients over ranks gives the gradient of the global loss.
-        terms: Named losses, detached scalars, *global* values after :func:`mean over ranks`.
+        terms: Named losses, detached scalars; their mean over ranks is the loss of the global batch.
         stats: Named detached scalars worth logging (effective sample share, mean u, …).
         views: Tensors for pictures, filled only when asked for.
     """

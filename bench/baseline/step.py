@@ -21,17 +21,18 @@ from bench.baseline.losses import (
 from bench.baseline.network import PublicNet
 from ugrl.config import Config
 from ugrl.errors import ConfigError
+from ugrl.grid import sample_nearest
 from ugrl.method.cam import CamOutput
-from ugrl.method.losses import sample_nearest
+from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.pool import reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
-from ugrl.method.vectors import batch_vectors
+from ugrl.method.schedule import CONTRASTS, WEIGHS_CLS, WEIGHS_SEG
+from ugrl.method.targets import CONF_STEPS
 from ugrl.method.weighting import modulation_weights
 from ugrl.model.network import UGRLNet
 from ugrl.model.noise import sample_noise
 from ugrl.seeding import derive
-from ugrl.train.step import CONF_STEPS, CONTRASTS, WEIGHS_CLS, WEIGHS_SEG
 from ugrl.types import IGNORE, Batch, StepOutput
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ugrl.config import DataConfig
 from ugrl.data.images import decode_labels, decode_pixels
 from ugrl.data.warp import Axis, nearest, opencv, resample
 from ugrl.errors import DataError
@@ -52,7 +53,7 @@ class Cut:
     """Which part of the scaled image a sample shows, and where.
 
     Attributes:
-        y: Rows.
+        y: The cut along rows.
         x: Columns, before any mirroring.
         top: First row of the crop that shows the image.
         left: First column of the crop that shows the image, after any mirroring.
@@ -77,9 +78,9 @@ class Augment:
 
     Attributes:
         crop: Side of the square sample, pixels.
-        num_classes: F.
+        num_classes: F, the foreground classes.
         scale_min: Smallest scale, relative to the original image.
-        scale_max: Largest scale.
+        scale_max: Largest scale, relative to the original image; drawn uniformly.
         mirror: Whether half of the samples are mirrored.
     """
 
@@ -88,6 +89,11 @@ class Augment:
     scale_min: float = 0.5
     scale_max: float = 2.0
     mirror: bool = True
+
+    @classmethod
+    def of(cls, data: DataConfig, num_classes: int) -> Augment:
+        """What the section ``data`` of a run says."""
+        return cls(data.crop, num_classes, data.scale_min, data.scale_max, data.mirror)
 
     def __call__(self, row: Row, rng: np.random.Generator) -> Sample:
         """Cut a sample.
@@ -131,8 +137,8 @@ class Augment:
         """What a cut shows of an image, resampled and mirrored: uint8 (y.size, x.size, 3).
 
         Args:
-            image_HW3: The whole image.
-            cut: See :meth:`cut`.
+            image_HW3: The decoded image, uint8 (H, W, 3).
+            cut: What :meth:`cut` drew.
             out_CC3: uint8 (crop, crop, 3) to write it into, zeros around it; then a view of it returns.
         """
         part_HW3 = resample(image_HW3, cut.y, cut.x)
@@ -212,7 +218,7 @@ def eval_sample(row: Row, num_classes: int) -> Sample:
 
     Args:
         row: Image, tags and perhaps a mask.
-        num_classes: F.
+        num_classes: F, the foreground classes.
 
     Raises:
         DataError: The image or mask is broken.

@@ -31,19 +31,19 @@ class Census:
     """Counts over rows.
 
     Attributes:
-        classes: F.
-        images: Rows.
-        masks: Rows with a mask.
-        untagged: Rows without a tag.
+        classes: F, the foreground classes.
+        images: Number of rows.
+        masks: Number of rows with a mask.
+        untagged: Number of rows without a tag.
         binary: Rows whose mask holds 255 and nothing else but 0.
         turned: Rows with a mask whose image is stored turned (EXIF).
-        background: Pixels of label 0.
-        ignored: Pixels of label 255.
+        background: Number of pixels with label 0.
+        ignored: Number of pixels with label 255.
         tagged: Rows that are tagged with a class, for each class.
         shown: Rows whose mask shows it.
         unshown: Rows that are tagged with it and whose mask does not show it.
         untold: Rows that are not tagged with it and whose mask shows it.
-        pixels: Pixels of it.
+        pixels: Number of pixels with its label.
         examples: An id for each count above that is a remark, the first: ``unshown``, or ``unshown 3`` of class 3.
     """
 
@@ -120,7 +120,7 @@ class Census:
         """The census that :meth:`to_tree` wrote.
 
         Raises:
-            DataError: It is none.
+            DataError: The tree does not hold a census.
         """
         classes = foreign.as_int(foreign.field(tree, "classes", where), where, least=1, most=IGNORE - 1)
         made = Census(classes)

@@ -27,8 +27,8 @@ def polygon_span(xy: np.ndarray, height: int, width: int) -> tuple[int, np.ndarr
 
     Args:
         xy: float64 (2k,), ``x0, y0, x1, y1, …`` in pixels.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
 
     Returns:
         ``(start, inside)``: flat column-major pixels ``start … start + len(inside)`` are set where

@@ -39,7 +39,7 @@ class PixelBatch:
     """Crops as 8-bit pixels.
 
     Attributes:
-        labels: All but the images.
+        labels: Everything of the batch but its images.
         pixels_BHW3: uint8 RGB, 0 outside the boxes.
     """
 
@@ -61,11 +61,11 @@ class RawBatch:
     """Decoded images, and the cuts to make of them.
 
     Attributes:
-        labels: All but the images.
+        labels: Everything of the batch but its images.
         images: B parts of images, uint8 (h, w, 3) each.
         axes_B23: float64: for rows and columns of each image, the place of the first kept pixel's centre
             in it, source pixels per pixel, and 1 where the axis is mirrored.
-        crop: Side of the samples.
+        crop: Side of the samples, in pixels.
     """
 
     labels: Labels
@@ -113,7 +113,7 @@ def triangles(facts_B6: Tensor, crop: int, length: int) -> Tensor:
     Args:
         facts_B6: float64: centre of the first kept pixel, ratio, mirrored, length, first and last + 1
             position in the crop.
-        crop: Positions.
+        crop: Positions along the crop.
         length: Pixels of the longest image.
 
     Returns:

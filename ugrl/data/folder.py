@@ -161,7 +161,7 @@ def _masks(folder: Path, entries: dict[str, Entry]) -> tuple[dict[str, Path], di
     """The mask of each image that has one, and those of none.
 
     Raises:
-        DataError: An image has two.
+        DataError: An image has two masks.
     """
     names = sorted(n for n in _files(folder) if not n.rpartition("/")[2].startswith("."))
     files: dict[str, list[str]] = {}

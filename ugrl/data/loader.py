@@ -3,80 +3,46 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from ugrl.data.augment import Augment
 from ugrl.data.cache import PixelCache
-from ugrl.data.make import BatchMaker, Draft, Loaded, OnDevice, awaited, silent
+from ugrl.data.make import BatchMaker, Draft, Loaded, awaited
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
+from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError, HungError
 
 
 class LocalLoader:
-    """Batches of this rank for steps ``start_step``, ``start_step + 1``, … without end.
+    """Batches of one rank for steps ``start_step``, ``start_step + 1``, … without end.
 
-    Which rows and crops a step has is decided by :mod:`ugrl.data.order` alone; threads only carry.
+    Which rows and crops a step has is decided by :mod:`ugrl.data.order` alone; threads only carry. Decoding and
+    resampling release the interpreter lock.
 
     Args:
-        reader: Rows of the training split.
-        augment: Makes samples.
-        seed: Of the run.
-        global_batch: Rows of all ranks at a step.
-        rank: This rank.
-        world: Number of ranks.
-        threads: Worker threads (decoding and resampling release the interpreter lock); 0 works in the
-            consumer.
-        start_step: First step.
-        prefetch: Batches prepared ahead.
-        pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
-        on_device: What is left to the device, see :mod:`ugrl.data.device`.
-        cache_mb: Memory for decoded images, in 10⁶ bytes; 0 keeps none.
-        masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
+        spec: What is asked for.
+        reader: Rows of its split; by default those of its shards.
         cache: Decoded images of the same rows that were kept before; instead of a new one.
-        stall_s: How long a batch is waited for, where there are threads.
-        say: Told in one line what is waited for.
 
     Raises:
         DataError: The batch does not divide by the ranks or is larger than the split; while iterating,
             a broken row, named by shard and id.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        augment: Augment,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        threads: int = 4,
-        start_step: int = 0,
-        prefetch: int = 4,
-        pin_memory: bool = False,
-        on_device: OnDevice = "none",
-        cache_mb: int = 0,
-        masks_every: int = 1,
-        cache: PixelCache | None = None,
-        stall_s: float = 600.0,
-        say: Callable[[str], None] = silent,
-    ) -> None:
-        self.reader, self.seed = reader, seed
+    def __init__(self, spec: LoaderSpec, reader: ShardReader | None = None, *, cache: PixelCache | None = None) -> None:
+        self.spec = spec
+        self.reader = ShardReader(spec.shards, spec.split, spec.data) if reader is None else reader
         self.cache = cache  # which may be empty yet
-        if cache is None and cache_mb > 0:
-            self.cache = PixelCache(cache_mb)
+        if cache is None and spec.data.cache_mb > 0:
+            self.cache = PixelCache(spec.data.cache_mb)
         if self.cache is not None:
-            self.cache.belong(reader.manifest.fingerprint(reader.split))
-        self._maker = BatchMaker(augment, seed=seed, on_device=on_device, cache=self.cache, pin_memory=pin_memory)
-        self.global_batch, self.rank, self.world = global_batch, rank, world
-        self.step = start_step
-        self._ahead = start_step
-        self._prefetch = max(1, prefetch)
-        self._masks_every = masks_every
-        self._stall_s, self._say = stall_s, say
-        self._indices(start_step)  # refuse sizes that cannot work before any thread starts
+            self.cache.belong(self.reader.manifest.fingerprint(self.reader.split))
+        self._maker = BatchMaker.of(spec, self.cache)
+        self.step = spec.start_step
+        self._ahead = spec.start_step
+        self._indices(self.step)  # refuse sizes that cannot work before any thread starts
+        threads = spec.data.threads
         self._pool = ThreadPoolExecutor(threads, "ugrl-loader") if threads > 0 else None
         self._queue: deque[Future[Loaded]] = deque()
 
@@ -91,11 +57,11 @@ class LocalLoader:
                 self._fill(draft, k, epoch, index)
             batch = self._maker.finish(draft)
         else:
-            while len(self._queue) < self._prefetch:
+            while len(self._queue) < self.spec.data.prefetch:
                 self._submit(self._pool)
             try:
                 made = self._queue.popleft()
-                awaited(lambda s: bool(wait([made], s).done), self.step, stall_s=self._stall_s, say=self._say)
+                awaited(lambda s: bool(wait([made], s).done), self.step, stall_s=self.spec.stall_s, say=self.spec.say)
                 batch = made.result()
             except HungError:  # its threads cannot be waited for
                 self._pool.shutdown(wait=False, cancel_futures=True)
@@ -108,12 +74,12 @@ class LocalLoader:
     def _indices(self, step: int) -> tuple[int, list[int]]:
         epoch, rows = batch_rows(
             step,
-            seed=self.seed,
+            seed=self.spec.seed,
             manifest=self.reader.manifest,
             split=self.reader.split,
-            global_batch=self.global_batch,
-            rank=self.rank,
-            world=self.world,
+            global_batch=self.spec.global_batch,
+            rank=self.spec.rank,
+            world=self.spec.world,
         )
         return epoch, [int(i) for i in rows]
 
@@ -132,7 +98,7 @@ class LocalLoader:
         self._ahead += 1
 
     def _start(self, step: int, count: int) -> Draft:
-        return self._maker.start(count, with_masks=wants_masks(step, self._masks_every))
+        return self._maker.start(count, with_masks=wants_masks(step, self.spec.masks_every))
 
     def _fill(self, draft: Draft, k: int, epoch: int, index: int) -> None:
         kept = self._maker.kept(self.reader.ids[index])

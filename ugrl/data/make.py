@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.device import Labels, PixelBatch, RawBatch, cut_axes
 from ugrl.data.images import decode_pixels
 from ugrl.data.order import sample_rng
+from ugrl.data.spec import LoaderSpec
+from ugrl.data.spec import OnDevice as OnDevice
 from ugrl.errors import HungError
 from ugrl.types import Batch, Row
-
-OnDevice = Literal["none", "normalize", "augment"]
 
 
 class Loaded(Protocol):
@@ -60,19 +60,15 @@ def awaited(ready: Callable[[float], bool], step: int, *, stall_s: float, say: C
     say(f"step {step + 1}: its batch is here")
 
 
-def silent(_: str) -> None:
-    """Tells nobody."""
-
-
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A batch in the making; slot k of everything belongs to sample k.
 
     Attributes:
         images: float32 (B, 3, crop, crop), uint8 (B, crop, crop, 3), or ``None`` where images stay raw.
-        ids: Row ids.
-        tags_BF: float32.
-        boxes_B4: int64.
+        ids: Ids of the rows.
+        tags_BF: float32 (B, F): 1 for each class that the image shows, else 0.
+        boxes_B4: int64 (B, 4), see :class:`ugrl.types.Batch`.
         masks: uint8 (crop, crop) each, or ``None``.
         raw: Parts of the decoded images, uint8 (h, w, 3) each.
         axes_B23: float64, see :class:`ugrl.data.device.RawBatch`.
@@ -89,7 +85,7 @@ class Draft:
     with_masks: bool
 
 
-class Recycler:
+class BufferPool:
     """Memory for images that is used again once nothing refers to the tensor it was lent as.
 
     Fresh memory costs a fault for every 4 kB, a third of the time that a crop takes. Thread-safe.
@@ -116,8 +112,8 @@ class BatchMaker:
     """Decodes, cuts and stacks.
 
     Args:
-        augment: Decides the cuts.
-        seed: Of the run.
+        augment: Draws the cuts and makes them.
+        seed: Seed of the run, from which each cut is drawn.
         on_device: What is left to the device: nothing, normalising, or all but decoding.
         cache: Where decoded images are kept.
         pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
@@ -134,7 +130,18 @@ class BatchMaker:
     ) -> None:
         self.augment, self.seed, self.on_device = augment, seed, on_device
         self.cache, self.pin_memory = cache, pin_memory
-        self._memory = Recycler()
+        self._memory = BufferPool()
+
+    @classmethod
+    def of(cls, spec: LoaderSpec, cache: PixelCache | None) -> BatchMaker:
+        """The one that makes the batches that a loader is asked for."""
+        return cls(
+            Augment.of(spec.data, spec.num_classes),
+            seed=spec.seed,
+            on_device=spec.on_device,
+            cache=cache,
+            pin_memory=spec.pin_memory,
+        )
 
     def start(self, count: int, *, with_masks: bool = True) -> Draft:
         """An empty batch of ``count`` samples."""
@@ -167,11 +174,11 @@ class BatchMaker:
         """Make sample k; from any thread.
 
         Args:
-            draft: Of the batch.
-            k: Slot.
+            draft: The batch in the making.
+            k: The sample's slot in it.
             row: Of the shards; its image is not looked at where ``kept`` is given.
             epoch: Decides the cut, with the seed and the row's id.
-            kept: See :meth:`kept`.
+            kept: The decoded row of :meth:`kept`, if there is one.
 
         Raises:
             DataError: The image or mask is broken.

@@ -46,7 +46,7 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
     """Full batches in n rows; the remainder of an epoch is dropped.
 
     Raises:
-        DataError: Not even one batch.
+        DataError: The rows do not fill one batch.
 
     >>> steps_per_epoch(17, 8)
     2
@@ -63,11 +63,11 @@ def batch_rows(
 
     Args:
         step: Counted from 0 over the whole run.
-        seed: Of the run.
-        manifest: Of the shards.
-        split: Trained on.
+        seed: Seed of the run, from which the order is drawn.
+        manifest: Manifest of the shards.
+        split: Split that is trained on.
         global_batch: Rows of all ranks at a step.
-        rank: This rank.
+        rank: Rank whose rows are wanted, from 0.
         world: Number of ranks.
 
     Returns:

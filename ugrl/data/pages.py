@@ -4,6 +4,17 @@ Parquet libraries read whole row groups: to get one image, a group's other seven
 image itself costs. Shards are uncompressed and plainly encoded, so that the bytes of an image lie in the file as they
 are; where they lie follows from the lengths that stand before them. Whatever looks different is left to the library.
 
+Measured with pyarrow 26 (processor time, beside other loads). 400 rows of 100 kB with masks of 8 kB in random order,
+rows per second from a file in memory and from one that was dropped from it: this module 26,300 and 10,700; the
+library with groups of eight rows 4,400 and 3,100; with groups of one row 6,900 and 4,100. Photographs through the
+local loader, crops per second: this module 524, the library 387 with groups of eight rows and 391 with groups of one.
+The files have the same size (43.9 and 44.0 MB), but of groups of one row the column of ids takes 402 requests over a
+network, of eight 51.
+
+A memory-mapped Arrow file with batches of eight rows is as fast (28,400 and 20,300 rows per second, the same size)
+and needs no reader of our own. It is another format of shards, and its column of ids takes 152 requests, one after
+another.
+
 The layout is Parquet's own: a column chunk is a sequence of pages, a page is a header (Thrift's compact protocol), the
 definition levels where values may be absent (runs and packed bits), and values as length (4 bytes, little-endian) and
 bytes.
@@ -33,7 +44,7 @@ _DEEPEST = 8
 _UNKNOWN, _NONE = -1, 0
 
 
-class Unusual(ValueError):
+class UnsupportedLayout(ValueError):
     """A page that this module does not read."""
 
 
@@ -41,7 +52,7 @@ class MappedShard:
     """The rows of one shard on a local disk, from any number of threads.
 
     Args:
-        path: The shard.
+        path: The file of the shard, on a local disk.
         file: The same, opened by the library.
     """
 
@@ -51,7 +62,7 @@ class MappedShard:
         small = file.read(SMALL, use_threads=False).combine_chunks()
         self._small = [small.column(name).chunk(0) for name in SMALL]
         if any(column.null_count for column in self._small):
-            raise Unusual("a row without a value")
+            raise UnsupportedLayout("a row without a value")
         self._columns = [_position(file.metadata, name) for name in LARGE]
         self._groups = row_groups(self._bytes, [k for k, _ in self._columns])
         self._spans_RL2 = np.full((file.metadata.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
@@ -60,13 +71,13 @@ class MappedShard:
         """A row of a row group that begins with row ``first``.
 
         Raises:
-            Unusual: The group is not laid out as this module expects.
+            UnsupportedLayout: The group is not laid out as this module expects.
         """
         if self._spans_RL2[index, 0, 0] == _UNKNOWN:
             self._look_up(group, first)
         (image_start, image_end), (mask_start, mask_end) = self._spans_RL2[index].tolist()
         if image_start == _NONE:
-            raise Unusual("a row without an image")
+            raise UnsupportedLayout("a row without an image")
         id, width, height, tags = (column[index].as_py() for column in self._small)
         mask = None if mask_start == _NONE else bytes(self._bytes[mask_start:mask_end])
         return Row(id, bytes(self._bytes[image_start:image_end]), width, height, tuple(tags), mask)
@@ -76,10 +87,10 @@ class MappedShard:
         spans_nL2 = np.empty((rows, len(LARGE), 2), np.int64)
         for k, (chunk, (_, nullable)) in enumerate(zip(chunks, self._columns, strict=True)):
             if not chunk.plain:
-                raise Unusual("a compressed chunk, or one with a dictionary")
+                raise UnsupportedLayout("a compressed chunk, or one with a dictionary")
             spans = value_spans(self._bytes[: chunk.end], chunk.start, chunk.values, nullable=nullable)
             if len(spans) != rows:
-                raise Unusual(f"{len(spans)} values for {rows} rows")
+                raise UnsupportedLayout(f"{len(spans)} values for {rows} rows")
             spans_nL2[:, k] = spans
         # Threads may do this twice; all write the same.
         self._spans_RL2[first : first + rows] = spans_nL2
@@ -100,20 +111,20 @@ def row_groups(data: memoryview, columns: list[int]) -> list[tuple[int, list[Chu
     The library knows this, too, but ends the process where a damaged footer describes a chunk that cannot be.
 
     Raises:
-        Unusual: It makes no sense.
+        UnsupportedLayout: The bytes are no footer.
     """
     try:
         size = _UINT.unpack_from(data, len(data) - 8)[0]
         footer, _ = _struct(data[:-8], len(data) - 8 - size)
         return [(group[3], [_chunk(group[1][k][3], len(data)) for k in columns]) for group in footer[4]]
     except (IndexError, KeyError, TypeError, struct.error) as error:
-        raise Unusual(f"a footer that makes no sense ({error})") from None
+        raise UnsupportedLayout(f"a footer that makes no sense ({error})") from None
 
 
 def _chunk(column: dict[int, Any], size: int) -> Chunk:
     start, end = column[9], column[9] + column[7]
     if not 0 < start <= end <= size:
-        raise Unusual("a chunk outside of its file")
+        raise UnsupportedLayout("a chunk outside of its file")
     return Chunk(start, end, column[5], column[4] == _UNCOMPRESSED and 11 not in column)
 
 
@@ -123,7 +134,7 @@ def _position(meta: Any, name: str) -> tuple[int, bool]:
         column = meta.schema.column(k)
         if column.path == name and column.max_repetition_level == 0 and column.max_definition_level <= 1:
             return k, column.max_definition_level == 1
-    raise Unusual(f"no plain column '{name}'")
+    raise UnsupportedLayout(f"no plain column '{name}'")
 
 
 def value_spans(data: memoryview, at: int, count: int, *, nullable: bool) -> list[tuple[int, int]]:
@@ -139,12 +150,12 @@ def value_spans(data: memoryview, at: int, count: int, *, nullable: bool) -> lis
         First and one past the last byte of each value; ``(0, 0)`` for an absent one.
 
     Raises:
-        Unusual: Another kind of page or encoding, or lengths that do not fit.
+        UnsupportedLayout: Another kind of page or encoding, or lengths that do not fit.
     """
     try:
         return _walk(data, at, count, nullable)
     except (IndexError, KeyError, struct.error) as error:
-        raise Unusual(f"a page that makes no sense ({error})") from None
+        raise UnsupportedLayout(f"a page that makes no sense ({error})") from None
 
 
 def _walk(data: memoryview, at: int, count: int, nullable: bool) -> list[tuple[int, int]]:
@@ -153,12 +164,12 @@ def _walk(data: memoryview, at: int, count: int, nullable: bool) -> list[tuple[i
         header, at = _struct(data, at)
         page = header.get(5)
         if header.get(1) != _DATA_PAGE or not isinstance(page, dict) or page.get(2) != _PLAIN:
-            raise Unusual("not a data page of plain values")
+            raise UnsupportedLayout("not a data page of plain values")
         if header[2] != header[3] or not 0 < page[1] <= count - len(spans):
-            raise Unusual("a compressed or empty page, or one with more values than its chunk")
+            raise UnsupportedLayout("a compressed or empty page, or one with more values than its chunk")
         end, present = at + header[3], [True] * page[1]
         if end > len(data):
-            raise Unusual("a page that ends after its chunk")
+            raise UnsupportedLayout("a page that ends after its chunk")
         if nullable:
             size = _UINT.unpack_from(data, at)[0]
             present = _levels(data, at + 4, at + 4 + size, page[1])
@@ -170,10 +181,10 @@ def _walk(data: memoryview, at: int, count: int, nullable: bool) -> list[tuple[i
             start = at + 4
             at = start + _UINT.unpack_from(data, at)[0]
             if at > end:
-                raise Unusual("a value that ends after its page")
+                raise UnsupportedLayout("a value that ends after its page")
             spans.append((start, at))
         if at != end:
-            raise Unusual("a page with something behind its values")
+            raise UnsupportedLayout("a page with something behind its values")
     return spans
 
 
@@ -182,7 +193,7 @@ def _levels(data: memoryview, at: int, end: int, count: int) -> list[bool]:
     out: list[bool] = []
     while len(out) < count:
         if at >= end:
-            raise Unusual("too few definition levels")
+            raise UnsupportedLayout("too few definition levels")
         header, at = _varint(data, at)
         length = header >> 1
         if header & 1:
@@ -204,13 +215,13 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
         if shift > 63:
-            raise Unusual("a number of more than 64 bits")
+            raise UnsupportedLayout("a number of more than 64 bits")
 
 
 def _struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
     """A struct of Thrift's compact protocol: values by field number; where it ends."""
     if depth > _DEEPEST:
-        raise Unusual("a header nested too deep")
+        raise UnsupportedLayout("a header nested too deep")
     found: dict[int, Any] = {}
     field = 0
     while True:
@@ -240,13 +251,13 @@ def _value(data: memoryview, at: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind in _BYTES:
         return None, at + _BYTES[kind]
     if kind != _LIST:
-        raise Unusual(f"a header with a field of type {kind}")
+        raise UnsupportedLayout(f"a header with a field of type {kind}")
     byte, at = data[at], at + 1
     count, kind = byte >> 4, byte & 15
     if count == 15:
         count, at = _varint(data, at)
     if count > len(data) - at:  # each value takes a byte at least
-        raise Unusual("a list that is longer than its file")
+        raise UnsupportedLayout("a list that is longer than its file")
     values = []
     for _ in range(count):
         value, at = _value(data, at, kind, depth)

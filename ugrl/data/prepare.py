@@ -37,12 +37,11 @@ from ugrl.data.shards import (
     open_shard,
     partial_of,
     sha256,
-    sync,
     write_rows,
-    write_text,
 )
 from ugrl.data.source import RowError, Source
 from ugrl.errors import BusyError, DataError
+from ugrl.files import DRAFT, replacing, sync, write_whole
 from ugrl.row import Row
 from ugrl.seeding import derive
 from ugrl.storage import Place
@@ -60,8 +59,8 @@ class ShardJob:
     Attributes:
         split: Of the shards (``train``, ``tune_val``, ``val``).
         origin: Split of the source that the ids belong to.
-        file: Name of the shard.
-        ids: Rows, in order.
+        file: Name of the shard's file.
+        ids: Ids of its rows, in order.
     """
 
     split: str
@@ -101,7 +100,7 @@ def hold_out(
         ids: Of the source's train split.
         tags: Tags of an id, or ``None`` where unknown (then the hash alone decides).
         share: A share below 1, or a number of rows.
-        seed: Of the hash.
+        seed: Seed of the hash that decides.
 
     Raises:
         DataError: Nothing would be left in train, or nothing held out though asked for.
@@ -166,9 +165,9 @@ def write_shard(
     """Write one shard under a temporary name, then rename it; works in any process.
 
     Args:
-        source: Where rows come from.
-        job: Which ones.
-        folder: Where the shard goes.
+        source: The data set.
+        job: Which rows of it go into which shard.
+        folder: Folder in which the shard is written.
         on_error: As for :func:`prepare`.
         on_row: Called with 1 before each row.
 
@@ -192,20 +191,12 @@ def write_shard(
             census.add(row)
             yield row
 
-    draft, path = folder / f"{job.file}.tmp", folder / job.file
-    try:
+    with replacing(folder / job.file) as draft:
         count, masks = write_rows(draft, rows())
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    if count == 0:
-        return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
-    done = ShardDone(
-        job.split, job.file, count, masks, draft.stat().st_size, sha256(draft), dict(left_out), census.to_tree()
-    )
-    os.replace(draft, path)
-    sync(folder)
-    return done
+        if count == 0:
+            return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
+        size, digest = draft.stat().st_size, sha256(draft)
+    return ShardDone(job.split, job.file, count, masks, size, digest, dict(left_out), census.to_tree())
 
 
 def prepare(
@@ -222,10 +213,10 @@ def prepare(
     """Write a source to a folder of shards.
 
     Args:
-        source: Where rows come from.
+        source: The data set.
         out: The folder; it must not exist.
         tune_val: Share (below 1) or number of training rows held out as ``tune_val``; 0 for none.
-        shard_rows: Source rows a shard.
+        shard_rows: Rows of the source that go into one shard.
         on_error: Whether a row that cannot be used stops the work, or is left out and counted.
         seed: Of the held-out choice.
         progress: Whether progress goes to stderr.
@@ -273,7 +264,7 @@ def prepare(
                 hint = " or with --on-error skip" if isinstance(error, RowError) and on_error == "raise" else ""
                 stay = f"{len(done)} of {len(jobs)} shards stay in {line(partial)}"
                 raise DataError(f"{error} ({stay}; run again{hint} to go on from there)") from None
-            write_text(partial / MANIFEST, manifest.to_json())
+            write_whole(partial / MANIFEST, manifest.to_json())
             os.replace(partial, out)
             sync(out.parent)
             (out / JOURNAL).unlink()
@@ -288,7 +279,7 @@ def target(out: str | Path, root: Path | None) -> Path:
     """The folder to write, checked before any work is paid for.
 
     Args:
-        out: Its name.
+        out: Name of the folder.
         root: Of the source, whose files may not be touched.
 
     Raises:
@@ -332,9 +323,11 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
     """Shards that an earlier run finished, by file name."""
     path = partial / JOURNAL
     if not path.is_file():
-        if strangers := sorted(p.name for p in partial.iterdir() if p.name != f"{JOURNAL}.tmp"):
+        if strangers := sorted(p.name for p in partial.iterdir() if not p.name.endswith(DRAFT)):
             raise DataError(f"{partial}: holds '{strangers[0]}' but no journal; remove the folder")
-        write_text(path, json.dumps({"options": options, "shards": []}, indent=1))
+        for draft in partial.iterdir():  # of a process that was killed
+            draft.unlink()
+        write_whole(path, json.dumps({"options": options, "shards": []}, indent=1))
         return {}
     try:
         tree = foreign.read_json(path, "journal")
@@ -357,7 +350,7 @@ def _resume(partial: Path, options: dict[str, Any]) -> dict[str, ShardDone]:
     for path in partial.iterdir():
         if path.name in done or path.name == JOURNAL:
             continue
-        if path.is_file() and path.name.removesuffix(".tmp").endswith((".parquet", ".json")):
+        if path.is_file() and path.name.endswith((".parquet", ".json", DRAFT)):
             path.unlink()  # what else lies there is somebody's, and no reader looks at it
     return done
 
@@ -406,7 +399,7 @@ def _write_all(
         for shard in results:
             done[shard.file] = shard
             journal = {"options": options, "shards": [asdict(s) for s in done.values()]}
-            write_text(partial / JOURNAL, json.dumps(journal, ensure_ascii=False))
+            write_whole(partial / JOURNAL, json.dumps(journal, ensure_ascii=False))
             if shard_map is not None:
                 bar.advance(sizes[shard.file])
 

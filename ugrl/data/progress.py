@@ -24,7 +24,7 @@ class Progress:
     """Counts up to a total.
 
     Args:
-        total: Expected count.
+        total: Count at which the work is done.
         what: Counted things, plural.
         enabled: Whether anything is shown.
         stream: Where, stderr by default.

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ugrl.data.pages import MappedShard, Unusual
+from ugrl.config import DataConfig
+from ugrl.data.pages import MappedShard, UnsupportedLayout
 from ugrl.data.shard_cache import ShardCache
 from ugrl.data.shards import Manifest, check_row, from_table, open_shard, reading
 from ugrl.errors import DataError
@@ -25,6 +26,7 @@ from ugrl.storage import Place, StorageError, retry
 # Shards that a thread keeps open: opening one costs a fifth of reading a row, but hundreds of shards times
 # threads would exhaust handles.
 OPEN_SHARDS = 4
+DEFAULTS = DataConfig()
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
@@ -34,10 +36,8 @@ class ShardReader:
 
     Args:
         shards: A prepared folder (a path, or a URI of a remote one), or its manifest.
-        split: Name of the split.
-        cache_dir: Of remote shards, where this node keeps copies; ``None`` fetches row groups as they are asked for.
-        cache_disk_mb: How much may be kept, in 10⁶ bytes; 0 keeps nothing.
-        patience_s: How long a remote storage that does not answer is asked again.
+        split: Name of the split to read.
+        data: Of remote shards, where this node keeps copies and how long a storage that is away is asked again.
 
     Raises:
         DataError: As :meth:`Manifest.load`, or no such split.
@@ -47,19 +47,16 @@ class ShardReader:
         self,
         shards: str | Path | Place | Manifest,
         split: str,
-        *,
-        cache_dir: str | Path | None = None,
-        cache_disk_mb: int = 0,
-        patience_s: float = 120.0,
+        data: DataConfig = DEFAULTS,
     ) -> None:
         self.manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
         self.split = split
         info = self.manifest.split(split)
         self._paths = self.manifest.paths(split)
-        self._patience = patience_s
+        self._patience = data.storage_patience_s
         self._cache = None
-        if cache_dir is not None and cache_disk_mb > 0 and isinstance(self.manifest.root, Place):
-            self._cache = ShardCache(Path(cache_dir), cache_disk_mb, patience_s=patience_s)
+        if data.cache_dir is not None and data.cache_disk_mb > 0 and isinstance(self.manifest.root, Place):
+            self._cache = ShardCache(Path(data.cache_dir), data.cache_disk_mb, patience_s=self._patience)
         self._ends = list(accumulate(s.rows for s in info.shards))
         self._footers: dict[int, tuple[Any, list[int]]] = {}
         self._mapped: dict[int, MappedShard | None] = {}
@@ -94,7 +91,7 @@ class ShardReader:
         row = None
         with reading(self._paths[shard], f"row {local} is unreadable"):
             if mapped is not None:
-                with suppress(Unusual):  # the library reads it, or words what is wrong with it
+                with suppress(UnsupportedLayout):  # the library reads it, or words what is wrong with it
                     row = mapped.row(local, group, first)
             if row is None:
                 row = from_table(self._group(shard, group).slice(local - first, 1))[0]
@@ -108,15 +105,11 @@ class ShardReader:
         """The shard that a row lies in, for messages; reads nothing."""
         return str(self._paths[bisect.bisect_right(self._ends, index)])
 
-    def where(self, index: int) -> str:
-        """Shard and id of a row, for messages."""
-        return f"{self.shard_of(index)}, row {self.ids[index]}"
-
     def _footer(self, shard: int) -> tuple[Any, list[int]]:
         """The shard's metadata, and the row index at which each of its row groups ends; read once."""
         with self._lock:
             if shard not in self._footers:
-                meta = self._patiently(shard, lambda: self._metadata(shard))
+                meta = self._retried(shard, lambda: self._metadata(shard))
                 ends = list(accumulate(meta.row_group(g).num_rows for g in range(meta.num_row_groups)))
                 self._footers[shard] = meta, ends
             return self._footers[shard]
@@ -138,7 +131,7 @@ class ShardReader:
     def _group(self, shard: int, group: int) -> pa.Table:
         # Each thread keeps its last row group: reading in order then reads every group once.
         if getattr(self._last, "key", None) != (shard, group):
-            self._last.table = self._patiently(shard, lambda: self._read(shard, group))
+            self._last.table = self._retried(shard, lambda: self._read(shard, group))
             self._last.key = (shard, group)
         return self._last.table
 
@@ -154,7 +147,7 @@ class ShardReader:
             self._last.files.pop(shard, None)  # a connection that broke is not used again
             raise
 
-    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+    def _retried(self, shard: int, action: Callable[[], T]) -> T:
         """Do something that may have to wait for a remote storage; a local disk is asked once."""
         if not isinstance(self._paths[shard], Place):
             return action()

@@ -42,8 +42,8 @@ class ShapesSpec:
     """What is generated.
 
     Attributes:
-        train: Training images.
-        val: Validation images.
+        train: Number of training images.
+        val: Number of validation images.
         size: Side, pixels, at least 32.
         difficulty: 0 (clear objects) to 1.
         seed: Another seed, another data set.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ugrl.data.shards import ShardInfo
 from ugrl.errors import DataError
+from ugrl.files import replacing
 from ugrl.storage import Place, retry
 
 _TRIES = 5
@@ -25,7 +26,7 @@ class ShardCache:
     reader.
 
     Args:
-        folder: On a local disk.
+        folder: Folder of the copies, on a local disk.
         most_mb: How much may be kept, in 10⁶ bytes.
         patience_s: How long a remote storage that does not answer is asked again.
     """
@@ -65,16 +66,12 @@ class ShardCache:
         return None
 
     def _fetch(self, there: Place, info: ShardInfo, copy: Path) -> None:
-        draft = copy.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            data = retry(str(there), there.read, patience_s=self.patience_s, log=_LOG.warning)
-            found = hashlib.sha256(data).hexdigest()
-            if found != info.sha256:
-                raise DataError(f"{there}: checksum {found[:12]}…; the manifest expects {info.sha256[:12]}…")
+        data = retry(str(there), there.read, patience_s=self.patience_s, log=_LOG.warning)
+        found = hashlib.sha256(data).hexdigest()
+        if found != info.sha256:
+            raise DataError(f"{there}: checksum {found[:12]}…; the manifest expects {info.sha256[:12]}…")
+        with replacing(copy, durable=False) as draft:
             draft.write_bytes(data)
-            os.replace(draft, copy)
-        finally:
-            draft.unlink(missing_ok=True)
 
     def _make_room(self, need: int) -> None:
         kept = []

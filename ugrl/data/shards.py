@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
 from ugrl.storage import Place, StorageError, lasting, place
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -79,11 +77,11 @@ class Manifest:
 
     Attributes:
         root: The folder (not written to the file).
-        source: Name of the source.
+        source: Name of the source, as ``voc``.
         options: The options that decided the rows.
         class_names: The F foreground classes.
-        splits: By name.
-        schema_version: Of the shards.
+        splits: Splits by name, as ``train``.
+        schema_version: Version of the shards' columns.
         census: What :class:`ugrl.data.census.Inventory` counted; empty in older folders.
     """
 
@@ -276,7 +274,7 @@ def reading(path: Path | Place, what: str) -> Iterator[None]:
     """Around the Parquet library: whatever it makes of damaged bytes is one line.
 
     Args:
-        path: Of the shard.
+        path: The shard, as messages name it.
         what: Of it cannot be read, for the message.
 
     Raises:
@@ -302,7 +300,7 @@ def open_shard(
     Args:
         path: The file; a local one is mapped into memory, of a remote one only what is asked for is fetched.
         metadata: Its footer, where it has been read and checked before.
-        rows: That it must hold.
+        rows: Number of rows that the manifest promises.
 
     Raises:
         DataError: Missing, not Parquet, of another schema, or with a footer that makes no sense.
@@ -418,32 +416,7 @@ def write_rows(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
             writer.write_table(to_table(group), row_group_size=ROW_GROUP)
     if count == 0:
         path.unlink()
-    else:
-        sync(path)
     return count, masks
-
-
-def sync(path: Path) -> None:
-    """Have a file's or folder's contents on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one go."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        sync(draft)
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)  # a full disk needs the room
-        error.filename = error.filename or str(path)  # the system names none where a file cannot grow
-        raise
-    sync(path.parent)
 
 
 def sha256(path: Path | Place) -> str:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.data.images import decode_labels, decode_rgb, encode_labels, orientation
 from ugrl.errors import DataError
 from ugrl.row import IGNORE, Row
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 _FACTORIES = {
     "shapes": ("ugrl.data.shapes", "open_shapes"),
@@ -120,7 +119,7 @@ def make_row(
         image: Bytes of an image file, kept as they are.
         tags: Class indices in any order.
         mask: Label PNG or ``None``; one of another depth than 8 bits is written anew.
-        num_classes: F.
+        num_classes: F, the foreground classes.
         where: Names the image file in errors.
         mask_where: Names the mask file in errors.
 

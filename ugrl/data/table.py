@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ugrl import foreign
-from ugrl.config import nearest
 from ugrl.data.source import CONTROL
 from ugrl.errors import DataError
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 SPLITS = ("train", "val")
 _SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -56,7 +55,7 @@ def read_table(path: Path, classes: tuple[str, ...] | None) -> list[Entry]:
     """The images of a table.
 
     Args:
-        path: Of the table.
+        path: The CSV file.
         classes: What is a class name, where that is known; otherwise the table says so.
 
     Raises:

@@ -18,8 +18,8 @@ class Transfer:
     The consumer's stream then waits for the copy alone.
 
     Args:
-        batches: Of a loader.
-        device: Where they go.
+        batches: What a loader yields.
+        device: Device to which batches are moved.
         dtype: Of their images and tags.
     """
 

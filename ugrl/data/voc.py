@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from ugrl.config import nearest
 from ugrl.data.images import decode_labels, without_suffix
 from ugrl.data.source import CONTROL, RowError, Stray, check_root, file_under, make_row, read_bytes
 from ugrl.errors import DataError
 from ugrl.foreign import parse_xml, read_text, under
 from ugrl.row import IGNORE, Row
-from ugrl.text import brief, line
+from ugrl.text import brief, line, nearest
 
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

@@ -31,7 +31,7 @@ class Axis:
     """One axis of a resize and a cut.
 
     Attributes:
-        length: Pixels of the image.
+        length: Pixels of the image along the axis.
         scaled: Pixels of the resized image.
         offset: First of them that is kept.
         size: How many of them are kept.
@@ -78,8 +78,8 @@ def resample(image_HW3: np.ndarray, y: Axis, x: Axis) -> np.ndarray:
 
     Args:
         image_HW3: uint8, of ``y.length`` × ``x.length`` pixels.
-        y: Rows.
-        x: Columns.
+        y: The cut along rows.
+        x: The cut along columns.
 
     Returns:
         uint8 (y.size, x.size, 3); may be a view.

@@ -51,7 +51,7 @@ class Confusion:
     """int64 confusion matrix over a split; rows are the ground truth, columns the prediction.
 
     Args:
-        num_classes: C, background included.
+        num_classes: Number of classes C (with background).
         device: Where the matrix lives; it never leaves it while it is being filled.
 
     Attributes:
@@ -144,12 +144,6 @@ class Confusion:
         guessed = self.matrix_CC.cpu().sum(0).nonzero().flatten().tolist()
         return guessed[0] if len(guessed) == 1 else None
 
-    @property
-    def accuracy(self) -> float:
-        """Share of counted pixels that are right; NaN when nothing was counted."""
-        matrix = self.matrix_CC.cpu().double()
-        return float(matrix.diagonal().sum() / matrix.sum())
-
     def table(self, class_names: Sequence[str]) -> dict[str, float]:
         """IoU by class name, in order.
 
@@ -157,7 +151,7 @@ class Confusion:
             class_names: C names, background first.
 
         Raises:
-            UgrlError: Not C names.
+            UgrlError: The number of names is not C.
         """
         if len(class_names) != self.classes:
             raise UgrlError(f"confusion: got {len(class_names)} class names, expected {self.classes}")
@@ -211,16 +205,19 @@ def auroc(score_n: Tensor, positive_n: Tensor) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
+# A probability above this is a predicted tag.
+PREDICTED = 0.5
+
+
 class TagMetrics:
     """Image-level classification: mean average precision and F1.
 
     Args:
-        classes: F, without background.
-        threshold: A probability above it is a predicted tag.
+        classes: Number of foreground classes F (without background).
     """
 
-    def __init__(self, classes: int, threshold: float = 0.5) -> None:
-        self.classes, self.threshold = classes, threshold
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
         self._rows = torch.zeros((0, 2, classes), dtype=torch.float64)
         self._new: list[Tensor] = []
         self._reduced = False
@@ -258,7 +255,7 @@ class TagMetrics:
             all entries pooled. NaN where nothing has a positive.
         """
         score_nF, tags_nF = self._found()
-        guess_nF = score_nF > self.threshold
+        guess_nF = score_nF > PREDICTED
         hit_F = (guess_nF & tags_nF).sum(0).double()
         both_F = (guess_nF.sum(0) + tags_nF.sum(0)).double()
         classes = tags_nF.any(0).nonzero().flatten().tolist()
@@ -276,7 +273,7 @@ class TagMetrics:
         """Average precision and prevalence by class name; a class without a positive has no precision (NaN).
 
         Args:
-            class_names: F names.
+            class_names: Names of the F foreground classes, in the order of their indices.
         """
         score_nF, tags_nF = self._found()
         precision = [average_precision(score_nF[:, f], tags_nF[:, f]) for f in range(self.classes)]
@@ -302,7 +299,7 @@ class UncertaintyMetrics:
         """Collect pairs; one with a NaN (no u, or no ground truth) is left out.
 
         Args:
-            u_P: Uncertainty.
+            u_P: Uncertainty of each pair, in [0, 2].
             cam_iou_P: IoU of the class's CAM with the ground truth.
             prob_P: The classifier's probability.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ugrl.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ugrl.files import replacing
 
 
 def voc_palette() -> np.ndarray:
@@ -38,12 +38,8 @@ def write_mask(path: Path, labels_HW: np.ndarray) -> None:
     image.putpalette(PALETTE.flatten().tolist())
     note = PngInfo()
     note.add_text("Software", WRITER)
-    tmp = path.with_name(f".{os.getpid()}.tmp")
-    try:
-        image.save(tmp, format="PNG", pnginfo=note)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with replacing(path, durable=False) as draft:
+        image.save(draft, format="PNG", pnginfo=note)
 
 
 def denormalize(image_3HW: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from PIL import Image
 from ugrl.data.augment import normalize
 from ugrl.data.images import decode_pixels
 from ugrl.errors import DataError
-from ugrl.eval.evaluate import pad_small, seg_scores
 from ugrl.eval.palette import WRITER, write_mask
+from ugrl.eval.passes import pad_small, seg_scores
 from ugrl.foreign import read_bytes
 from ugrl.model.network import UGRLNet
 from ugrl.text import line
@@ -107,21 +107,21 @@ def predict_image(
     """Labels (H, W) uint8 of one image of any size.
 
     Args:
-        net: In eval mode.
+        net: Network in eval mode.
         image_HW3: uint8.
-        device: Where the network is.
+        device: Device of the network.
         scales: Scales of the input that are averaged.
         mirror: Whether to average with the mirror image.
         crf: Whether to sharpen with a dense CRF.
 
     Raises:
-        DataError: It is too large.
+        DataError: The image is too large.
     """
     h, w = image_HW3.shape[:2]
     if h * w * max(1.0, *scales) ** 2 > MOST_PIXELS:
         at = f" at scale {max(scales):g}" if max(scales) > 1 else ""
         raise DataError(f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: cut it into parts")
-    x = torch.from_numpy(pad_small(normalize(image_HW3), net.encoder.spec.min_size))[None].to(device)
+    x = torch.from_numpy(pad_small(normalize(image_HW3), net.min_size))[None].to(device)
     probs = seg_scores(net, x, scales, mirror)[0, :, :h, :w]
     if crf:
         from ugrl.eval.crf import dense_crf
@@ -143,9 +143,9 @@ def predict(
     """Write the mask of each image and yield its path with its labels.
 
     Args:
-        net: The network.
+        net: Network; it is put into eval mode.
         targets: Image → mask, from :func:`plan_targets`.
-        device: Where the network is.
+        device: Device of the network.
         scales: Scales of the input that are averaged.
         mirror: Whether to average with the mirror image.
         crf: Whether to sharpen with a dense CRF.

@@ -17,13 +17,6 @@ the sum by the embeddings is a product of tiles of e^{S/τ} with the embeddings.
 
 The gradient sweep runs in the forward call, where a single tile is still at hand, and keeps only its
 (N, D) result; the backward call scales it.
-
-An anchor of multiplicity m stands for m identical pixels, without being repeated. Pair (i, j) then
-occurs m_i·m_j times and an anchor meets itself m_i·(m_i − 1) times, so that e^{S/τ} times these
-numbers is all that changes: P and N of one copy are its row sums divided by m_i, Σ m_i·ℓ_i has the
-gradient above, and since s_ii = |x_i|² is an ordinary (positive) pair there, so is its derivative.
-
-This file holds the torch form; ``contrast_triton`` holds the one for CUDA.
 """
 
 from __future__ import annotations
@@ -39,13 +32,13 @@ from torch.autograd.function import once_differentiable
 
 from ugrl.distributed import all_gather_rows, all_gather_rows_grad, rank, world_size
 from ugrl.errors import ConfigError
-from ugrl.method.anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
+from ugrl.method.contrast_anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
 from ugrl.method.losses import unit_shares
 from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A run of anchors that are sorted by class."""
 
     start: int
@@ -54,23 +47,24 @@ class _Tile(NamedTuple):
     high: int  # class of the last
     own: bool  # anchors whose loss is computed here; the others only serve as keys
 
-    def relation(self, other: _Tile) -> Literal["same", "different", "mixed"]:
+    def relation(self, other: Tile) -> Literal["same", "different", "mixed"]:
+        """Whether all pairs of the two are of one class, none is, or some are."""
         if self.low == self.high == other.low == other.high:
             return "same"
         return "different" if self.high < other.low or other.high < self.low else "mixed"
 
 
-def _cut(counts: Sequence[int], start: int, size: int, own: bool) -> list[_Tile]:
+def tiles_of(counts: Sequence[int], start: int, size: int, own: bool) -> list[Tile]:
     """Tiles of a block of anchors that begins at ``start`` and holds ``counts[c]`` of class c in turn."""
     ends = list(accumulate(counts[:IGNORE]))
     edges = range(0, ends[-1], size)
     return [
-        _Tile(start + a, start + b, bisect_right(ends, a), bisect_right(ends, b - 1), own)
+        Tile(start + a, start + b, bisect_right(ends, a), bisect_right(ends, b - 1), own)
         for a, b in ((a, min(a + size, ends[-1])) for a in edges)
     ]
 
 
-def _pairs(tiles: Sequence[_Tile]) -> Iterator[tuple[_Tile, _Tile]]:
+def _pairs(tiles: Sequence[Tile]) -> Iterator[tuple[Tile, Tile]]:
     """Rows are own tiles; of two own ones only (earlier, later), which serves both directions."""
     for i, rows in enumerate(tiles):
         if rows.own:
@@ -78,16 +72,13 @@ def _pairs(tiles: Sequence[_Tile]) -> Iterator[tuple[_Tile, _Tile]]:
 
 
 class _Similarity:
-    """Tiles of S/τ with the excluded pairs at −∞, and of e^{S/τ − shift} with them at 0.
+    """Tiles of S/τ with the excluded pairs at −∞, and of e^{S/τ − shift} with them at 0."""
 
-    With multiplicities ``copies_GN`` (of x's type, 0 for what is no anchor), e^{S/τ} is that of all pairs of copies.
-    """
-
-    def __init__(self, x_GND: Tensor, class_GN: Tensor, copies_GN: Tensor | None, tau: float, padded: bool) -> None:
-        self.x_GND, self.class_GN, self.copies_GN, self.tau, self.padded = x_GND, class_GN, copies_GN, tau, padded
+    def __init__(self, x_GND: Tensor, class_GN: Tensor, tau: float, padded: bool) -> None:
+        self.x_GND, self.class_GN, self.tau, self.padded = x_GND, class_GN, tau, padded
         self.shift = 1.0 / tau
 
-    def _tile(self, rows: _Tile, keys: _Tile, offset: float) -> Tensor:
+    def _tile(self, rows: Tile, keys: Tile, offset: float) -> Tensor:
         return torch.baddbmm(
             self.x_GND.new_full((1, 1, 1), offset),
             self.x_GND[:, rows.start : rows.stop],
@@ -95,7 +86,7 @@ class _Similarity:
             alpha=1.0 / self.tau,
         )
 
-    def _exclude(self, tile: Tensor, rows: _Tile, keys: _Tile, value: float) -> Tensor:
+    def _exclude(self, tile: Tensor, rows: Tile, keys: Tile, value: float) -> Tensor:
         if rows is keys:
             tile.diagonal(dim1=1, dim2=2).fill_(value)
         if self.padded:
@@ -104,37 +95,17 @@ class _Similarity:
             tile.masked_fill_(out, value)
         return tile
 
-    def _copies(self, copies_GN: Tensor, rows: _Tile, keys: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiplicities of rows and keys, and what takes m_i·m_i to m_i·(m_i − 1)."""
-        rows_Gn = copies_GN[:, rows.start : rows.stop]
-        itself_Gn = (rows_Gn - 1).clamp_(min=0).div_(rows_Gn.clamp(min=1))
-        return rows_Gn[:, :, None], copies_GN[:, None, keys.start : keys.stop], itself_Gn
+    def logits(self, rows: Tile, keys: Tile) -> Tensor:
+        return self._exclude(self._tile(rows, keys, 0.0), rows, keys, float("-inf"))
 
-    def logits(self, rows: _Tile, keys: _Tile) -> Tensor:
-        tile = self._tile(rows, keys, 0.0)
-        if self.copies_GN is None:
-            return self._exclude(tile, rows, keys, float("-inf"))
-        m_rows, m_keys, itself_Gn = self._copies(self.copies_GN, rows, keys)
-        tile.add_(m_rows.log()).add_(m_keys.log())
-        if rows is keys:
-            tile.diagonal(dim1=1, dim2=2).add_(itself_Gn.log_())
-        return tile
+    def exps(self, rows: Tile, keys: Tile) -> Tensor:
+        return self._exclude(self._tile(rows, keys, -self.shift).exp_(), rows, keys, 0.0)
 
-    def exps(self, rows: _Tile, keys: _Tile) -> Tensor:
-        tile = self._tile(rows, keys, -self.shift).exp_()
-        if self.copies_GN is None:
-            return self._exclude(tile, rows, keys, 0.0)
-        m_rows, m_keys, itself_Gn = self._copies(self.copies_GN, rows, keys)
-        tile.mul_(m_rows).mul_(m_keys)
-        if rows is keys:
-            tile.diagonal(dim1=1, dim2=2).mul_(itself_Gn)
-        return tile
-
-    def same(self, rows: _Tile, keys: _Tile) -> Tensor:
+    def same(self, rows: Tile, keys: Tile) -> Tensor:
         """bool: pairs of one class."""
         return self.class_GN[:, rows.start : rows.stop, None] == self.class_GN[:, None, keys.start : keys.stop]
 
-    def by_kind(self, tile: Tensor, rows: _Tile, keys: _Tile, absent: float) -> Iterator[tuple[int, Tensor]]:
+    def by_kind(self, tile: Tensor, rows: Tile, keys: Tile, absent: float) -> Iterator[tuple[int, Tensor]]:
         """The tile as (0, positives) and (1, negatives), what is not of the kind being ``absent``."""
         relation = rows.relation(keys)
         if relation == "mixed":
@@ -145,8 +116,8 @@ class _Similarity:
             yield (0 if relation == "same" else 1), tile
 
 
-def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums log P and log N of (one copy of) the own anchors, (G, N) each, −∞ where a sum is empty.
+def _log_sums(sim: _Similarity, tiles: Sequence[Tile], kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums log P and log N of the own anchors, (G, N) each, −∞ where a sum is empty.
 
     ``kept`` is the only tile's e^{S/τ − shift}, if there is a single one and the shift is fixed.
     """
@@ -169,16 +140,14 @@ def _log_sums(sim: _Similarity, tiles: Sequence[_Tile], kept: Tensor | None) -> 
         del tile, part  # or they would live beside the next tile
     if fixed:
         sums_2GN = sums_2GN.log_().add_(sim.shift)
-    if sim.copies_GN is not None:
-        sums_2GN -= sim.copies_GN.clamp(min=1).log_()
     return sums_2GN[0], sums_2GN[1]
 
 
-def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: Tensor | None) -> Tensor:
+def _gradient(sim: _Similarity, tiles: Sequence[Tile], logk_2GN: Tensor, kept: Tensor | None) -> Tensor:
     """Gradient of the sum of own losses by every embedding, as anchor and as key.
 
     Args:
-        sim: The similarities.
+        sim: Similarities of all anchors, tile by tile.
         tiles: Own and foreign tiles.
         logk_2GN: log of what multiplies −e^{S/τ} of a positive and +e^{S/τ} of a negative pair, per anchor; −∞ for
             anchors that do not count and for foreign ones.
@@ -198,7 +167,7 @@ def _gradient(sim: _Similarity, tiles: Sequence[_Tile], logk_2GN: Tensor, kept: 
     return grad_GND.mul_(1.0 / sim.tau)
 
 
-def _gradient_tile(sim: _Similarity, k_2GN: Tensor, rows: _Tile, keys: _Tile, kept: Tensor | None) -> Tensor:
+def _gradient_tile(sim: _Similarity, k_2GN: Tensor, rows: Tile, keys: Tile, kept: Tensor | None) -> Tensor:
     """Derivative of the sum of own losses by the tile of S/τ: e^{S/τ} times (k of the row + k of the key).
 
     ``k_2GN`` is shifted and signed with a fixed shift, else it is the logarithm that :func:`_gradient` got.
@@ -227,25 +196,24 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any,
         x_GND: Tensor,
         class_GN: Tensor,
-        copies_GN: Tensor | None,
-        tiles: Sequence[_Tile],
+        tiles: Sequence[Tile],
         tau: float,
         padded: bool,
         with_grad: bool,
     ) -> Tensor:
-        sim = _Similarity(x_GND, class_GN, copies_GN, tau, padded)
+        sim = _Similarity(x_GND, class_GN, tau, padded)
         kept = sim.exps(tiles[0], tiles[0]) if len(tiles) == 1 and tau >= FIXED_SHIFT_TAU else None
         # Foreign anchors have sums of nothing here, hence no positive either.
         loss_GN, logk_2GN = loss_from_sums(*_log_sums(sim, tiles, kept), with_grad)
         if logk_2GN is not None:
             ctx.save_for_backward(_gradient(sim, tiles, logk_2GN, kept))
-        return loss_GN.sum() if copies_GN is None else (loss_GN * copies_GN).sum()
+        return loss_GN.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GND,) = ctx.saved_tensors
-        return grad_GND * grad, None, None, None, None, None, None
+        return grad_GND * grad, None, None, None, None, None
 
 
 def contrastive_loss(
@@ -256,8 +224,6 @@ def contrastive_loss(
     tau: float,
     scope: Literal["image", "batch"] = "image",
     tile: int | None = None,
-    multiplicity_Bhw: Tensor | None = None,
-    most: int | None = None,
     kernel: Literal["auto", "torch", "triton"] = "auto",
 ) -> Tensor:
     """Mean of ℓ_i = lse_all(i) − lse_pos(i) over anchors (Eq. 10 as printed, the positive sum inside the log).
@@ -279,11 +245,6 @@ def contrastive_loss(
             ranks, whose embeddings are gathered with their gradients.
         tile: Side of a tile of S in the torch form; by default 512 on a CPU, where it should fit the cache, and 2048
             elsewhere. With no more anchors than this in any image, all images share one batched tile.
-        multiplicity_Bhw: Integers: a pixel stands for this many identical ones, for values and gradients as if it were
-            repeated (so that a pixel of 2 has a positive); with 0 it is no anchor. None: 1 everywhere, at no cost.
-        most: Upper bound on an image's anchors that the host knows, as from the pool's budget; None: h·w. It sizes
-            tensors and grids of the Triton form. Where an image (in ``batch`` scope all those of a rank together) has
-            more, the torch form raises and the other returns NaN, which needs no wait.
         kernel: ``auto``: Triton for float32, bfloat16 and float16 on CUDA from compute capability 8.0 where it can be
             imported, else torch. ``triton`` also runs on a CPU under Triton's interpreter.
 
@@ -291,8 +252,7 @@ def contrastive_loss(
         Scalar; a zero that is connected to the embeddings where nothing counts.
 
     Raises:
-        ConfigError: τ not positive, tile or most < 1, an unknown ``scope`` or ``kernel``, a multiplicity of another
-            shape or not of integers, more anchors than ``most`` (torch form), or ``triton`` where it cannot run.
+        ConfigError: τ not positive, tile < 1, an unknown ``scope`` or ``kernel``, or ``triton`` where it cannot run.
     """
     if tile is None:
         tile = 512 if emb_BDhw.device.type == "cpu" else 2048
@@ -300,30 +260,17 @@ def contrastive_loss(
         raise ConfigError(f"tau: {tau!r}, expected a positive temperature")
     if tile < 1:
         raise ConfigError(f"tile: {tile!r}, expected at least 1")
-    if most is not None and most < 1:
-        raise ConfigError(f"most: {most!r}, expected at least 1")
     if scope not in ("image", "batch"):
         raise ConfigError(f"contrast: {scope!r}, expected 'image' or 'batch'")
-    if multiplicity_Bhw is not None and (
-        multiplicity_Bhw.shape != labels_Bhw.shape
-        or multiplicity_Bhw.is_floating_point()
-        or multiplicity_Bhw.dtype == torch.bool
-    ):
-        found = f"{multiplicity_Bhw.dtype} {tuple(multiplicity_Bhw.shape)}"
-        raise ConfigError(f"multiplicity: {found}, expected integers {tuple(labels_Bhw.shape)}")
     fused = _wants_triton(emb_BDhw, kernel)
     with full_precision(emb_BDhw):
-        copies_BN = None
-        if multiplicity_Bhw is not None:
-            pool_Bhw = pool_Bhw & (multiplicity_Bhw > 0)
-            copies_BN = multiplicity_Bhw.where(pool_Bhw & (labels_Bhw != IGNORE), 0).flatten(1).long()
         key_BN = labels_Bhw.where(pool_Bhw, IGNORE).flatten(1).long()
         emb_BND = emb_BDhw.flatten(2).transpose(1, 2)
         if fused:
             from ugrl.method.contrast_triton import fused_loss
 
-            return fused_loss(emb_BND, key_BN, copies_BN, tau=tau, scope=scope, most=most)
-        return (_per_image if scope == "image" else _across_batch)(emb_BND, key_BN, copies_BN, tau, tile, most)
+            return fused_loss(emb_BND, key_BN, tau=tau, scope=scope)
+        return (_per_image if scope == "image" else _across_batch)(emb_BND, key_BN, tau, tile)
 
 
 def _wants_triton(emb_BDhw: Tensor, kernel: str) -> bool:
@@ -357,54 +304,43 @@ def _compiles(emb_BDhw: Tensor) -> bool:
     return torch.cuda.get_device_capability(emb_BDhw.device) >= (8, 0)
 
 
-def _sum_of_losses(
-    x_GND: Tensor, class_GN: Tensor, copies_GN: Tensor | None, tiles: Sequence[_Tile], tau: float, padded: bool
-) -> Tensor:
+def sum_of_losses(x_GND: Tensor, class_GN: Tensor, tiles: Sequence[Tile], tau: float, padded: bool) -> Tensor:
+    """Σ ℓ_i over the own anchors that have a positive.
+
+    Args:
+        x_GND: Unit-length rows of G groups of anchors, sorted by class.
+        class_GN: Class of each row, 255 where it is no anchor.
+        tiles: Runs of rows; those of other ranks only serve as keys.
+        tau: Temperature τ > 0.
+        padded: Whether rows that are no anchors lie within the tiles.
+    """
     with_grad = x_GND.requires_grad and torch.is_grad_enabled()
     # uint8 classes make the masks of mixed tiles cheap; 255 marks padding.
-    copies_GN = None if copies_GN is None else copies_GN.to(x_GND.dtype)
-    total: Tensor = _SumOfLosses.apply(x_GND, class_GN.to(torch.uint8), copies_GN, tiles, tau, padded, with_grad)
+    total: Tensor = _SumOfLosses.apply(x_GND, class_GN.to(torch.uint8), tiles, tau, padded, with_grad)
     return total
 
 
-def _counts(key_BN: Tensor, copies_BN: Tensor | None) -> Tensor:
-    """int64 (B, 2, 256) or, without multiplicities, (B, 1, 256): anchors by class, and their copies last."""
-    kinds = [class_counts(key_BN)] if copies_BN is None else [class_counts(key_BN), class_counts(key_BN, copies_BN)]
-    return torch.stack(kinds, 1)
-
-
-def _check_most(sizes: Sequence[int], most: int | None, images: int) -> None:
-    if most is not None and max(sizes, default=0) > most * images:
-        raise ConfigError(f"most: {most!r} for {images} image(s), expected room for their {max(sizes)} anchors")
-
-
-def _per_image(
-    emb_BND: Tensor, key_BN: Tensor, copies_BN: Tensor | None, tau: float, tile: int, most: int | None
-) -> Tensor:
+def _per_image(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Tensor:
     class_BN, order_BN = key_BN.sort(dim=1, stable=True)
-    both_BKL = _counts(key_BN, copies_BN).tolist()  # the host waits here
-    counts_BL, copy_counts_BL = [kinds[0] for kinds in both_BKL], [kinds[-1] for kinds in both_BKL]
+    counts_BL = class_counts(key_BN).tolist()  # the host waits here
     sizes_B = [sum(counts[:IGNORE]) for counts in counts_BL]
-    _check_most(sizes_B, most, 1)
     longest = max(sizes_B, default=0)
     # Without a negative or without a positive there is nothing to compute.
-    active = [b for b, counts in enumerate(copy_counts_BL) if _has_loss(counts)]
+    active = [b for b, counts in enumerate(counts_BL) if _has_loss(counts)]
     index_BN = order_BN + torch.arange(len(order_BN), device=order_BN.device)[:, None] * order_BN.shape[1]
-    groups: list[tuple[slice, int, list[_Tile]]]
+    groups: list[tuple[slice, int, list[Tile]]]
     if longest <= tile:  # all images at once, padded with pixels that are no anchors
-        groups = [(slice(None), longest, [_Tile(0, longest, 0, IGNORE, True)])] if active else []
+        groups = [(slice(None), longest, [Tile(0, longest, 0, IGNORE, True)])] if active else []
     else:
-        groups = [(slice(b, b + 1), sizes_B[b], _cut(counts_BL[b], 0, tile, True)) for b in active]
+        groups = [(slice(b, b + 1), sizes_B[b], tiles_of(counts_BL[b], 0, tile, True)) for b in active]
     if not groups:
         total = _zero(emb_BND)
     else:
         rows = list(Take.apply(emb_BND, *(index_BN[images, :n] for images, n, _ in groups)))[::-1]
-        copies_BN = None if copies_BN is None else copies_BN.gather(1, order_BN)
         sums = [
-            _sum_of_losses(
+            sum_of_losses(
                 rows.pop(),
                 class_BN[images, :n],
-                None if copies_BN is None else copies_BN[images, :n],
                 tiles,
                 tau,
                 padded=longest <= tile,
@@ -412,36 +348,27 @@ def _per_image(
             for images, n, tiles in groups
         ]
         total = torch.stack(sums).sum()
-    anchors = sum(n for counts in copy_counts_BL for n in counts[:IGNORE] if n > 1)
+    anchors = sum(n for counts in counts_BL for n in counts[:IGNORE] if n > 1)
     return total * unit_shares(torch.full((), anchors, device=key_BN.device), total.dtype)
 
 
-def _across_batch(
-    emb_BND: Tensor, key_BN: Tensor, copies_BN: Tensor | None, tau: float, tile: int, most: int | None
-) -> Tensor:
+def _across_batch(emb_BND: Tensor, key_BN: Tensor, tau: float, tile: int) -> Tensor:
     class_1N, order_1N = key_BN.view(1, -1).sort(dim=1, stable=True)
-    copies_1N = None if copies_BN is None else copies_BN.view(1, -1)
-    both_RKL = all_gather_rows(_counts(key_BN.view(1, -1), copies_1N)).tolist()  # the host waits here
-    counts_RL = [kinds[0] for kinds in both_RKL]
+    counts_RL = all_gather_rows(class_counts(key_BN.view(1, -1))).tolist()  # the host waits here
     sizes_R = [sum(counts[:IGNORE]) for counts in counts_RL]
-    _check_most(sizes_R, most, len(key_BN))
-    totals_L = [sum(column) for column in zip(*(kinds[-1] for kinds in both_RKL), strict=True)]
+    totals_L = [sum(column) for column in zip(*counts_RL, strict=True)]
     if not _has_loss(totals_L):
         return _zero(emb_BND)
     longest, own = max(sizes_R), sizes_R[rank()]
     (x_1ND,) = Take.apply(emb_BND, order_1N[:, :own])
     class_1N = class_1N[:, :own]
-    if copies_1N is not None:
-        copies_1N = copies_1N.gather(1, order_1N)[:, :own]
     if world_size() > 1:  # blocks of equal length; no tile reaches into the padding
         pad = longest - own
         x_1ND = all_gather_rows_grad(torch.nn.functional.pad(x_1ND[0], (0, 0, 0, pad)))[None]
         class_1N = all_gather_rows(torch.nn.functional.pad(class_1N[0], (0, pad), value=IGNORE))[None]
-        if copies_1N is not None:
-            copies_1N = all_gather_rows(torch.nn.functional.pad(copies_1N[0], (0, pad)))[None]
-    tiles = [t for r, counts in enumerate(counts_RL) for t in _cut(counts, r * longest, tile, r == rank())]
+    tiles = [t for r, counts in enumerate(counts_RL) for t in tiles_of(counts, r * longest, tile, r == rank())]
     anchors = sum(n for n in totals_L[:IGNORE] if n > 1)
-    return _sum_of_losses(x_1ND, class_1N, copies_1N, tiles, tau, padded=False) * (world_size() / anchors)
+    return sum_of_losses(x_1ND, class_1N, tiles, tau, padded=False) * (world_size() / anchors)
 
 
 def _has_loss(counts: Sequence[int]) -> bool:

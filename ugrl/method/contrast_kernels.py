@@ -43,22 +43,10 @@ def _similarities(
     return tile
 
 
-@triton.jit
-def _pair_counts(copies_ptr, key_ok, itself, BLOCK_N: tl.constexpr, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
-    """How often a pair occurs for one copy of the row: the key's multiplicity, less the copy itself."""
-    if WEIGHTED:
-        m = tl.load(copies_ptr + tl.arange(0, BLOCK_N), mask=key_ok, other=0.0)
-        counts = tl.where(key_ok[None, :], m[None, :] - itself.to(ACC), 0.0)
-    else:
-        counts = (key_ok[None, :] & (itself == 0)).to(ACC)
-    return counts
-
-
 @triton.jit(do_not_specialize=["own"])
 def sums_kernel(
     x_ptr,
     class_ptr,
-    copies_ptr,
     counts_ptr,
     scale_ptr,
     logpos_ptr,
@@ -67,7 +55,6 @@ def sums_kernel(
     own,
     D: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     FIXED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,7 +63,7 @@ def sums_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Log P and log N of (one copy of) the own anchors, into (groups, length). Grid: row blocks, groups."""
+    """Log P and log N of the own anchors, into (groups, length). Grid: row blocks, groups."""
     group = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_M
     n_own = tl.load(counts_ptr + group * SEGMENTS + own)
@@ -104,13 +91,13 @@ def sums_kernel(
             )
             itself = (start + place)[:, None] == (first + key_place)[None, :]
             itself = itself & (segment == own)
-            weight = _pair_counts(copies_ptr + key, key_ok, itself, BLOCK_N, ACC, WEIGHTED)
+            exists = key_ok[None, :] & (itself == 0)
             key_class = tl.load(class_ptr + key + key_place, mask=key_ok, other=255)
             same = row_class[:, None] == key_class[None, :]
             if FIXED:
-                e = tl.exp(tile * scale - scale) * weight
+                e = tl.exp(tile * scale - scale) * exists.to(ACC)
             else:
-                z = tl.where(weight > 0, tile * scale, float("-inf"))
+                z = tl.where(exists, tile * scale, float("-inf"))
                 new_pos = tl.maximum(top_pos, tl.max(tl.where(same, z, float("-inf")), axis=1))
                 new_neg = tl.maximum(top_neg, tl.max(tl.where(same, float("-inf"), z), axis=1))
                 safe_pos = tl.where(new_pos == float("-inf"), 0.0, new_pos)  # −∞ − −∞ is NaN
@@ -119,7 +106,7 @@ def sums_kernel(
                 neg *= tl.exp(top_neg - safe_neg)
                 top_pos = new_pos
                 top_neg = new_neg
-                e = tl.exp(z - tl.where(same, safe_pos[:, None], safe_neg[:, None])) * weight
+                e = tl.exp(z - tl.where(same, safe_pos[:, None], safe_neg[:, None])) * exists.to(ACC)
             pos += tl.sum(tl.where(same, e, 0.0), axis=1)
             neg += tl.sum(tl.where(same, 0.0, e), axis=1)
     if FIXED:
@@ -136,7 +123,6 @@ def sums_kernel(
 def gradient_kernel(
     x_ptr,
     class_ptr,
-    copies_ptr,
     counts_ptr,
     scale_ptr,
     kpos_ptr,
@@ -146,7 +132,6 @@ def gradient_kernel(
     own,
     D: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     FIXED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -195,7 +180,7 @@ def gradient_kernel(
             )
             itself = (start + place)[:, None] == (first + key_place)[None, :]
             itself = itself & (segment == mine)
-            weight = _pair_counts(copies_ptr + key, key_ok, itself, BLOCK_N, ACC, WEIGHTED)
+            exists = key_ok[None, :] & (itself == 0)
             key_class = tl.load(class_ptr + key + key_place, mask=key_ok, other=255)
             same = row_class[:, None] == key_class[None, :]
             key_kpos = tl.load(kpos_ptr + key + key_place, mask=key_ok, other=absent)
@@ -203,10 +188,10 @@ def gradient_kernel(
             row_k = tl.where(same, row_kpos[:, None], row_kneg[:, None])
             key_k = tl.where(same, key_kpos[None, :], key_kneg[None, :])
             if FIXED:
-                factor = tl.exp(tile * scale - scale) * (row_k + key_k) * weight
+                factor = tl.exp(tile * scale - scale) * (row_k + key_k) * exists.to(ACC)
             else:
-                z = tl.where(weight > 0, tile * scale, float("-inf"))  # e^z·k ≤ 1 only for pairs that exist
-                factor = (tl.exp(z + row_k) + tl.exp(z + key_k)) * weight
+                z = tl.where(exists, tile * scale, float("-inf"))  # e^z·k ≤ 1 only for pairs that exist
+                factor = (tl.exp(z + row_k) + tl.exp(z + key_k)) * exists.to(ACC)
                 factor = tl.where(same, -factor, factor)
             mask = key_ok[:, None]
             if D % CHUNK != 0:
@@ -219,7 +204,5 @@ def gradient_kernel(
                 acc = tl.dot(low.to(DOT), x, acc, out_dtype=ACC)
             else:
                 acc = tl.dot(factor, x, acc, input_precision=PRECISION, out_dtype=ACC)
-    if WEIGHTED:
-        acc *= tl.load(copies_ptr + row + place, mask=row_ok, other=0.0)[:, None]
     acc *= scale
     tl.store(grad_ptr + row * D + place[:, None] * D + chunk[None, :], acc, mask=row_ok[:, None] & chunk_ok[None, :])

@@ -9,8 +9,8 @@ since registers hold no more: for D = 512 S is made three times in all, and a ca
 
 Memory: the anchors' rows, their gradient (both float32) and, for bfloat16, a bfloat16 copy of the rows; O(N·D).
 
-Waiting: the host waits for nothing. Counts stay on the device, grids come from shapes and from ``most``, blocks
-beyond the counts leave at once. Only a first call compiles, per D, dtype, shift kind and use of multiplicities.
+Waiting: the host waits for nothing. Counts stay on the device, grids come from shapes, and blocks beyond the counts
+leave at once. Only a first call compiles, per D, dtype and shift kind.
 
 Precision: products are accumulated and everything else is computed in float32.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ugrl.distributed import all_gather_rows, all_gather_rows_grad, rank, world_size
-from ugrl.method.anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
+from ugrl.method.contrast_anchors import FIXED_SHIFT_TAU, Take, class_counts, loss_from_sums
 from ugrl.method.contrast_kernels import gradient_kernel, sums_kernel
 from ugrl.method.losses import unit_shares
 from ugrl.types import IGNORE
@@ -71,7 +71,7 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
 
-def constants(dtype: torch.dtype, kind: Literal["sums", "gradient"], D: int, tau: float, weighted: bool) -> dict:
+def constants(dtype: torch.dtype, kind: Literal["sums", "gradient"], D: int, tau: float) -> dict:
     """The compile-time arguments of a kernel for embeddings of ``dtype``, all but the number of segments."""
     half = dtype == torch.bfloat16
     blocks = BLOCKS[half, kind]
@@ -79,7 +79,6 @@ def constants(dtype: torch.dtype, kind: Literal["sums", "gradient"], D: int, tau
     fit = max(16, triton.next_power_of_2(D))
     out = {
         "D": D,
-        "WEIGHTED": weighted,
         "FIXED": tau >= FIXED_SHIFT_TAU,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
@@ -94,14 +93,13 @@ def constants(dtype: torch.dtype, kind: Literal["sums", "gradient"], D: int, tau
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """Σ m_i·ℓ_i over the own anchors that have a positive, and its gradient by all embeddings."""
+    """Σ ℓ_i over the own anchors that have a positive, and its gradient by all embeddings."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_GKD: Tensor,
         class_GK: Tensor,
-        copies_GK: Tensor | None,
         counts_GR: Tensor,
         own: int,
         tau: float,
@@ -112,13 +110,12 @@ class _SumOfLosses(torch.autograd.Function):
         x_GKD = (x_GKD.to(torch.bfloat16) if half else x_GKD).contiguous()
         (G, K, D), R = x_GKD.shape, counts_GR.shape[1]
         L = K // R
-        weighted = copies_GK is not None
         # 1/τ in the type of the arithmetic; filled on the device.
         scale = torch.full((1,), 1.0 / tau, dtype=acc, device=x_GKD.device)
-        shared = (x_GKD, class_GK, x_GKD if copies_GK is None else copies_GK, counts_GR, scale)
+        shared = (x_GKD, class_GK, counts_GR, scale)
 
         logs_2GL = torch.full((2, G, L), float("-inf"), dtype=acc, device=x_GKD.device)
-        options = constants(x_GKD.dtype, "sums", D, tau, weighted)
+        options = constants(x_GKD.dtype, "sums", D, tau)
         grid: tuple[int, ...] = (triton.cdiv(L, options["BLOCK_M"]), G)
         with torch.cuda.device_of(x_GKD):
             sums_kernel[grid](*shared, logs_2GL[0], logs_2GL[1], L, own, SEGMENTS=R, **options)
@@ -130,72 +127,58 @@ class _SumOfLosses(torch.autograd.Function):
             if fixed:
                 k_2GK[0].neg_()
             grad_GKD = torch.zeros(G, K, D, dtype=acc, device=x_GKD.device)
-            options = constants(x_GKD.dtype, "gradient", D, tau, weighted)
+            options = constants(x_GKD.dtype, "gradient", D, tau)
             grid = (R * triton.cdiv(L, options["BLOCK_M"]), triton.cdiv(D, options["CHUNK"]), G)
             with torch.cuda.device_of(x_GKD):
                 gradient_kernel[grid](*shared, k_2GK[0], k_2GK[1], grad_GKD, L, own, SEGMENTS=R, **options)
             ctx.save_for_backward(grad_GKD)
-        return (loss_GL if copies_GK is None else loss_GL * copies_GK[:, own * L : own * L + L]).sum()
+        return loss_GL.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GKD,) = ctx.saved_tensors
-        return grad_GKD * grad, None, None, None, None, None, None, None
+        return grad_GKD * grad, None, None, None, None, None, None
 
 
 def fused_loss(
     emb_BND: Tensor,
     key_BN: Tensor,
-    copies_BN: Tensor | None,
     *,
     tau: float,
     scope: Literal["image", "batch"],
-    most: int | None,
 ) -> Tensor:
     """What :func:`ugrl.method.contrast.contrastive_loss` returns, without a wait.
 
     Args:
-        emb_BND: Embeddings. In ``batch`` scope all ranks come with the same shape and the same ``most``.
+        emb_BND: Embeddings. In ``batch`` scope all ranks come with the same shape.
         key_BN: int64 class of each anchor, 255 where there is none.
-        copies_BN: int64 multiplicities, 0 where there is no anchor; None: all 1.
-        tau: Temperature.
+        tau: Temperature τ > 0.
         scope: ``image`` or ``batch``.
-        most: Upper bound on the anchors of an image; None: N.
 
     Returns:
-        Scalar; NaN, as its gradient, where there are more anchors than ``most`` allows.
+        Scalar.
     """
     per_image = scope == "image"
-    B, N = key_BN.shape
-    bound = N if most is None else min(most, N)
     if not per_image:
         key_BN = key_BN.view(1, -1)
-        copies_BN = None if copies_BN is None else copies_BN.view(1, -1)
-        bound *= B
     half, with_grad = emb_BND.dtype == torch.bfloat16, emb_BND.requires_grad and torch.is_grad_enabled()
-    class_GL, order_GN = key_BN.sort(dim=1, stable=True)
-    order_GL = order_GN[:, :bound]
-    class_GL = class_GL[:, :bound].to(torch.uint8)
+    class_GL, order_GL = key_BN.sort(dim=1, stable=True)
+    class_GL = class_GL.to(torch.uint8)
     offset_G1 = torch.arange(len(key_BN), device=key_BN.device)[:, None] * key_BN.shape[1]
     (x_GLD,) = Take.apply(emb_BND, order_GL + offset_G1)
-    n_G1 = (key_BN != IGNORE).sum(1, keepdim=True)
-    beyond = (n_G1 > bound).any()
-    n_GR = n_G1.clamp(max=bound).to(torch.int32)  # the kernels must not read beyond the rows
-    copies_GL = None if copies_BN is None else copies_BN.gather(1, order_GL).to(x_GLD.dtype)
-    counts_GL = class_counts(key_BN, copies_BN)
+    n_GR = (key_BN != IGNORE).sum(1, keepdim=True).to(torch.int32)
+    counts_GL = class_counts(key_BN)
     own = 0
     if not per_image and world_size() > 1:
         own = rank()
         n_GR = all_gather_rows(n_GR).view(1, -1)
         x_GLD = all_gather_rows_grad(x_GLD[0])[None]
         class_GL = all_gather_rows(class_GL[0])[None]
-        copies_GL = None if copies_GL is None else all_gather_rows(copies_GL[0])[None]
         counts_GL = all_gather_rows(counts_GL).sum(0, keepdim=True)
     total: Tensor = _SumOfLosses.apply(
         x_GLD,
         class_GL.contiguous(),
-        None if copies_GL is None else copies_GL.contiguous(),
         n_GR.contiguous(),
         own,
         tau,
@@ -205,4 +188,4 @@ def fused_loss(
     anchors = counts_GL[:, :IGNORE].where(counts_GL[:, :IGNORE] > 1, 0).sum()
     # In batch scope every rank has the sum over ranks already.
     share = unit_shares(anchors, total.dtype) if per_image else world_size() / anchors.clamp(min=1).to(total.dtype)
-    return total * torch.where(beyond, float("nan"), share)
+    return total * share

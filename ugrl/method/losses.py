@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ugrl.bilinear import resize, resize_gradient
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import ConfigError
+from ugrl.grid import near, near_tokens
 from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
@@ -27,41 +28,12 @@ def unit_shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         counts: int64, any shape: entries on this rank. Every rank calls with the same shape.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         Same shape; ``ranks`` where no rank has an entry (nothing will be multiplied by it).
     """
     return world_size() / all_reduce_sum(counts).clamp(min=1).to(dtype)
-
-
-def sample_nearest(x_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour sampling of the last two axes to ``grid``.
-
-    Position i of h reads index ⌊(i + ½)·H/h⌋ of H, in integer arithmetic: the pixel under the
-    centre of the cell, the lower right one of the four that meet where the centre is a corner.
-
-    Args:
-        x_BHW: (…, H, W) of any type.
-        grid: (h, w).
-
-    Returns:
-        (…, h, w), same type.
-
-    >>> sample_nearest(torch.arange(16).view(1, 4, 4), (2, 2)).tolist()
-    [[[5, 7], [13, 15]]]
-    """
-    (h, w), (H, W) = grid, x_BHW.shape[-2:]
-    if (h, w) == (H, W):
-        return x_BHW
-    rows_h = (2 * torch.arange(h, device=x_BHW.device) + 1) * H // (2 * h)
-    cols_w = (2 * torch.arange(w, device=x_BHW.device) + 1) * W // (2 * w)
-    return x_BHW.index_select(-2, rows_h).index_select(-1, cols_w)
-
-
-def sample_labels(labels_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Labels on a coarser or finer grid, see :func:`sample_nearest`; labels are never mixed."""
-    return sample_nearest(labels_BHW, grid)
 
 
 def classification_loss(logits_BF: Tensor, tags_BF: Tensor, w_BF: Tensor) -> Tensor:
@@ -195,15 +167,16 @@ def affinity_loss(
         usable_BN = (eligible_Bhw & (labels_Bhw != IGNORE)).flatten(1)
         labels_BN = labels_Bhw.flatten(1)
         if tokens_Bn is None:
-            near = _near(h, w, radius, labels_Bhw.device)
+            near_BNN = near((h, w), radius, labels_Bhw.device).fill_diagonal_(False)
         else:
             # Padding repeats a token that the row has already (or one that is not usable): count each once.
             first_Bn = torch.ones_like(tokens_Bn, dtype=torch.bool)
             first_Bn[:, 1:] = tokens_Bn[:, 1:] > tokens_Bn[:, :-1]
             usable_BN = usable_BN.gather(1, tokens_Bn) & first_Bn
             labels_BN = labels_BN.gather(1, tokens_Bn)
-            near = _near_tokens(tokens_Bn, w, radius)
-        pair_BNN = usable_BN[:, :, None] & usable_BN[:, None, :] & near
+            near_BNN = near_tokens(tokens_Bn, w, radius)
+            near_BNN.diagonal(dim1=1, dim2=2).fill_(False)
+        pair_BNN = usable_BN[:, :, None] & usable_BN[:, None, :] & near_BNN
         same_BNN = labels_BN[:, :, None] == labels_BN[:, None, :]
         n_same = (pair_BNN & same_BNN).sum()
         shares_2 = 0.5 * unit_shares(torch.stack([n_same, pair_BNN.sum() - n_same]), A_BNN.dtype)
@@ -232,21 +205,3 @@ def eligible_tokens(labels_Bhw: Tensor, eligible_Bhw: Tensor) -> Tensor:
     order_Bn = (~usable_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]
     last_B1 = order_Bn.gather(1, (count_B - 1).clamp(min=0)[:, None])
     return order_Bn.where(torch.arange(n, device=order_Bn.device) < count_B[:, None], last_B1)
-
-
-def _near(h: int, w: int, radius: int, device: torch.device) -> Tensor:
-    """Pairs, as bool (N, N), of different positions within Chebyshev ``radius``."""
-    y_h, x_w = torch.arange(h, device=device), torch.arange(w, device=device)
-    rows_hh = (y_h[:, None] - y_h).abs() <= radius
-    cols_ww = (x_w[:, None] - x_w).abs() <= radius
-    near_NN = (rows_hh[:, None, :, None] & cols_ww[None, :, None, :]).reshape(h * w, h * w)
-    return near_NN.fill_diagonal_(False)
-
-
-def _near_tokens(tokens_Bn: Tensor, w: int, radius: int) -> Tensor:
-    """The same, bool (B, n, n), for chosen positions."""
-    y_Bn, x_Bn = tokens_Bn // w, tokens_Bn % w
-    near_Bnn = (y_Bn[:, :, None] - y_Bn[:, None, :]).abs() <= radius
-    near_Bnn &= (x_Bn[:, :, None] - x_Bn[:, None, :]).abs() <= radius
-    near_Bnn.diagonal(dim1=1, dim2=2).fill_(False)
-    return near_Bnn

@@ -46,7 +46,7 @@ def reliable_pool(
         u_BC: Uncertainty by image and class; a class without one is given 0 by the caller.
         conf_Bhw: Confidence, any scale that grows with it.
         keep: K in (0, 1].
-        kind: See above.
+        kind: ``stratified``, ``ranked`` or ``random``, as described above.
         keys_B: int64, a function of (seed, step, image).
 
     Returns:
@@ -87,6 +87,29 @@ def reliable_pool(
     return torch.zeros_like(valid_BN).scatter_(1, order_BN, taken_BN).view_as(labels_Bhw)
 
 
+def pool_bound(cells: int, classes: int, keep: float) -> int:
+    """The most pixels that an image's pool can hold, known without looking: K's share, or two of every class.
+
+    >>> pool_bound(16384, 21, 0.35), pool_bound(16, 21, 0.1)
+    (5734, 16)
+    """
+    return min(cells, max(1, int(keep * cells + 0.5), MIN_PER_CLASS * classes))
+
+
+def positions(mask_Bhw: Tensor, most: int) -> Tensor:
+    """Where a mask is set: int64 (B, most), ascending; a shorter row goes on with positions where it is not.
+
+    >>> positions(torch.tensor([[[False, True], [True, True]], [[True, False], [False, False]]]), 3).tolist()
+    [[1, 2, 3], [0, 1, 2]]
+    """
+    return (~mask_Bhw.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
+
+def chosen(mask_Bhw: Tensor, at_Bn: Tensor) -> Tensor:
+    """The mask at some positions, bool (B, n)."""
+    return mask_Bhw.flatten(1).gather(1, at_Bn)
+
+
 def stratified_quota(area_BC: Tensor, u_BC: Tensor, budget_B: Tensor) -> Tensor:
     """Share each image's budget over its classes in proportion to area·e^(−u), within bounds.
 
@@ -96,7 +119,7 @@ def stratified_quota(area_BC: Tensor, u_BC: Tensor, budget_B: Tensor) -> Tensor:
 
     Args:
         area_BC: int64 pixels of each class.
-        u_BC: Uncertainty.
+        u_BC: Uncertainty of each image and class, in [0, 2].
         budget_B: int64 pixels to choose, at most Σ area.
 
     Returns:

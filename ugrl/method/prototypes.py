@@ -44,14 +44,14 @@ class Prototypes(nn.Module):
     """Buffers only; ``state_dict`` is all there is to resume.
 
     Args:
-        num_classes: C, with background.
+        num_classes: Number of classes C (with background).
         dim: D, width of a class vector.
         d_cls: Width of a code.
         eta: η of Eq. 4.
         encoding: ``linear`` Φr, entries of Φ ~ N(0, 1/d_cls); ``fourier`` cos(Φr/σ + b), Φ ~ N(0, 1), b
             uniform in [0, 2π).
         center: Whether to remove the class-balanced mean.
-        seed: Of Φ and b.
+        seed: Seed of the random projection Φ and its offset b.
         centre_momentum: Share of the old value when running means and σ move; they follow the features
             faster than prototypes do, because a mean that lags is a common direction again.
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import UgrlError
-from ugrl.method.cam import inside_grid, inside_mask, resize, spans, to_grid
-from ugrl.method.uncertainty import local_affinity
+from ugrl.grid import cell_means, inside_cells, inside_pixels, resize_maps, stack_pairs
+from ugrl.method.class_vectors import local_affinity
 from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
@@ -16,30 +16,10 @@ def check_thresholds(high: float, low: float) -> None:
     """Raise unless ``0 <= low <= high``.
 
     Raises:
-        UgrlError: Names both values.
+        UgrlError: The order is another; the message names both values.
     """
     if not 0.0 <= low <= high:
         raise UgrlError(f"pseudo-label thresholds: got low {low} and high {high}, expected 0 <= low <= high")
-
-
-def stack_pairs(maps_Px: Tensor, pairs_P2: Tensor, batch: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Pack pairs image by image.
-
-    Args:
-        maps_Px: (P, …), one entry per pair.
-        pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
-        batch: B.
-
-    Returns:
-        (B, n, …) with n the largest number of classes of an image (at least 1), zero where an image has fewer, and
-        the B ranges of :func:`ugrl.method.cam.spans`.
-    """
-    ranges = spans(pairs_P2, batch)
-    most = max([1, *(end - start for start, end in ranges)])
-    slot_P = torch.tensor([b * most + j for b, (start, end) in enumerate(ranges) for j in range(end - start)])
-    out = maps_Px.new_zeros((batch * most, *maps_Px.shape[1:]))
-    out.index_copy_(0, slot_P.long().to(maps_Px.device, non_blocking=True), maps_Px)
-    return out.view(batch, most, *maps_Px.shape[1:]), ranges
 
 
 @torch.no_grad()
@@ -61,7 +41,7 @@ def pseudo_labels(
         cam_PHW: Normalised maps in [0, 1).
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
-        batch: B.
+        batch: Number of images B.
         high: Threshold of a class, exclusive.
         low: Threshold of background, inclusive.
 
@@ -79,7 +59,7 @@ def pseudo_labels(
     best_BHW, slot_BHW = cam_BnHW.max(1)
     class_Bn = class_Bn.to(cam_PHW.device, non_blocking=True)
     classes_BHW = class_Bn.gather(1, slot_BHW.flatten(1)).view_as(slot_BHW)
-    inside_BHW = inside_mask(boxes_B4, cam_PHW.shape[-2], cam_PHW.shape[-1], cam_PHW.device)
+    inside_BHW = inside_pixels(boxes_B4, (cam_PHW.shape[-2], cam_PHW.shape[-1]), cam_PHW.device)
     is_class = (best_BHW > high) & inside_BHW
     is_ground = (best_BHW <= low) & inside_BHW
     labels_BHW = torch.where(is_class, classes_BHW, torch.where(is_ground, 0, IGNORE))
@@ -94,34 +74,30 @@ def random_walk(
     ahat_BNN: Tensor,
     *,
     beta: float = 2.0,
-    log_iterations: int = 0,
 ) -> Tensor:
     """Walk the maps along an affinity.
 
-    ``T = rows normalised of (A^beta)``, squared ``log_iterations`` times, then ``cam' = T cam``: every position takes
-    a weighted mean of what its neighbours have. A scale of A's rows cancels.
+    ``T = rows normalised of (A^beta)``, then ``cam' = T cam``: every position takes a weighted mean of what its
+    neighbours have. A scale of A's rows cancels.
 
     Args:
         cam_PN: Maps on the last-stage grid, flattened.
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
         ahat_BNN: Non-negative affinity, zero between positions that must not exchange anything.
         beta: Exponent, > 0.
-        log_iterations: How often T is squared; 2^n steps of the walk.
 
     Returns:
         (P, N), within the range of the input; 0 where a position has no neighbour.
 
     Raises:
-        UgrlError: ``beta`` is not positive or ``log_iterations`` is negative.
+        UgrlError: ``beta`` is not positive.
     """
-    if beta <= 0 or log_iterations < 0:
-        raise UgrlError(f"propagation: got beta {beta}, log_iterations {log_iterations}, expected > 0 and >= 0")
+    if beta <= 0:
+        raise UgrlError(f"propagation: got beta {beta}, expected > 0")
     with full_precision(cam_PN):
         walk_BNN = ahat_BNN.to(cam_PN.dtype) ** beta
         sums_BN1 = walk_BNN.sum(-1, keepdim=True)
         walk_BNN = torch.where(sums_BN1 > 0, walk_BNN / sums_BN1, 0.0)
-        for _ in range(log_iterations):
-            walk_BNN = walk_BNN @ walk_BNN
         cam_BnN, ranges = stack_pairs(cam_PN, pairs_P2, ahat_BNN.shape[0])
         out_BnN = cam_BnN @ walk_BNN.transpose(1, 2)
     return torch.cat([out_BnN[b, : end - start] for b, (start, end) in enumerate(ranges)])
@@ -137,7 +113,6 @@ def propagate_cam(
     grid: tuple[int, int],
     radius: int = 8,
     beta: float = 2.0,
-    log_iterations: int = 0,
 ) -> Tensor:
     """The affinity-propagated CAM (``propagate: affinity``).
 
@@ -150,14 +125,13 @@ def propagate_cam(
     is that of the largest scale, here the only one that is computed, of scale 1.
 
     Args:
-        cam_PHW: Normalised maps.
+        cam_PHW: Normalised CAM of each pair, in [0, 1).
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major.
         affinity_BNN: Affinity logits on ``grid``, N = h·w.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)``.
-        grid: ``(h, w)``.
+        grid: Cells ``(h, w)`` of the last stage's map.
         radius: Chebyshev distance beyond which A is not trained, in cells.
         beta: As in :func:`random_walk`.
-        log_iterations: As in :func:`random_walk`.
 
     Returns:
         (P, H, W) in [0, 1), zero outside the box. Not normalised again, as AFA does not.
@@ -166,12 +140,12 @@ def propagate_cam(
         UgrlError: As :func:`random_walk`, or N is not h·w.
     """
     size = int(cam_PHW.shape[-2]), int(cam_PHW.shape[-1])
-    inside_BN = inside_grid(boxes_B4, size, grid, cam_PHW.device).to(cam_PHW.dtype)
+    inside_BN = inside_cells(boxes_B4, size, grid, cam_PHW.device).flatten(1).to(cam_PHW.dtype)
     # Positions of padding give nothing but do receive: the way back to the image is bilinear, and pixels at the edge of
     # the box lean on cells beyond it.
     ahat_BNN = local_affinity(affinity_BNN, grid=grid, radius=radius) * inside_BN[:, None, :]
-    inside_PHW = inside_mask(boxes_B4[pairs_P2[:, 0]], size[0], size[1], cam_PHW.device)
-    share_Phw = to_grid(inside_PHW.to(cam_PHW.dtype), grid)
-    mean_Phw = torch.where(share_Phw > 0, to_grid(cam_PHW, grid) / share_Phw, 0.0)
-    moved_PN = random_walk(mean_Phw.flatten(1), pairs_P2, ahat_BNN, beta=beta, log_iterations=log_iterations)
-    return resize(moved_PN.view(moved_PN.shape[0], *grid), size) * inside_PHW
+    inside_PHW = inside_pixels(boxes_B4[pairs_P2[:, 0]], size, cam_PHW.device)
+    share_Phw = cell_means(inside_PHW.to(cam_PHW.dtype), grid)
+    mean_Phw = torch.where(share_Phw > 0, cell_means(cam_PHW, grid) / share_Phw, 0.0)
+    moved_PN = random_walk(mean_Phw.flatten(1), pairs_P2, ahat_BNN, beta=beta)
+    return resize_maps(moved_PN.view(moved_PN.shape[0], *grid), size) * inside_PHW

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ugrl.errors import UgrlError
-from ugrl.method.cam import resize, spans
+from ugrl.grid import resize_maps, spans
 from ugrl.method.pseudo import check_thresholds
 from ugrl.types import IGNORE
 
@@ -117,7 +117,7 @@ class PAR:
         """Apply the affinity ``iterations`` times.
 
         Args:
-            affinity_BNhw: From :meth:`affinity`.
+            affinity_BNhw: Weights of the neighbours, from :meth:`affinity`.
             masks_BKhw: Any number of masks per image.
             sizes: As given to :meth:`affinity`.
 
@@ -194,8 +194,8 @@ def refine_labels(
         pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
         boxes_B4: int64 half-open ``(y0, y1, x0, x1)`` on the CPU.
         images_B3HW: Normalised images (any affine scale per channel).
-        batch: B.
-        par: The refinement.
+        batch: Number of images B.
+        par: Pixel-adaptive refinement to apply.
         high: Background score of the first run.
         low: Background score of the second run.
         together: Refine all images in one batch instead of one by one; the same labels. ``None``: except on a CPU,
@@ -225,29 +225,30 @@ def refine_labels(
     if together is None:
         together = cam_PHW.device.type != "cpu"
     groups = [wanted] if together and wanted else [[b] for b in wanted]
-    scores = torch.tensor([high, low], dtype=cam_PHW.dtype).to(cam_PHW.device, non_blocking=True)
+    scores_2 = torch.tensor([high, low], dtype=cam_PHW.dtype).to(cam_PHW.device, non_blocking=True)
     for group in groups:
-        halves, masks, sizes = [], [], []
-        for b in group:
-            y0, y1, x0, x1 = boxes[b]
-            start, end = ranges[b]
-            half = max(1, (y1 - y0) // 2), max(1, (x1 - x0) // 2)
-            cam_nhw = resize(cam_PHW[start:end, y0:y1, x0:x1], half)
-            background_21hw = scores.view(2, 1, 1, 1).expand(2, 1, *half)
-            logits_2chw = torch.cat([background_21hw, cam_nhw.expand(2, -1, -1, -1)], 1)
-            masks.append(logits_2chw.softmax(1)[:, 1:].flatten(0, 1))
-            halves.append(resize(images_B3HW[b, :, y0:y1, x0:x1], half))
-            sizes.append(half)
+        parts = [_halved(cam_PHW[slice(*ranges[b])], images_B3HW[b], boxes[b], scores_2) for b in group]
+        halves, masks = [image for image, _ in parts], [mask for _, mask in parts]
+        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in halves]
         refined_BKhw = par(*_canvas(halves, masks), None if len(group) == 1 else sizes)
-        for b, half, refined_Khw in zip(group, sizes, refined_BKhw, strict=True):
+        for b, (h, w), refined_Khw in zip(group, sizes, refined_BKhw, strict=True):
             y0, y1, x0, x1 = boxes[b]
             start, end = ranges[b]
-            classes = 2 * (end - start)
-            full_Khw = resize(refined_Khw[:classes, : half[0], : half[1]], (y1 - y0, x1 - x0))
+            full_Khw = resize_maps(refined_Khw[: 2 * (end - start), :h, :w], (y1 - y0, x1 - x0))
             label, conf = _decide(full_Khw.view(2, end - start, y1 - y0, x1 - x0), par.gain, pairs_P2[start:end, 1])
             labels_BHW[b, y0:y1, x0:x1] = label
             conf_BHW[b, y0:y1, x0:x1] = conf
     return labels_BHW, conf_BHW
+
+
+def _halved(cam_nHW: Tensor, image_3HW: Tensor, box: Sequence[int], scores_2: Tensor) -> tuple[Tensor, Tensor]:
+    """One image cut to its box and halved, and the softmax of its classes in the high and the low run: (2n, h, w)."""
+    y0, y1, x0, x1 = box
+    half = max(1, (y1 - y0) // 2), max(1, (x1 - x0) // 2)
+    cam_nhw = resize_maps(cam_nHW[:, y0:y1, x0:x1], half)
+    background_21hw = scores_2.view(2, 1, 1, 1).expand(2, 1, *half)
+    logits_2chw = torch.cat([background_21hw, cam_nhw.expand(2, -1, -1, -1)], 1)
+    return resize_maps(image_3HW[:, y0:y1, x0:x1], half), logits_2chw.softmax(1)[:, 1:].flatten(0, 1)
 
 
 def _canvas(images: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -89,10 +89,10 @@ def effective_share(w_BC: Tensor, known_BC: Tensor, n_BC: Tensor, per_class: boo
     """Effective sample share of the weights, (Σŵ)²/(N·Σŵ²), over all ranks.
 
     Args:
-        w_BC: :func:`modulation_weights`.
-        known_BC: As given there.
-        n_BC: As given there.
-        per_class: As given there; the classes' shares are averaged by their multiplicity.
+        w_BC: Weights from :func:`modulation_weights`.
+        known_BC: bool, which entries have an uncertainty.
+        n_BC: Pixels of an entry, or 1 for a tag.
+        per_class: Whether the weights were normalised within each class; the shares of the classes are averaged then.
 
     Returns:
         Scalar in (0, 1]; 1 for equal weights and for N = 0.

@@ -21,12 +21,12 @@ class AffinityHead(nn.Module):
     whatever the backbone's width.
 
     Args:
-        maps: M.
+        maps: Number M of attention maps.
         kind: ``linear`` or ``mlp``.
         head_dim: Channels of one attention head, which set the scale of the logits.
 
     Raises:
-        ConfigError: Another kind.
+        ConfigError: The kind is unknown.
     """
 
     def __init__(self, maps: int, kind: str = "linear", *, head_dim: int = 64) -> None:

@@ -170,7 +170,7 @@ class MiT(nn.Module):
     """The encoder.
 
     Attributes:
-        spec: Its shape.
+        spec: Shape of the encoder.
         layers: L, residual branches that drop-path may drop: two for each block, as published.
         maps: M, attention maps of the last two blocks.
 

@@ -32,7 +32,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
     Args:
         x: (…, D) with at least two axes.
-        layer: Whose weights to use.
+        layer: Layer that holds the weights.
 
     Returns:
         (…, D').

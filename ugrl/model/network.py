@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import ConfigError
+from ugrl.grid import inside_cells
 from ugrl.model.affinity import AffinityHead
 from ugrl.model.decoder import Decoder, ProjectionHead
 from ugrl.model.encoder import CPU_BYTES, SPECS, MiT, attention_logits
@@ -49,13 +50,15 @@ class UGRLNet(nn.Module):
     """Everything with learned weights.
 
     Attributes:
-        encoder: MiT.
+        encoder: Mix Transformer (SegFormer), four stages.
         classifier: 1×1 without bias from F4 to the F classes; its weights on F4 are the raw CAM.
         g_cls: Affinity head (Eq. 1).
         decoder: Fused map z and class logits.
         g_seg: Embeddings of z (Eq. 9).
         layers: L, branches that drop-path may drop.
         dim: D, channels of F4.
+        stride: Pixels of the image per cell of F1.
+        min_size: Shortest image side that the encoder takes.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class UGRLNet(nn.Module):
         """Builds the network with fresh weights from torch's current random state.
 
         Args:
-            num_classes: F, without background.
+            num_classes: Number of foreground classes F (without background).
             backbone: A key of :data:`ugrl.model.encoder.SPECS`.
             decoder_dim: Channels of z.
             d_seg: Channels of an embedding.
@@ -85,7 +88,7 @@ class UGRLNet(nn.Module):
             dropout: Drop rate of z's channels.
 
         Raises:
-            ConfigError: An unknown name.
+            ConfigError: A name is unknown.
         """
         super().__init__()
         if backbone not in SPECS:
@@ -97,6 +100,7 @@ class UGRLNet(nn.Module):
         self.pooling = pooling
         self.dim = spec.dims[3]
         self.heads = spec.heads[3]
+        self.stride, self.min_size = spec.strides[0], spec.min_size
         self.encoder = MiT(spec)
         self.layers = self.encoder.layers
         self.classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
@@ -187,7 +191,7 @@ class UGRLNet(nn.Module):
         """Class scores of F4.
 
         Args:
-            f4_BDhw: Last-stage features.
+            f4_BDhw: Features of the encoder's last stage.
             boxes_B4: Valid boxes in pixels of an image of ``size``, on the CPU; ``None`` pools every position.
             size: ``(H, W)`` of the images, needed with boxes.
 
@@ -234,7 +238,10 @@ class UGRLNet(nn.Module):
             raws, f4s, affinities = zip(*parts, strict=True)
             return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
         features, pairs = self.encoder(images)
-        f4_BDhw = features[3]
+        return self.cam_of(features[3], pairs, affinity=affinity)
+
+    def cam_of(self, f4_BDhw: Tensor, pairs: Pairs, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`cam` returns, from F4 and the queries and keys of a pass that was made already."""
         affinity_BNN = self.g_cls.from_pairs(pairs, self.heads) if affinity else None
         return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
 
@@ -260,9 +267,9 @@ class UGRLNet(nn.Module):
         """Optimiser groups; every parameter is in exactly one.
 
         Args:
-            lr: Of the backbone.
-            head_ratio: Heads over backbone.
-            weight_decay: Of everything but norms and the heads' biases.
+            lr: Learning rate of the backbone.
+            head_ratio: Learning rate of the heads over that of the backbone.
+            weight_decay: Weight decay of all parameters but norms and the heads' biases.
             norm_lr_mult: Backbone norms over backbone; the public code has 0.
 
         Returns:
@@ -295,9 +302,5 @@ class UGRLNet(nn.Module):
 
 def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Which cells have their centre outside of the box, bool (B, h, w); none where all would have."""
-    axes = []
-    for axis in (0, 1):
-        centre = ((torch.arange(grid[axis]) * 2 + 1) * size[axis]) // (2 * grid[axis])
-        axes.append((centre >= boxes_B4[:, 2 * axis, None]) & (centre < boxes_B4[:, 2 * axis + 1, None]))
-    inside = axes[0][:, :, None] & axes[1][:, None, :]
+    inside = inside_cells(boxes_B4, size, grid)
     return ~(inside | ~inside.flatten(1).any(1)[:, None, None])

@@ -40,12 +40,12 @@ def sample_noise(
     """The noise of some samples at one step.
 
     Args:
-        seed: Of the run.
-        step: Training step.
-        ids: B sample names.
-        layers: L, ``UGRLNet.layers``.
+        seed: Seed of the run.
+        step: Number of the training step, counted from 0.
+        ids: Names of the B samples.
+        layers: Number L of residual branches, ``UGRLNet.layers``.
         channels: D, the decoder's width.
-        device: Where the numbers are wanted.
+        device: Device of the result.
 
     Returns:
         float64 numbers; row b depends on ``(seed, step, ids[b])`` alone.

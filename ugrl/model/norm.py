@@ -73,10 +73,10 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
     Args:
         kind: ``sync_batch`` or ``group``.
-        channels: D.
+        channels: Number of channels D.
 
     Raises:
-        ConfigError: Another kind.
+        ConfigError: The kind is unknown.
     """
     if kind == "sync_batch":
         return SyncBatchNorm2d(channels)

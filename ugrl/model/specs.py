@@ -14,12 +14,12 @@ class MiTSpec:
     """The shape of an encoder; one entry per stage.
 
     Attributes:
-        dims: Channels.
-        depths: Blocks.
-        heads: Attention heads.
+        dims: Channels of the stage's map.
+        depths: Number of transformer blocks.
+        heads: Number of attention heads.
         sr_ratios: Side of the square of positions that share one key and value.
         mlp_ratio: Hidden width of the feed-forward part over the stage's width.
-        strides: Downsampling on entry.
+        strides: Factor of downsampling on entry to the stage.
         drop_path: Drop rate of the last block; the others rise to it linearly from 0.
     """
 

@@ -103,7 +103,7 @@ class WeightReport:
     """What was loaded.
 
     Attributes:
-        path: The file.
+        path: File of weights to read.
         layout: See the table above.
         tensors: How many of the encoder's tensors it filled: all of them.
         ignored: Names in the file that belong to a head.
@@ -185,7 +185,7 @@ def _within(seconds: float, work: Callable[[], object]) -> None:
     """Do something that may hang, in a thread that is left behind when it does.
 
     Raises:
-        TimeoutError: It is not done in time.
+        TimeoutError: The work is not done in time.
         BaseException: Whatever it raised.
     """
     ended: Future[None] = Future()
@@ -229,8 +229,8 @@ def convert(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     """Rename tensors of any layout to this project's names.
 
     Args:
-        state: Named tensors.
-        source: What errors call it.
+        state: Tensors by parameter name.
+        source: Name of the file in error messages.
 
     Returns:
         Renamed tensors, the layout's name, and the names that belong to heads.

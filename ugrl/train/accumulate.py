@@ -50,9 +50,9 @@ def run_step(
     """Losses of a batch, and their gradients in the parameters; moves the prototypes.
 
     Args:
-        step_fn: The method's step.
-        batch: This rank's samples, on the network's device.
-        step: Counted from 0.
+        step_fn: The training step of the method.
+        batch: Samples of this rank, on the network's device.
+        step: Number of the training step, counted from 0.
         model: The network as wrapped by DDP; the bare one by default.
         views: Whether to keep tensors for pictures.
         micro_batch: Most images that the encoder keeps activations of; 0: all.
@@ -76,11 +76,11 @@ def _in_parts(
 ) -> StepOutput:
     images, net = batch.images_B3HW, step_fn.net
     size = (images.shape[-2], images.shape[-1])
-    noise, wants = step_fn.noise(batch, step), step_fn.wants(step)
+    noise, heads = step_fn.noise(batch, step), step_fn.schedule.heads(step)
     part_noise = [None if noise is None else noise.part(rows) for rows in parts]
 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        shared = step_fn.shares(step)
+        shared = step_fn.schedule.shares(step)
         # As in the undivided step, the CAM's passes do not share the memory with what the losses need.
         targets = None if shared else step_fn.targets(batch, step)
         with torch.no_grad():
@@ -94,7 +94,7 @@ def _in_parts(
                 targets = step_fn.targets(batch, step, (plain.f4, plain.pairs))
         leaves = [x.requires_grad_() for x in kept]
         answer = net.heads_of(
-            Encoded.of(leaves), size, noise=noise, boxes=batch.boxes_B4, where=targets.focus(), **wants
+            Encoded.of(leaves), size, noise=noise, boxes=batch.boxes_B4, where=targets.focus(), **heads
         )
         out = step_fn.losses(batch, answer, targets, step, views=views)
     # Not a pass of DDP: the heads' gradients stay this rank's own until the last part's pass sends all of them.
@@ -112,8 +112,7 @@ def _in_parts(
                     ends.append(x)
                     gradients.append(leaf.grad[rows])
             if last:
-                heads = [m for m in net.children() if m is not net.encoder]
-                zero = zero_of(*heads)
+                zero = zero_of(*(m for m in net.children() if m is not net.encoder))
                 ends.append(zero)
                 gradients.append(torch.ones_like(zero))
             torch.autograd.backward(ends, gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ugrl.config import Config
@@ -10,7 +12,7 @@ from ugrl.data.order import steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
-from ugrl.train.objective import NEEDS_MASKS, resolve_objective
+from ugrl.eval.selection import NEEDS_MASKS, resolve_objective
 from ugrl.types import IGNORE
 
 
@@ -21,7 +23,7 @@ def check_run(
 
     Args:
         cfg: The run; its own values go together (:func:`ugrl.config.build` has seen to crops, scales and warm-ups).
-        manifest: Of the shards.
+        manifest: Manifest of the prepared shards.
         split: Judged on; ``data.val_split`` by default.
         objective: Judged by; ``eval.objective`` by default.
         fresh: Whether it starts from ``model.weights``, which must be at hand then.
@@ -57,7 +59,7 @@ def check_run(
 
 def _any_label(cfg: Config, manifest: Manifest, split: str) -> bool:
     """Whether a mask has a pixel that counts: mostly the first one has."""
-    reader = ShardReader(manifest, split, patience_s=cfg.data.storage_patience_s)
+    reader = ShardReader(manifest, split, replace(cfg.data, cache_dir=None))
     rows = (reader[i] for i in range(judged_rows(cfg, manifest, split)))
     return any(bool((np.asarray(decode_labels(r.mask or b"", f"row {r.id}")) != IGNORE).any()) for r in rows)
 

@@ -35,15 +35,15 @@ from torch import Tensor
 
 from ugrl import foreign
 from ugrl.config import Config, build
-from ugrl.data.shards import MOST_CLASSES, sync, write_text
+from ugrl.data.shards import MOST_CLASSES
 from ugrl.errors import CheckpointError, ConfigError
+from ugrl.files import sync, write_whole
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import brief, line
 
 FORMAT = 1
 PREFIX = "step_"
 BEST = "best.json"
-PARTS = ("model", "prototypes", "optimizer", "random")
 _NAME = re.compile(rf"{PREFIX}[0-9]{{1,15}}")
 _MOST_STEPS = 10**15
 
@@ -70,7 +70,7 @@ class Ranked:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def save(
@@ -86,11 +86,11 @@ def save(
     """Write ``folder/step_…`` atomically.
 
     Args:
-        folder: ``OUT/checkpoints``.
-        step: Steps done.
+        folder: Folder of all checkpoints, ``OUT/checkpoints``.
+        step: Number of steps done.
         config: The configuration as a plain dict.
-        class_names: Foreground classes.
-        metrics: The last validation's.
+        class_names: Names of the foreground classes, in the order of their indices.
+        metrics: Metrics of the last validation.
         parts: Tensors by file name, see the module's text.
         data: Fingerprint of the splits that the run reads.
     """
@@ -236,7 +236,7 @@ def find(where: str | Path | Place, *, best: bool = False) -> Path:
     Of a remote one, a copy in ``$UGRL_CACHE`` or ``~/.cache/ugrl``.
 
     Raises:
-        CheckpointError: Nothing there.
+        CheckpointError: There is no checkpoint.
         StorageError: The storage does not answer.
     """
     where = place(where)
@@ -313,9 +313,9 @@ def check_data(state: State, data: str, shards: Path | Place) -> None:
     """Refuse to continue a run on other images than it began with.
 
     Args:
-        state: Of the checkpoint; an old one does not know its data, and is taken.
+        state: State of the checkpoint; one of an old version has no fingerprint and is accepted.
         data: Fingerprint of the splits that are there now.
-        shards: Their folder.
+        shards: Folder of the images.
 
     Raises:
         CheckpointError: They differ; names both.
@@ -331,7 +331,7 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one part of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: Missing or damaged.
+        CheckpointError: The part is missing or damaged.
     """
     file = path / f"{name}.safetensors"
     if not file.is_file():
@@ -383,7 +383,7 @@ def set_random_state(state: Mapping[str, Tensor], where: Path) -> None:
     """Restore what :func:`random_state` returned.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: The tensors are no random state of this version.
     """
     for key, own in random_state().items():
         if key in state or key == "torch":  # a run may go on where there is no GPU, and the other way round

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ugrl.config import Config
-from ugrl.method.build import build_par, build_prototypes
-from ugrl.method.contrast import _cut, _sum_of_losses, _Tile
-from ugrl.model.build import build_net
+from ugrl.method.contrast import Tile, sum_of_losses, tiles_of
+from ugrl.method.objective import Objective
 from ugrl.model.encoder import SPECS
+from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import IGNORE, Batch
 
@@ -80,16 +80,16 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Full(Step):
-    """The step without what a host would ask the values for, so that it also runs on the meta device."""
+class _FullPool(Objective):
+    """The losses without what a host would ask the values for, so that it also runs on the meta device."""
 
     def contrast(self, emb_BDhw: Tensor, labels_Bhw: Tensor, pool_Bhw: Tensor) -> Tensor:
         """Every position is an anchor."""
-        c = self.cfg.method.contrast
+        c = self.method.contrast
         x_BND, key_BN = emb_BDhw.flatten(2).transpose(1, 2), labels_Bhw.flatten(1)
         n, side = key_BN.shape[1], c.tile or TILE
-        tiles = [_Tile(0, n, 0, IGNORE, True)] if n <= side else _cut([n], 0, side, True)
-        return _sum_of_losses(x_BND, key_BN, None, tiles, c.tau, padded=False)
+        tiles = [Tile(0, n, 0, IGNORE, True)] if n <= side else tiles_of([n], 0, side, True)
+        return sum_of_losses(x_BND, key_BN, tiles, c.tau, padded=False)
 
 
 def step_gflop(cfg: Config, num_classes: int) -> float:
@@ -100,8 +100,8 @@ def step_gflop(cfg: Config, num_classes: int) -> float:
     class, no pixel ignored, the contrastive pool at its full size.
 
     Args:
-        cfg: The run.
-        num_classes: Foreground classes.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
 
     Returns:
         GFLOP (10⁹ operations).
@@ -128,10 +128,10 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
     What is timed has fewer images, and smaller ones where one is too much already; its time is scaled by operations.
 
     Args:
-        cfg: The run.
-        num_classes: Foreground classes.
-        device: Where.
-        gflop: Of :func:`step_gflop`.
+        cfg: Configuration of the run.
+        num_classes: Number of foreground classes F (without background).
+        device: Device to compute on.
+        gflop: Operations of a step, from :func:`step_gflop`.
     """
     most = TIMED_GFLOP * (ON_GPU if device.type == "cuda" else 1.0)
     small = replace(cfg, data=replace(cfg.data, crop=_timed_crop(cfg, most / gflop)))
@@ -178,7 +178,8 @@ def _made(cfg: Config, num_classes: int, device: torch.device) -> Step:
         torch.manual_seed(0)
         net = build_net(cfg, num_classes, pretrained=False).to(device)
         net.train()
-        return _Full(cfg, net, build_prototypes(cfg, num_classes, net.dim).to(device), build_par(cfg))
+        prototypes = build_prototypes(cfg, num_classes, net.dim).to(device)
+        return Step(cfg, net, prototypes, build_par(cfg), _FullPool(cfg))
 
 
 def _batch(cfg: Config, num_classes: int, images: int, device: torch.device) -> Batch:

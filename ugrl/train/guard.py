@@ -27,8 +27,8 @@ class Guard:
     """Watches over the steps of a run.
 
     Attributes:
-        modules: Whose buffers a step may change.
-        params: Whose gradients are looked at; under DDP they are the same on every rank.
+        modules: Modules whose buffers a step may change.
+        params: Parameters whose gradients are checked; under DDP they are the same on every rank.
         patience: Bad steps in a row that end the run.
         out: The run's folder, on the rank that writes.
         ids_of: Names of the images of a step's global batch.
@@ -55,8 +55,8 @@ class Guard:
         """After the backward pass: whether the step may be taken; puts the buffers back if not.
 
         Args:
-            step: Counted from 0.
-            loss: This rank's.
+            step: Number of the training step, counted from 0.
+            loss: Loss of this rank.
 
         Returns:
             bool scalar on the device, the same on every rank.

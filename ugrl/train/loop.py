@@ -1,4 +1,4 @@
-"""The loop: batches in, checkpoints and metrics out. It knows no method and no Ray.
+"""The loop: batches in, steps, and whoever observes the run is told. It knows no method and no Ray.
 
 It runs as one process, or as one rank of a process group that somebody else set up; files are
 written by rank 0 alone.
@@ -6,159 +6,62 @@ written by rank 0 alone.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ugrl import config as config_mod
 from ugrl.config import Config
-from ugrl.data.augment import Augment
-from ugrl.data.cache import PixelCache
-from ugrl.data.loader import LocalLoader
-from ugrl.data.make import Loaded, OnDevice, silent
 from ugrl.data.order import batch_rows
-from ugrl.data.reader import ShardReader
-from ugrl.data.shards import Manifest
+from ugrl.data.spec import LoaderSpec
 from ugrl.data.transfer import Transfer
-from ugrl.device import resolve
-from ugrl.distributed import barrier, is_main, mean_over_ranks, rank, world_size
-from ugrl.errors import CheckpointError, ConfigError
+from ugrl.distributed import barrier, is_main, rank, world_size
+from ugrl.errors import CheckpointError
 from ugrl.eval.evaluate import EvalResult, GivenUp, evaluate
-from ugrl.method.build import build_par, build_prototypes
-from ugrl.model.build import build_net
+from ugrl.eval.selection import why_no_masks
 from ugrl.storage import Place, place
 from ugrl.terminal import Terminal
 from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
-from ugrl.train.board import Board
-from ugrl.train.check import check_run, judged_rows
-from ugrl.train.deterministic import make_deterministic
-from ugrl.train.folder import RunFolder
+from ugrl.train.batches import LoaderFactory, local_loader, spec_of
+from ugrl.train.build import build_run
+from ugrl.train.check import judged_rows
+from ugrl.train.checkpoint_writer import CheckpointTimes, Snapshot, snapshot
 from ugrl.train.guard import Guard
 from ugrl.train.interrupt import Agreement, Interrupted, StopRequest
-from ugrl.train.meter import Meter, Pace
-from ugrl.train.objective import why_no_masks
-from ugrl.train.optim import Optimizer
-from ugrl.train.progress import Progress, duration, header, slow_text, step_time, tell
-from ugrl.train.saver import Snapshot, snapshot
-from ugrl.train.step import Step
-from ugrl.types import Batch
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderSpec:
-    """What a loader must deliver: this rank's batches of steps ``start_step … total_steps - 1``.
-
-    Fields with defaults are those of :class:`ugrl.data.reader.LocalLoader`.
-    """
-
-    shards: str | Path | Place
-    split: str
-    augment: Augment
-    seed: int
-    global_batch: int
-    rank: int
-    world: int
-    start_step: int
-    total_steps: int
-    threads: int
-    prefetch: int
-    pin_memory: bool = False
-    on_device: OnDevice = "none"
-    cache_mb: int = 0
-    masks_every: int = 1
-    cache_dir: str | None = None
-    cache_disk_mb: int = 0
-    patience_s: float = 120.0
-    stall_s: float = 600.0
-    say: Callable[[str], None] = silent
-
-
-LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
-
-
-def local_loader(spec: LoaderSpec, cache: PixelCache | None = None) -> Iterator[Loaded]:
-    """Batches read and decoded by threads of this process; ``cache`` holds decoded images from before."""
-    return LocalLoader(
-        ShardReader(
-            spec.shards,
-            spec.split,
-            cache_dir=spec.cache_dir,
-            cache_disk_mb=spec.cache_disk_mb,
-            patience_s=spec.patience_s,
-        ),
-        spec.augment,
-        seed=spec.seed,
-        global_batch=spec.global_batch,
-        rank=spec.rank,
-        world=spec.world,
-        threads=spec.threads,
-        start_step=spec.start_step,
-        prefetch=spec.prefetch,
-        pin_memory=spec.pin_memory,
-        on_device=spec.on_device,
-        cache_mb=spec.cache_mb,
-        masks_every=spec.masks_every,
-        cache=cache,
-        stall_s=spec.stall_s,
-        say=spec.say,
-    )
-
-
-def nothing(*_: Any) -> None:
-    """What a hook does that nobody set."""
-
-
-def _never() -> bool:
-    return False
-
-
-@dataclass(slots=True)
-class Hooks:
-    """Called on every rank, but for ``on_event``.
-
-    Attributes:
-        on_eval: ``(steps done, metrics)`` after each validation.
-        on_checkpoint: ``(steps done, place, metrics)`` at each step that has a checkpoint, and once at the end: the
-            newest one that is whole by now and was not told before (rank 0, else ``None``), with its metrics. They are
-            written in the background, so that it is usually the one before.
-        on_log: ``(steps done, values)`` every ``train.log_every`` steps: losses, statistics, speed.
-        on_event: One line on what happened besides; rank 0.
-        stop: Asked after each step; ranks stop together if one of them is told to.
-        before_write: Called on rank 0 before something is written to the run's folder; raises where it is another's.
-    """
-
-    on_eval: Callable[[int, dict[str, float]], None] = nothing
-    on_checkpoint: Callable[[int, Place | None, dict[str, float]], None] = nothing
-    on_log: Callable[[int, dict[str, float]], None] = nothing
-    on_event: Callable[[str], None] = nothing
-    stop: Callable[[], bool] = _never
-    before_write: Callable[[], None] = nothing
+from ugrl.train.meter import LogWindow, Meter, Pace
+from ugrl.train.observer import HookObserver, Hooks, Observer, Observers
+from ugrl.train.progress import Progress, TimeLeft, header, tell
+from ugrl.train.run_folder import LogFiles, RunFolder
+from ugrl.train.tensorboard import TensorBoard
+from ugrl.train.tracking import MlflowObserver
+from ugrl.types import Batch, StepOutput
 
 
 class Trainer:
     """One run of one configuration on one data set.
 
     Args:
-        cfg: The run.
-        shards: A prepared folder.
+        cfg: Configuration of the run.
+        shards: Folder that ``ugrl prepare`` has written.
         out: Where to write, a path or a URI; ``None`` writes nothing. A remote run is written to a local folder first.
         loader: Where batches come from; by default from the shards, in this process.
-        hooks: What to tell others.
+        hooks: Functions that are called with what happens.
         resume_from: A checkpoint folder to continue from.
         console: For progress and tables.
-        quiet: No progress.
+        quiet: Whether to show no progress.
         device: ``"cuda"`` where there is one, by default.
-        dtype: Of weights and images, instead of ``train.dtype``.
+        dtype: Type of weights and images; ``train.dtype`` by default.
+
+    Attributes:
+        done: Steps that are done.
+        metrics: Metrics of the last validation, and its ``step``.
 
     Raises:
         UgrlError: The shards, the configuration or the checkpoint cannot be used together.
@@ -183,29 +86,14 @@ class Trainer:
         self.loader = loader or local_loader
         self.console = console or Terminal(stderr=True)
         self.quiet = quiet or not is_main()
-        self.dtype = dtype or getattr(torch, cfg.train.dtype)
-        if cfg.train.cpu_threads > 0:
-            torch.set_num_threads(cfg.train.cpu_threads)
-        self.device = resolve(device)
-        if cfg.train.deterministic:
-            make_deterministic(self.device)
-        if cfg.train.global_batch % world_size() != 0:
-            raise ConfigError(
-                f"train.global_batch is {cfg.train.global_batch}; expected a multiple of the {world_size()} workers"
-            )
-        self.manifest = Manifest.load(shards)
-        self.class_names = self.manifest.class_names
-        num = len(self.class_names)
-        self.train_ids = len(self.manifest.ids(cfg.data.train_split))
-        self.val_reader = ShardReader(
-            self.manifest,
-            cfg.data.val_split,
-            cache_dir=cfg.data.cache_dir,
-            cache_disk_mb=cfg.data.cache_disk_mb,
-            patience_s=cfg.data.storage_patience_s,
-        )
-        self.objective = check_run(cfg, self.manifest)
-        self.data = self.manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
+        parts = build_run(cfg, self.shards, device=device, dtype=dtype, pretrained=resume_from is None)
+        self.device, self.dtype = parts.device, parts.dtype
+        self.manifest, self.val_reader = parts.manifest, parts.val_reader
+        self.class_names = parts.manifest.class_names
+        self.objective, self.data = parts.objective, parts.fingerprint
+        self.net, self.prototypes, self.par = parts.net, parts.prototypes, parts.par
+        self.optimizer, self.step_fn = parts.optimizer, parts.step
+        self.compiled = cfg.train.compile != "none"
         self.folder = RunFolder(
             None if out is None else place(out),
             cfg,
@@ -215,25 +103,28 @@ class Trainer:
             say=self.say,
             check=self.hooks.before_write,
         )
-        self.net = build_net(cfg, num, pretrained=resume_from is None).to(self.device, self.dtype)
-        self.prototypes = build_prototypes(cfg, num, self.net.dim).to(self.device, self.dtype)
-        groups = self.net.parameter_groups(
-            cfg.train.lr, cfg.train.head_lr_ratio, cfg.train.weight_decay, cfg.train.norm_lr_mult
-        )
-        self.optimizer = Optimizer(self.net, groups, cfg.train)
-        self.compiled = cfg.train.compile != "none"
-        if self.compiled:
-            # The encoder alone: nine tenths of a step, one graph, and shapes that do not change from step to step. The
-            # last two modes replay CUDA graphs; parameters keep their names.
-            self.net.encoder.compile(dynamic=False, fullgraph=True, mode=cfg.train.compile)
-        self.par = build_par(cfg)
-        self.step_fn = Step(cfg, self.net, self.prototypes, self.par)
+        self.observers: Observer = Observers()
         self.done = 0
         self.metrics: dict[str, float] = {}
+        self._saved_at = -1
         if resume_from is not None:
             self._load(checkpoint.find(resume_from))
 
-    # -- state --------------------------------------------------------------------------------
+    def say(self, text: str) -> None:
+        """Tell the user, and whoever listens, what happened; from any thread."""
+        if is_main():
+            if not self.quiet:
+                tell(self.console, text)
+            self.hooks.on_event(text)
+
+    def _say_waiting(self, text: str) -> None:
+        """As :meth:`say`, also on a rank that only the others wait for."""
+        if is_main():
+            self.say(text)
+        else:
+            self.hooks.on_event(f"worker {rank()}: {text}")
+
+    # -- checkpoints --------------------------------------------------------------------------
 
     def _load(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -251,29 +142,14 @@ class Trainer:
         self.done = state.step
         self.metrics = dict(state.metrics)
 
-    def say(self, text: str) -> None:
-        """Tell the user, and whoever listens, what happened; from any thread."""
-        if is_main():
-            if not self.quiet:
-                tell(self.console, text)
-            self.hooks.on_event(text)
-
-    def _say_waiting(self, text: str) -> None:
-        """As :meth:`say`, also on a rank that only the others wait for."""
-        if is_main():
-            self.say(text)
-        else:
-            self.hooks.on_event(f"worker {rank()}: {text}")
-
     def save(self) -> None:
-        """Have the state saved in the background (rank 0); tell the hooks what is whole by now (every rank)."""
-        self._before_write()
+        """Have the state saved in the background (rank 0), once a step; tell what is whole by now (every rank)."""
+        if self._saved_at == self.done:
+            return
+        self._saved_at = self.done
+        self.hooks.check_write()
         self.folder.submit(self._snapshot)
         self._tell_saved(wait=False)
-
-    def _before_write(self) -> None:
-        if is_main():
-            self.hooks.before_write()
 
     def _snapshot(self) -> Snapshot:
         parts = {
@@ -287,9 +163,9 @@ class Trainer:
     def _tell_saved(self, *, wait: bool) -> None:
         saved = self.folder.saved(wait=wait)
         if saved is None:
-            self.hooks.on_checkpoint(self.done, None, dict(self.metrics))
+            self.observers.on_checkpoint(self.done, None, self.metrics)
         else:
-            self.hooks.on_checkpoint(self.done, saved.place, saved.metrics)
+            self.observers.on_checkpoint(self.done, saved.place, saved.metrics)
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -300,31 +176,23 @@ class Trainer:
         every rank; the second signal acts at once.
 
         Raises:
-            Interrupted: It was asked to stop.
+            Interrupted: The run was asked to stop.
             CheckpointError: Checkpoints cannot be written.
             UgrlError: ``train.nan_patience`` steps in a row had no finite loss or gradients; a broken row or shard.
         """
-        self._before_write()
+        train = self.cfg.train
+        self.hooks.check_write()
         self.folder.open(self.done)
         barrier()  # nobody adds to a log that rank 0 still cuts
-        main = self.folder.main
-        board = Board(
-            main / "tb" if main is not None else None,
-            mlflow=self.cfg.train.mlflow,
-            name=self.cfg.name if self.folder.home is None else self.folder.home.name,
-            params=config_mod.public_dict(self.cfg),
-            step=self.done,
-            say=self.say,
-        )
+        pace = Pace(train.steps, self.step_fn.schedule.warmup, train.at(train.eval_every))
+        display = Progress(self.console, train.steps, self.done, enabled=not self.quiet, pace=pace)
+        self.observers = self._observers(display, pace)
         status = "FAILED"
-        batches = Transfer(self.loader(self._spec()), self.device, self.dtype)
+        batches = Transfer(self.loader(self.loader_spec()), self.device, self.dtype)
         try:
             self._introduce()
-            every = self.cfg.train.at(self.cfg.train.eval_every)
-            pace = Pace(self.cfg.train.steps, self.step_fn.warmup, every)
-            bar = Progress(self.console, self.cfg.train.steps, self.done, enabled=not self.quiet, pace=pace)
-            with bar as progress, StopRequest() as stop:
-                self._loop(batches, board, progress, pace, stop)
+            with display, StopRequest() as stop:
+                self._loop(batches, pace, stop)
             self._tell_saved(wait=True)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -332,10 +200,24 @@ class Trainer:
             raise
         finally:
             batches.close()
-            board.close(status)
+            self.observers.leave(status)
+            self.observers.close()
             self.folder.close()
         barrier()
         return dict(self.metrics)
+
+    def _observers(self, display: Progress, pace: Pace) -> Observers:
+        cfg, train, main = self.cfg, self.cfg.train, self.folder.main
+        found: list[Observer] = [LogFiles(self.folder, self.hooks)]
+        if main is not None and self.folder.home is not None:
+            if train.mlflow is not None:
+                name, params = self.folder.home.name, config_mod.public_dict(cfg)
+                note = main / "mlflow.json"
+                found.append(MlflowObserver(train.mlflow, note, name=name, params=params, say=self.say))
+            found.append(TensorBoard(main / "tb", step=self.done, say=self.say))
+        found += [display, TimeLeft(pace, train.steps, self.say)]
+        found += [CheckpointTimes(self.save, train.at(train.checkpoint_every)), HookObserver(self.hooks)]
+        return Observers(found)
 
     def _introduce(self) -> None:
         """Say what is trained on what, and by which metric it is judged."""
@@ -346,7 +228,7 @@ class Trainer:
             workers=world_size(),
             parameters=sum(p.numel() for p in self.net.parameters()),
             classes=len(self.class_names),
-            train=self.train_ids,
+            train=len(self.manifest.ids(cfg.data.train_split)),
             val=judged_rows(cfg, self.manifest, val),
             objective=self.objective,
             done=self.done,
@@ -355,118 +237,68 @@ class Trainer:
         if cfg.eval.objective == "auto" and (why := why_no_masks(self.manifest, val, self.objective)):
             self.say(why)
 
-    def _tell_pace(self, pace: Pace) -> None:
-        """Say how long the run will take."""
-        warm = self.done <= self.step_fn.warmup < self.cfg.train.steps
-        left, step_s = pace.left(self.done), pace.step_s(warm)
-        if left is None or step_s is None:
-            return
-        more = ", and steps after the warm-up take longer" if warm else ""
-        self.say(f"step {self.done}  {step_time(step_s)} a step: about {duration(left)} left{more}")
-        if warning := slow_text(left, self.done, self.cfg.train.steps):
-            self.say(warning)
-
-    def _loop(self, batches: Iterator[Batch], board: Board, progress: Progress, pace: Pace, stop: StopRequest) -> None:
-        cfg = self.cfg
-        eval_every, checkpoint_every = cfg.train.at(cfg.train.eval_every), cfg.train.at(cfg.train.checkpoint_every)
-        picture_every = cfg.train.at(cfg.train.picture_every)
-        model = self._wrapped()
-        amp = self.device.type == "cuda" and cfg.train.amp == "auto" and self.dtype == torch.float32
-        guard = Guard(
-            [self.net, self.prototypes],
-            list(self.net.parameters()),
-            patience=cfg.train.nan_patience,
-            out=self.folder.main,
-            ids_of=self._ids_of,
-            say=self.say,
-        )
-        agreement, meter = Agreement(self.device), Meter(self.device)
-        window: list[dict[str, Tensor]] = []
-        good: list[bool] = []
+    def _loop(self, batches: Iterator[Batch], pace: Pace, stop: StopRequest) -> None:
+        train, tell_all, on_cpu = self.cfg.train, self.observers, self.device.type == "cpu"
+        eval_every, picture_every = train.at(train.eval_every), train.at(train.picture_every)
+        model, guard = self._wrapped(), self._guard()
+        agreement, meter, window = Agreement(self.device), Meter(self.device), LogWindow(self.device)
 
         def wanted() -> bool:
             return stop.requested or self.hooks.stop()
 
         # Who was stopped in the middle of a validation owes it.
-        owes = 0 < self.done < cfg.train.steps and self.done % eval_every == 0
-        if owes and self.metrics.get("step") != self.done and not self._evaluate(board, progress, pace, meter, wanted):
+        owes = 0 < self.done < train.steps and self.done % eval_every == 0
+        if owes and self.metrics.get("step") != self.done and not self._evaluate(pace, meter, wanted):
             self._leave(stop, saved=True)
-        while self.done < cfg.train.steps:
-            step = self.done
+        while self.done < train.steps:
             with meter.data():
                 batch = next(batches)
-            self.folder.note_ids({"step": step + 1}, batch.ids)
-            if self.compiled:
-                torch.compiler.cudagraph_mark_step_begin()
-            pictures = board.writer is not None and (step + 1) % picture_every == 0
-            guard.keep()
-            out = run_step(
-                self.step_fn,
-                batch,
-                step,
-                model=model,
-                views=pictures,
-                micro_batch=cfg.train.micro_batch,
-                amp=amp,
-            )
-            taken = guard.judge(step, out.loss)
-            lr = self.optimizer.step(step, taken)
-            self.optimizer.zero_grad()
-            self.done += 1
-            window.append({**out.terms, **{f"stat/{k}": v for k, v in out.stats.items()}})
-            if self.device.type == "cpu":  # where reading a value waits for nothing
-                good += guard.collect()
-            meter.step(cfg.train.global_batch)
+            tell_all.on_batch(self.done + 1, batch.ids)
+            pictures = tell_all.draws and (self.done + 1) % picture_every == 0
+            out, lr = self._step(model, guard, batch, views=pictures)
+            window.add(out)
+            if on_cpu:  # where reading a value waits for nothing
+                window.judge(guard.collect())
+            meter.step(train.global_batch)
             pace.step(self.done)
-            last = self.done == cfg.train.steps
-            values = None
-            if self.done % cfg.train.log_every == 0 or last:
-                good += guard.collect()
-                values = self._means([w for w, ok in zip(window, good, strict=True) if ok], meter.values())
-                values["lr"] = lr
-                if guard.skipped:
-                    values["skipped"] = float(guard.skipped)
-                window, good = [], []
-                self._before_write()
-                self.folder.record({"step": self.done, **values})
-                board.scalars("train", values, self.done)
-                self.hooks.on_log(self.done, values)
-            progress.advance(self.done, values)
-            if pace.news(self.done):
-                self._tell_pace(pace)
+            last = self.done == train.steps
+            if self.done % train.log_every == 0 or last:
+                window.judge(guard.collect())
+                values = {**window.means(meter.values()), "lr": lr}
+                tell_all.on_log(self.done, values | ({"skipped": float(guard.skipped)} if guard.skipped else {}))
+            tell_all.on_step(self.done)
             if pictures:
-                board.pictures(batch, out.views, self.done)
-            saves = False
-            if self.done % eval_every == 0 or last:
-                saves = self._evaluate(board, progress, pace, meter, None if last else wanted)
-                if not saves:
-                    self._leave(stop)
-            elif self.done % checkpoint_every == 0:
-                saves = True
-                with meter.pause():
-                    self.save()
-            if agreement.stop(wanted()) and self.done < cfg.train.steps:
-                self._leave(stop, saved=saves)
+                tell_all.on_pictures(self.done, batch, out.views)
+            if (self.done % eval_every == 0 or last) and not self._evaluate(pace, meter, None if last else wanted):
+                self._leave(stop)
+            with meter.pause():
+                tell_all.on_step_end(self.done)
+            if agreement.stop(wanted()) and self.done < train.steps:
+                self._leave(stop)
 
-    def _evaluate(
-        self, board: Board, progress: Progress, pace: Pace, meter: Meter, wanted: Callable[[], bool] | None
-    ) -> bool:
-        """Validate, note the result everywhere and save; ``False``, on every rank, where a stop came in between."""
-        with meter.pause(), pace.validation():
-            try:
-                result = self.validate(progress, wanted)
-            except GivenUp:
-                return False
-        self.metrics = {**result.metrics, "step": float(self.done)}
-        self.folder.record({"step": self.done, **{f"val/{k}": v for k, v in result.metrics.items()}})
-        board.scalars("val", result.metrics, self.done)
-        for group, table in result.classes.items():
-            # A class that no image shows has no score.
-            board.scalars(f"val_{group}", {k: v for k, v in table.items() if math.isfinite(v)}, self.done)
-        progress.evaluated(self.done, result)
+    def _step(self, model: torch.nn.Module, guard: Guard, batch: Batch, *, views: bool) -> tuple[StepOutput, float]:
+        """One step of the optimizer, unless something is not finite; what it yields, and the learning rate."""
+        train, step = self.cfg.train, self.done
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        guard.keep()
+        amp = self.device.type == "cuda" and train.amp == "auto" and self.dtype == torch.float32
+        out = run_step(self.step_fn, batch, step, model=model, views=views, micro_batch=train.micro_batch, amp=amp)
+        lr = self.optimizer.step(step, guard.judge(step, out.loss))
+        self.optimizer.zero_grad()
+        self.done += 1
+        return out, lr
+
+    def _evaluate(self, pace: Pace, meter: Meter, stop: Callable[[], bool] | None) -> bool:
+        """Validate and tell all; ``False``, on every rank, where a stop came in between."""
         with meter.pause():
-            self.save()
-            self.hooks.on_eval(self.done, dict(self.metrics))
+            with pace.validation():
+                try:
+                    result = self.validate(stop)
+                except GivenUp:
+                    return False
+            self.metrics = {**result.metrics, "step": float(self.done)}
+            self.observers.on_eval(self.done, result)
             if result.verdict:
                 self.say(f"step {self.done}  {result.verdict}")
         return True
@@ -476,6 +308,16 @@ class Trainer:
             self.save()
         self._tell_saved(wait=True)
         raise Interrupted(self.done, stop.number)
+
+    def _guard(self) -> Guard:
+        return Guard(
+            [self.net, self.prototypes],
+            list(self.net.parameters()),
+            patience=self.cfg.train.nan_patience,
+            out=self.folder.main,
+            ids_of=self.ids_of,
+            say=self.say,
+        )
 
     def _wrapped(self) -> torch.nn.Module:
         self.net.train()
@@ -489,26 +331,15 @@ class Trainer:
                 self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def _ids_of(self, step: int) -> list[str]:
-        """Images of a step's global batch."""
-        cfg = self.cfg
-        split = cfg.data.train_split
-        _, rows = batch_rows(
-            step, seed=cfg.seed, manifest=self.manifest, split=split, global_batch=cfg.train.global_batch
-        )
-        ids = self.manifest.ids(split)
-        return [ids[int(i)] for i in rows]
-
-    def validate(self, progress: Progress | None = None, stop: Callable[[], bool] | None = None) -> EvalResult:
+    def validate(self, stop: Callable[[], bool] | None = None) -> EvalResult:
         """Evaluate the present network on ``data.val_split``; ``stop`` as of :func:`ugrl.eval.evaluate.evaluate`."""
         cfg, seen = self.cfg, 0
+        total = judged_rows(cfg, self.manifest, cfg.data.val_split)
 
         def on_batch(ids: Sequence[str]) -> None:
             nonlocal seen
             seen += len(ids) * world_size()
-            self.folder.note_ids({"eval": self.done}, ids)
-            if progress is not None:
-                progress.validating(seen, judged_rows(cfg, self.manifest, cfg.data.val_split))
+            self.observers.on_eval_batch(self.done, ids, seen, total)
 
         # Whole images come in many sizes: compiling for each would cost more than it saves.
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
@@ -518,61 +349,32 @@ class Trainer:
                 cfg,
                 device=self.device,
                 prototypes=self.prototypes,
-                affinity_trained=self.step_fn.uses_affinity and self.done > self.step_fn.warmup,
+                affinity_trained=self.step_fn.schedule.affinity_trained(self.done),
                 par=self.par,
                 dtype=self.dtype,
                 on_batch=on_batch,
                 stop=stop,
             )
 
-    def _spec(self) -> LoaderSpec:
-        cfg = self.cfg
-        return LoaderSpec(
+    # -- data ---------------------------------------------------------------------------------
+
+    def loader_spec(self) -> LoaderSpec:
+        """What the loader must deliver from here on."""
+        return spec_of(
+            self.cfg,
             shards=self.shards,
-            split=cfg.data.train_split,
-            augment=Augment(
-                crop=cfg.data.crop,
-                scale_min=cfg.data.scale_min,
-                scale_max=cfg.data.scale_max,
-                mirror=cfg.data.mirror,
-                num_classes=len(self.class_names),
-            ),
-            seed=cfg.seed,
-            global_batch=cfg.train.global_batch,
-            rank=rank(),
-            world=world_size(),
+            num_classes=len(self.class_names),
             start_step=self.done,
-            total_steps=cfg.train.steps,
-            threads=cfg.data.threads,
-            prefetch=cfg.data.prefetch,
-            pin_memory=self.device.type == "cuda",
-            on_device=self._on_device(),
-            cache_mb=cfg.data.cache_mb,
-            # Only pictures show masks, and rank 0 draws them.
-            masks_every=cfg.train.at(cfg.train.picture_every) if self.folder.home is not None and is_main() else 0,
-            cache_dir=cfg.data.cache_dir,
-            cache_disk_mb=cfg.data.cache_disk_mb,
-            patience_s=cfg.data.storage_patience_s,
-            stall_s=cfg.train.stall_s,
+            device=self.device,
+            masks=self.folder.home is not None and is_main(),
             say=self._say_waiting,
         )
 
-    def _on_device(self) -> OnDevice:
-        """What the loader leaves to the device; a quarter of the bytes is enough for a GPU, a CPU gains nothing."""
-        wanted = self.cfg.data.on_device
-        if wanted == "auto":
-            return "normalize" if self.device.type == "cuda" else "none"
-        return wanted
-
-    def _means(self, window: list[dict[str, Tensor]], local: dict[str, float]) -> dict[str, float]:
-        """Mean of each named value over the steps that have it, over ranks; one transfer.
-
-        Args:
-            window: Of the steps that were taken: the same ones on every rank.
-            local: Further values of this rank.
-        """
-        names = sorted({k for w in window for k in w})
-        means = [torch.stack([w[k].double() for w in window if k in w]).mean() for k in names]
-        speed = torch.tensor(list(local.values()), dtype=torch.float64).to(self.device, non_blocking=True)
-        values = mean_over_ranks(torch.cat([torch.stack(means), speed]) if means else speed).tolist()
-        return dict(zip([*names, *local], values, strict=True))
+    def ids_of(self, step: int) -> list[str]:
+        """Images of a step's global batch."""
+        cfg, split = self.cfg, self.cfg.data.train_split
+        _, rows = batch_rows(
+            step, seed=cfg.seed, manifest=self.manifest, split=split, global_batch=cfg.train.global_batch
+        )
+        ids = self.manifest.ids(split)
+        return [ids[int(i)] for i in rows]

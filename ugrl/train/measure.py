@@ -10,9 +10,10 @@ from ugrl.config import Config
 from ugrl.data.reader import ShardReader
 from ugrl.device import resolve
 from ugrl.eval.evaluate import EvalResult, evaluate
-from ugrl.method.build import build_par
 from ugrl.method.refine import PAR
+from ugrl.method.schedule import Schedule
 from ugrl.storage import Place, place
+from ugrl.train.build import build_par
 from ugrl.train.restore import Restored, restore
 
 
@@ -29,8 +30,8 @@ def measure(
 
     Args:
         got: From :func:`ugrl.train.restore.restore`, on the device.
-        reader: Of the split.
-        device: Where.
+        reader: Reader of the split to measure on.
+        device: Device to compute on.
         cfg: Instead of the checkpoint's own configuration.
         par: Refinement of the CAM, where it is wanted.
         on_batch: Called with the ids of each batch, once it is through.
@@ -42,7 +43,7 @@ def measure(
         cfg,
         device=device,
         prototypes=got.prototypes,
-        affinity_trained=cfg.method.loss.lambda3 > 0 and got.step > cfg.train.at(cfg.train.cls_warmup_iters),
+        affinity_trained=Schedule.of(cfg).affinity_trained(got.step),
         par=par,
         on_batch=on_batch,
     )
@@ -53,8 +54,8 @@ def measure_run(out: str | Place, shards: str | Place, split: str) -> dict[str, 
 
     Args:
         out: The run's folder, a path or a URI.
-        shards: Prepared shards.
-        split: Of the shards.
+        shards: Folder that ``ugrl prepare`` has written.
+        split: Name of a split of the shards.
 
     Raises:
         UgrlError: There is no checkpoint, or no such split.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from ugrl.distributed import mean_over_ranks
+from ugrl.types import StepOutput
 
 STATM = Path("/proc/self/statm")
 
@@ -53,7 +57,7 @@ class Meter:
         """A step has ended.
 
         Args:
-            images: Of all workers together: the global batch.
+            images: Images of all workers together: the global batch.
         """
         self._steps += 1
         self._images += images
@@ -87,6 +91,41 @@ class Meter:
         if self.device.type == "cpu" and STATM.is_file():
             return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return None
+
+
+class LogWindow:
+    """Losses and statistics of the steps since the last line of the log.
+
+    Args:
+        device: Device of the losses and statistics.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._steps: list[dict[str, Tensor]] = []
+        self._taken: list[bool] = []
+
+    def add(self, out: StepOutput) -> None:
+        """A step has been made."""
+        self._steps.append({**out.terms, **{f"stat/{k}": v for k, v in out.stats.items()}})
+
+    def judge(self, verdicts: Sequence[bool]) -> None:
+        """Whether the next steps were taken; the others do not count."""
+        self._taken += verdicts
+
+    def means(self, local: Mapping[str, float]) -> dict[str, float]:
+        """Mean of each named value over the steps that have it, over ranks; one transfer. Begins anew.
+
+        Args:
+            local: Further values of this rank.
+        """
+        window = [values for values, taken in zip(self._steps, self._taken, strict=True) if taken]
+        self._steps, self._taken = [], []
+        names = sorted({k for values in window for k in values})
+        means = [torch.stack([values[k].double() for values in window if k in values]).mean() for k in names]
+        more = torch.tensor(list(local.values()), dtype=torch.float64).to(self.device, non_blocking=True)
+        found = mean_over_ranks(torch.cat([torch.stack(means), more]) if means else more).tolist()
+        return dict(zip([*names, *local], found, strict=True))
 
 
 class Pace:

@@ -46,7 +46,7 @@ class Optimizer:
         """Apply the gradients with the learning rate of ``step``; returns the backbone's rate.
 
         Args:
-            step: Counted from 0.
+            step: Number of the training step, counted from 0.
             taken: bool scalar on the parameters' device: false leaves weights and moments as they are. The fused kernel
                 reads it there; otherwise the host does.
         """
@@ -81,7 +81,7 @@ class Optimizer:
         """Take over what :meth:`state` returned.
 
         Raises:
-            CheckpointError: It is of another network, or incomplete.
+            CheckpointError: The state is of another network, or incomplete.
         """
         params = {name: p for g in self.adamw.param_groups for p in g["params"] for name in [self.names[id(p)]]}
         kinds: dict[str, set[str]] = {}

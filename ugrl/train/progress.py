@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -17,6 +17,7 @@ from ugrl.config import Config
 from ugrl.eval.evaluate import BASELINES, EvalResult
 from ugrl.text import plain
 from ugrl.train.meter import Pace
+from ugrl.train.observer import Observer
 
 LOSSES = ("total", "cls", "seg", "ucl", "aux")
 DAY_S = 86400.0
@@ -160,15 +161,15 @@ def slow_text(left_s: float, done: int, total: int) -> str:
     )
 
 
-class Progress:
+class Progress(Observer):
     """Shows steps, time left, images/s and losses; a line at most every few seconds off a terminal.
 
     Args:
-        console: Where.
+        console: Console to print to.
         total: Steps of the run.
-        done: Steps done before.
+        done: Number of steps done before.
         enabled: Whether to show anything.
-        pace: What knows the time left; without it none is shown.
+        pace: Estimate of the time left; without it none is shown.
         every_s: Seconds between two lines off a terminal.
     """
 
@@ -217,21 +218,23 @@ class Progress:
         left, notes = self._words()
         tell(self.console, "  ".join(w for w in (f"step {self.done}/{self.total}", left, *notes) if w))
 
-    def advance(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Steps done so far, and means since the last values where they are at hand."""
+    def on_log(self, done: int, values: Mapping[str, float]) -> None:
+        """Means since the last values."""
+        self.values = dict(values)
+
+    def on_step(self, done: int) -> None:
+        """Steps done so far."""
         self.done, self.now = done, ""
-        if values is not None:
-            self.values = dict(values)
         if self.values:
             self._line(due=done == self.total)
 
-    def validating(self, images: int, total: int) -> None:
+    def on_eval_batch(self, done: int, ids: Sequence[str], images: int, total: int) -> None:
         """Images of a validation that are through."""
         self.now = f"validation {min(images, total)}/{total}"
         if images < total:
             self._line()
 
-    def evaluated(self, done: int, result: EvalResult) -> None:
+    def on_eval(self, done: int, result: EvalResult) -> None:
         """One line a validation; the whole table at the end."""
         self.now = ""
         if not self.enabled:
@@ -239,6 +242,32 @@ class Progress:
         tell(self.console, f"step {done}  validation on {result.images} images  {scores_text(result.metrics)}")
         if done == self.total:
             self.console.print(result_table(result))
+
+
+class TimeLeft(Observer):
+    """Says how long the run will take, as soon as a kind of step is known well enough.
+
+    Args:
+        pace: Estimate of the time left.
+        total: Steps of the run.
+        say: Told in one line.
+    """
+
+    def __init__(self, pace: Pace, total: int, say: Callable[[str], None]) -> None:
+        self.pace, self.total, self.say = pace, total, say
+
+    def on_step(self, done: int) -> None:
+        """A line, twice in a run at most."""
+        if not self.pace.news(done):
+            return
+        warm = done <= self.pace.warmup < self.total
+        left, step_s = self.pace.left(done), self.pace.step_s(warm)
+        if left is None or step_s is None:
+            return
+        more = ", and steps after the warm-up take longer" if warm else ""
+        self.say(f"step {done}  {step_time(step_s)} a step: about {duration(left)} left{more}")
+        if warning := slow_text(left, done, self.total):
+            self.say(warning)
 
 
 def scores_text(metrics: Mapping[str, float]) -> str:

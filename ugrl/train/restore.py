@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from ugrl.config import Config
-from ugrl.method.build import build_prototypes
 from ugrl.method.prototypes import Prototypes
-from ugrl.model.build import build_net
 from ugrl.model.network import UGRLNet
 from ugrl.storage import Place
 from ugrl.train import checkpoint
+from ugrl.train.build import build_net, build_prototypes
 
 
 @dataclass(slots=True)

@@ -101,7 +101,7 @@ def plan_run(
     """Check a run as a whole; creates nothing but generated shards.
 
     Args:
-        cfg: The run.
+        cfg: Configuration of the run.
         data: Prepared folder, or ``None`` (see :func:`ensure_shards`).
         out: Run folder; ``<cluster.storage or runs>/<name>`` by default. A path or a URI, as ``data``.
         resume: Continue what is in ``out``; it may be empty or absent.
@@ -137,8 +137,8 @@ def stored_config(out: Place) -> Config:
     """The configuration that a run was started with.
 
     Raises:
-        ConfigError: It cannot be used.
-        StorageError: It cannot be read.
+        ConfigError: The file is no valid configuration.
+        StorageError: The file cannot be read.
     """
     file = out / "config.yaml"
     where = line(file)
@@ -149,7 +149,7 @@ def stored_config(out: Place) -> Config:
     try:
         return config_mod.build(tree)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {line(error)}") from None
+        raise error.of(where) from None
 
 
 def check_same(new: Config, old: Config, out: Path | Place) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -19,7 +20,11 @@ from typing import Any
 
 from ugrl import foreign
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval.evaluate import EvalResult
+from ugrl.files import replacing
 from ugrl.secrets import masked, public
+from ugrl.train.background import BackgroundWriter, Say
+from ugrl.train.observer import Observer
 
 EXPERIMENT = "ugrl"
 METRICS_A_CALL = 500
@@ -50,7 +55,7 @@ def check_mlflow(where: str) -> None:
     """Refuse ``train.mlflow`` where MLflow is not installed, or cannot use the folder.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: MLflow is not installed, or the folder has a name that it cannot use.
     """
     if "://" not in where and re.search("[?]|%[0-9a-fA-F]{2}", str(Path(where).absolute())):
         raise ConfigError(f"train.mlflow is '{where}': MLflow takes no folder with ? or %20 in its name")
@@ -86,14 +91,54 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-class MlflowSink:
-    """Sends scalars to MLflow; belongs to one :class:`ugrl.train.outlet.Outlet`.
+class MlflowObserver(Observer):
+    """A run's scalars in MLflow. A thread sends them; a lost server never stops the training.
+
+    Args:
+        where: A tracking URI, or a folder.
+        note: ``OUT/mlflow.json``, which keeps the run's id.
+        name: Name of the run.
+        params: Configuration of the run.
+        say: Told in one line of trouble; by default it goes to stderr.
+
+    Raises:
+        ConfigError: MLflow is not installed.
+    """
+
+    def __init__(self, where: str, note: Path, *, name: str, params: Mapping[str, Any], say: Say | None = None) -> None:
+        writer = MlflowWriter(where, note, name=name, params=params)
+        self.writer: BackgroundWriter[Scalar] = BackgroundWriter(f"MLflow at {public(where)}", writer, say)
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """One point per value under ``group/``."""
+        self.writer.put(scalars_of(group, values, step))
+
+    def on_log(self, done: int, values: Mapping[str, float]) -> None:
+        """Points under ``train/``."""
+        self.scalars("train", values, done)
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """Points under ``val/``, and one for each class."""
+        for group, values in points_of(result).items():
+            self.scalars(group, values, done)
+
+    def leave(self, status: str) -> None:
+        """Have the rest sent, and the run's final status."""
+        self.writer.leave(status)
+
+    def close(self) -> None:
+        """Wait for it."""
+        self.writer.close()
+
+
+class MlflowWriter:
+    """Sends scalars to MLflow; belongs to one :class:`ugrl.train.background.BackgroundWriter`.
 
     Args:
         where: A tracking URI, or a folder. The experiment is ``ugrl``, or what ``MLFLOW_EXPERIMENT_NAME`` says.
         note: ``OUT/mlflow.json``.
-        name: Of the run.
-        params: Its configuration, nested or not.
+        name: Name of the run.
+        params: Configuration of the run, nested or flat.
 
     Raises:
         ConfigError: MLflow is not installed.
@@ -115,7 +160,7 @@ class MlflowSink:
         except (DataError, KeyError, TypeError):
             pass  # none, or not one of ours: a new run is begun
 
-    def send(self, items: Sequence[Scalar]) -> None:
+    def write(self, items: Sequence[Scalar]) -> None:
         """Log what was not sent before; opens the run if need be."""
         self._begin()
         from mlflow.entities import Metric
@@ -131,7 +176,7 @@ class MlflowSink:
         for s in new:
             sent[s.group] = max(s.step, sent.get(s.group, -1))
         if new:
-            self._write()
+            self._write_note()
 
     def close(self, status: str) -> None:
         """Set the run's final status."""
@@ -158,7 +203,7 @@ class MlflowSink:
             made = self._client.create_run(self._experiment(), run_name=self.name)
             self._run = made.info.run_id
             self._seen = {"run_id": self._run, "uri": public(uri), "params": False, "sent": {}}
-            self._write()
+            self._write_note()
         else:
             self._client.update_run(self._run, status="RUNNING")
         if not self._seen["params"]:
@@ -166,7 +211,7 @@ class MlflowSink:
             for k in range(0, len(pairs), PARAMS_A_CALL):
                 self._client.log_batch(self._run, params=pairs[k : k + PARAMS_A_CALL])
             self._seen["params"] = True
-            self._write()
+            self._write_note()
         self._open = True
 
     def _known_run(self) -> str | None:
@@ -189,10 +234,17 @@ class MlflowSink:
         found = self._client.get_experiment_by_name(name)
         return str(found.experiment_id) if found else str(self._client.create_experiment(name))
 
-    def _write(self) -> None:
-        fresh = self.note.with_name(self.note.name + ".tmp")
-        fresh.write_text(json.dumps(self._seen) + "\n", encoding="utf-8")
-        fresh.replace(self.note)
+    def _write_note(self) -> None:
+        with replacing(self.note, durable=False) as draft:
+            draft.write_text(json.dumps(self._seen) + "\n", encoding="utf-8")
+
+
+def points_of(result: EvalResult) -> dict[str, dict[str, float]]:
+    """The scores of a validation by group; a class that no image shows has no score."""
+    groups = {"val": dict(result.metrics)}
+    for name, table in result.classes.items():
+        groups[f"val_{name}"] = {k: v for k, v in table.items() if math.isfinite(v)}
+    return groups
 
 
 def scalars_of(group: str, values: Mapping[str, float], step: int) -> list[Scalar]:

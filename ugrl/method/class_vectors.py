@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import UgrlError
+from ugrl.grid import cell_means, inside_cells, near, scatter_pairs
+from ugrl.method.cam import CamOutput
 from ugrl.precision import full_precision
+from ugrl.types import Batch
 
 MIN_MASS = 1e-6
 """Smallest Σω (positions' worth of map) that still makes a class vector."""
@@ -46,7 +49,7 @@ def local_affinity(
 
     Args:
         affinity_BNN: Logits, one per pair of positions, N = h·w in row-major order.
-        grid: (h, w).
+        grid: Cells ``(h, w)`` of the affinity's map.
         radius: Chebyshev distance in grid cells; the one the affinity loss uses.
         inside_BN: 1 where the position shows the image, or ``None`` for everywhere.
 
@@ -60,10 +63,7 @@ def local_affinity(
     if affinity_BNN.shape[-2:] != (h * w, h * w):
         raise UgrlError(f"affinity: {tuple(affinity_BNN.shape[-2:])} pairs, expected {(h * w, h * w)} for grid {grid}")
     a_BNN = affinity_BNN if affinity_BNN.dtype == torch.float64 else affinity_BNN.float()
-    y_h, x_w = torch.arange(h, device=a_BNN.device), torch.arange(w, device=a_BNN.device)
-    near_hh = (y_h[:, None] - y_h).abs() <= radius
-    near_ww = (x_w[:, None] - x_w).abs() <= radius
-    near_NN = (near_hh[:, None, :, None] & near_ww[None, :, None, :]).reshape(h * w, h * w)
+    near_NN = near(grid, radius, a_BNN.device)
     if inside_BN is None:
         keep_BNN = near_NN.expand_as(a_BNN)
     else:
@@ -81,8 +81,8 @@ def class_vectors(
     """r_c = Σ_p ω_c,p F4_p with ω_c ∝ Â·M_c (Eqs. 2 and 3, a vector instead of a scalar).
 
     Args:
-        f4_BDN: Last-stage features.
-        m_BCN: :func:`class_positions`.
+        f4_BDN: Features of the encoder's last stage, flattened.
+        m_BCN: Maps of the classes, from :func:`class_positions`.
         tags_BF: 1 for the classes the image shows; background always counts as shown.
         ahat_BNN: :func:`local_affinity`, or ``None`` for the identity (while the affinity is untrained).
 
@@ -101,3 +101,28 @@ def class_vectors(
         omega_BCN = omega_BCN / mass_BC.clamp(min=MIN_MASS)[..., None]
         r_BCD = omega_BCN @ f_BDN.mT
         return r_BCD.masked_fill(~present_BC[..., None], 0), present_BC
+
+
+@torch.no_grad()
+def batch_vectors(batch: Batch, cam: CamOutput, *, radius: int, local: bool) -> tuple[Tensor, Tensor]:
+    """Class vectors r of a batch (Eq. 2, repaired: a vector, not a scalar, per image and class).
+
+    Args:
+        batch: Tags, pairs and boxes are read.
+        cam: Its CAM, with F4 and, where Â is wanted, the affinity logits.
+        radius: Chebyshev radius of Â, in cells.
+        local: Whether to spread the class weights by Â; without it Â is the identity.
+
+    Returns:
+        r (B, C, D), zero where absent, and bool (B, C): which exist.
+    """
+    grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
+    size = (batch.images_B3HW.shape[-2], batch.images_B3HW.shape[-1])
+    b, f = batch.tags_BF.shape
+    inside_BN = inside_cells(batch.boxes_B4, size, grid).flatten(1).float().to(cam.cam_PHW)
+    cam_BFN = scatter_pairs(cell_means(cam.cam_PHW, grid), batch.pairs_P2, b, f).flatten(2)
+    m_BCN = class_positions(cam_BFN, inside_BN)
+    ahat_BNN = None
+    if local and cam.affinity_BNN is not None:
+        ahat_BNN = local_affinity(cam.affinity_BNN, grid=grid, radius=radius, inside_BN=inside_BN)
+    return class_vectors(cam.f4_BDhw.flatten(2), m_BCN, batch.tags_BF, ahat_BNN)

@@ -1,4 +1,4 @@
-"""Scalars and pictures for TensorBoard (through tensorboardX where it is installed), scalars for MLflow where asked."""
+"""Scalars and pictures for TensorBoard, through tensorboardX where it is installed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ugrl.eval.evaluate import EvalResult
 from ugrl.eval.palette import PALETTE, denormalize
-from ugrl.secrets import public
-from ugrl.train.outlet import Outlet, Say
-from ugrl.train.tracking import MlflowSink, Scalar, scalars_of
+from ugrl.train.background import BackgroundWriter, Say
+from ugrl.train.observer import Observer
+from ugrl.train.tracking import Scalar, points_of, scalars_of
 from ugrl.types import Batch
 
 
@@ -31,77 +32,61 @@ class Picture:
     at: float
 
 
-class Board:
-    """Where a run is drawn. Writing is done by threads; a full disk or a lost server never stops the training.
+class TensorBoard(Observer):
+    """A run in TensorBoard. Writing is done by a thread; a full disk never stops the training.
+
+    Without tensorboardX nothing is written (``ugrl`` runs without it).
 
     Args:
-        folder: For TensorBoard's files: ``OUT/tb``; ``None`` writes nothing at all. Without tensorboardX nothing is
-            written for TensorBoard (``ugrl`` runs without it).
-        mlflow: Tracking URI or a folder; ``None`` does without. The run's id is kept beside ``folder``, in
-            ``OUT/mlflow.json``.
-        name: The run's name in MLflow.
-        params: Its configuration, for MLflow.
+        folder: For TensorBoard's files: ``OUT/tb``.
         step: Steps done before: what TensorBoard knows of later ones is hidden, for they are written again.
         say: Told in one line of trouble; by default it goes to stderr.
 
     Attributes:
-        writer: TensorBoard's outlet, if there is one.
-
-    Raises:
-        ConfigError: ``mlflow`` is asked for and not installed.
+        writer: Background writer of the event files; ``None`` without tensorboardX.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        *,
-        mlflow: str | None = None,
-        name: str = "run",
-        params: Mapping[str, Any] | None = None,
-        step: int = 0,
-        say: Say | None = None,
-    ) -> None:
-        self.writer: Outlet[Scalar | Picture] | None = None
-        self.tracker: Outlet[Scalar] | None = None
-        if folder is None:
-            return
-        if mlflow is not None:
-            sink = MlflowSink(mlflow, folder.parent / "mlflow.json", name=name, params=params or {})
-            self.tracker = Outlet(f"MLflow at {public(mlflow)}", sink, say)
+    def __init__(self, folder: Path, *, step: int = 0, say: Say | None = None) -> None:
+        self.writer: BackgroundWriter[Scalar | Picture] | None = None
         try:
             import tensorboardX  # noqa: F401
         except ImportError:
             return
-        self.writer = Outlet(f"TensorBoard in {folder}", EventSink(folder, step), say)
+        self.writer = BackgroundWriter(f"TensorBoard in {folder}", EventFileWriter(folder, step), say)
+        self.draws = True
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """One point per value under ``group/``."""
-        points = scalars_of(group, values, step)
-        if self.writer:  # which warns of what is not finite, point by point
-            self.writer.put([point for point in points if math.isfinite(point.value)])
-        if self.tracker:
-            self.tracker.put(points)
+        """One point per value under ``group/``; TensorBoard warns of what is not finite, so that is left out."""
+        if self.writer:
+            self.writer.put([point for point in scalars_of(group, values, step) if math.isfinite(point.value)])
 
-    def pictures(self, batch: Batch, views: Mapping[str, Tensor], step: int, most: int = 4) -> None:
+    def on_log(self, done: int, values: Mapping[str, float]) -> None:
+        """Points under ``train/``."""
+        self.scalars("train", values, done)
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """Points under ``val/``, and one for each class."""
+        for group, values in points_of(result).items():
+            self.scalars(group, values, done)
+
+    def on_pictures(self, done: int, batch: Batch, views: Mapping[str, Tensor]) -> None:
         """One row per image: image, CAM of its classes, pseudo-label, prediction, uncertainty (and mask)."""
         if self.writer:
-            self.writer.put([Picture("train/walk", sheet(batch, views, most), step, time.time())])
+            self.writer.put([Picture("train/walk", sheet(batch, views), done, time.time())])
 
-    def close(self, status: str = "FINISHED") -> None:
-        """Write what is left.
+    def leave(self, status: str) -> None:
+        """Have the rest written."""
+        if self.writer:
+            self.writer.leave(status)
 
-        Args:
-            status: How the run ended: ``FINISHED``, ``KILLED`` (asked to stop) or ``FAILED``.
-        """
-        outlets = [outlet for outlet in (self.writer, self.tracker) if outlet]
-        for outlet in outlets:
-            outlet.leave(status)
-        for outlet in outlets:
-            outlet.close(status)
+    def close(self) -> None:
+        """Wait for it."""
+        if self.writer:
+            self.writer.close()
 
 
-class EventSink:
-    """Event files as TensorBoard reads them; belongs to one :class:`ugrl.train.outlet.Outlet`.
+class EventFileWriter:
+    """Event files as TensorBoard reads them; belongs to one :class:`ugrl.train.background.BackgroundWriter`.
 
     tensorboardX's own writer thread ends at the first error of a disk, and later points then wait for it without end.
     Every file begins with the step from which TensorBoard is to forget what older files say.
@@ -113,7 +98,7 @@ class EventSink:
         with suppress(OSError):  # tried again with the first points
             self._opened()
 
-    def send(self, items: Sequence[Scalar | Picture]) -> None:
+    def write(self, items: Sequence[Scalar | Picture]) -> None:
         """Write and flush; after a failure it goes on in a new file, as the old one may end in half a record."""
         from tensorboardX.proto.event_pb2 import Event
 
@@ -172,7 +157,7 @@ def heat(x_HW: np.ndarray) -> np.ndarray:
 
 
 def sheet(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> np.ndarray:
-    """The picture of :meth:`Board.pictures`, uint8 (rows·H, columns·W, 3)."""
+    """The picture of :meth:`TensorBoard.on_pictures`, uint8 (rows·H, columns·W, 3)."""
     rows = []
     pairs = batch.pairs_P2
     for k in range(min(most, len(batch.ids))):

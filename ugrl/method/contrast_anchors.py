@@ -42,10 +42,10 @@ class Take(torch.autograd.Function):
         return out_BND, *(None for _ in grads)
 
 
-def class_counts(key_BN: Tensor, copies_BN: Tensor | None = None) -> Tensor:
-    """int64 (B, 256): anchors by class, each as often as it stands for pixels; the last bin holds the rest."""
+def class_counts(key_BN: Tensor) -> Tensor:
+    """int64 (B, 256): anchors by class; the last bin holds the rest."""
     zeros = torch.zeros(key_BN.shape[0], BINS, dtype=torch.int64, device=key_BN.device)
-    return zeros.scatter_add_(1, key_BN, torch.ones_like(key_BN) if copies_BN is None else copies_BN)
+    return zeros.scatter_add_(1, key_BN, torch.ones_like(key_BN))
 
 
 def loss_from_sums(logpos: Tensor, logneg: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Points that go somewhere in the background, so that no training step waits for a disk or a server."""
+"""Writing in the background, so that no training step waits for a disk or a server."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LONGEST_PAUSE_S = 60.0
 CLOSE_S = 15.0
 
 
-class Sink(Protocol[Taken]):
-    """Where items end up. Used by one thread; whatever it raises is taken for a passing trouble."""
+class Writer(Protocol[Taken]):
+    """Writes items to where they end up. Used by one thread; whatever it raises is taken for a passing trouble."""
 
-    def send(self, items: Sequence[Taken]) -> None:
-        """Take all of them, or raise and be given them again."""
+    def write(self, items: Sequence[Taken]) -> None:
+        """Write all of them, or raise and be given them again."""
         ...
 
     def close(self, status: str) -> None:
@@ -34,41 +34,44 @@ class Sink(Protocol[Taken]):
         ...
 
 
-class Outlet(Generic[Item]):
-    """A queue and the thread that empties it into a sink.
+class BackgroundWriter(Generic[Item]):
+    """A queue, and the thread that hands its items to a writer.
 
-    A sink that fails is tried again with growing pauses; the user reads of it once, and once more when it works
+    A writer that fails is tried again with growing pauses; the user reads of it once, and once more when it works
     again or when something was lost. Training never hears of it.
 
     Args:
         name: For messages: where the items go.
-        sink: It.
+        writer: Writer that takes the items.
         say: Told in one line what the user should know; by default it goes to stderr.
     """
 
-    def __init__(self, name: str, sink: Sink[Item], say: Say | None = None, *, every_s: float = EVERY_S) -> None:
-        self.name, self.sink, self.say, self.every_s = name, sink, say or _to_stderr, every_s
+    def __init__(self, name: str, writer: Writer[Item], say: Say | None = None, *, every_s: float = EVERY_S) -> None:
+        self.name, self.writer, self.say, self.every_s = name, writer, say or _to_stderr, every_s
         self._items: deque[Item] = deque()
         self._sending: list[Item] = []
         self._lock, self._leave, self._lost = threading.Lock(), threading.Event(), 0
         self._status = "FINISHED"
-        self._thread = threading.Thread(target=self._run, name=f"outlet-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"writer-{name}", daemon=True)
         self._thread.start()
 
     def put(self, items: Sequence[Item]) -> None:
-        """Leave items to be sent; returns at once."""
+        """Leave items to be written; returns at once."""
         with self._lock:
             self._items.extend(items)
             self._make_room()
 
     def leave(self, status: str) -> None:
-        """Have what is left sent, and the sink closed; returns at once."""
+        """Have what is left written, and the writer closed; returns at once."""
         self._status = status
         self._leave.set()
 
-    def close(self, status: str = "FINISHED", *, patience_s: float = CLOSE_S) -> None:
-        """:meth:`leave`, and wait for ``patience_s`` at most; what cannot be sent by then is given up."""
-        self.leave(status)
+    def close(self, status: str | None = None, *, patience_s: float = CLOSE_S) -> None:
+        """:meth:`leave`, by default with the status that was given before, and wait.
+
+        After ``patience_s``, what was not written is given up.
+        """
+        self.leave(status or self._status)
         self._thread.join(timeout=patience_s)
         with self._lock:
             lost = self._lost + len(self._sending) + len(self._items)
@@ -84,14 +87,14 @@ class Outlet(Generic[Item]):
                 self._items.clear()
             try:
                 if self._sending:
-                    self.sink.send(self._sending)
+                    self.writer.write(self._sending)
                     if troubled:
                         self.say(f"{self.name}: works again")
                     troubled, pause = False, self.every_s
                 with self._lock:
                     self._sending = []
                 if last:
-                    self.sink.close(self._status)
+                    self.writer.close(self._status)
             except Exception as error:  # whatever a disk, a database or a server may come up with
                 if not troubled:
                     self.say(f"{self.name}: {_first_line(error)}; training goes on, and this is tried again")

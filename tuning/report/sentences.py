@@ -1,41 +1,21 @@
-"""What the findings of a search say, in numbers and in sentences: the best trial, how sure that is, what it cost."""
+"""What the findings of a search say: which trial is best, how sure that is, what learning nothing gives."""
 
 from __future__ import annotations
 
 import math
-import shlex
-import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
 
-from tuning.budget import covered
-from tuning.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
-from tuning.options import COSTS, METRICS
 from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
-from tuning.search import Finalist, Findings, once
-from tuning.space import trial_config
+from tuning.report.findings import ORDER, baseline, contender, objective_of, paper_trial, runner_up
+from tuning.report.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
+from tuning.report.read import Finalist, Findings, once
 from tuning.space import weak_rung as rung_rule
-from ugrl import config as configs
-from ugrl.secrets import public
 
-# The values that the paper publishes; α, β, τ, η and λ1-λ3 it does not give.
-PAPER = {"method.uncertainty.d_cls": 1024, "method.contrast.d_seg": 512, "method.contrast.keep": 0.35}
-# The best trial's configuration, in the search's folder.
-BEST = "best.yaml"
-ORDER = {"COMPLETE": 0, "PRUNED": 2, "RUNNING": 3, "WAITING": 4}
 # A score so near to that of a predictor that has learned nothing says nothing (half a point).
 NEAR = 0.005
 # How tables mark the trial that is recommended, and a score that a predictor has which has learned nothing.
 STAR, DAGGER = "★", "†"
-
-
-def objective_of(row: TrialRow, findings: Findings, index: int = 0) -> Measure:
-    """An objective of a trial as the study was told it, with the spread over the trial's seeds."""
-    name = findings.search.objectives[index].name
-    found = measure(row.runs, name)
-    return replace(found, mean=row.values[index] if row.values else math.nan)
 
 
 def duration(seconds: float) -> str:
@@ -71,59 +51,12 @@ def remark(row: TrialRow) -> str:
     return "; ".join([*([row.note] if row.note else []), *broken])
 
 
-@once
-def ordered(findings: Findings) -> list[TrialRow]:
-    """All trials: those that may be the best by rank, then the rest by what became of them."""
-    top = ranked(findings.rows, findings.search.objectives[0])
-    chosen = {r.number for r in top}
-    rest = [r for r in findings.rows if r.number not in chosen]
-    rest.sort(key=lambda r: (ORDER.get(r.state, 5), -(r.value if r.value is not None else -math.inf), r.number))
-    return top + rest
-
-
-@once
-def metric_names(findings: Findings) -> list[str]:
-    """Metrics and costs that any trial has and that are no objectives."""
-    have = {name for r in findings.rows for run in r.runs for name in run.metrics}
-    objectives = [o.name for o in findings.search.objectives]
-    return [name for name in (*METRICS, *COSTS) if name in have and name not in objectives]
-
-
 def states(findings: Findings) -> str:
     """How many trials are in which state, as ``5 complete, 2 pruned``."""
     found = Counter(r.state for r in findings.rows)
     words = {"FAIL": "failed"}
     order = [*sorted(ORDER, key=ORDER.__getitem__), "FAIL"]
     return ", ".join(f"{found[s]} {words.get(s, s.lower())}" for s in order if found[s]) or "none"
-
-
-# -- the finding ------------------------------------------------------------------------------
-
-
-def contender(findings: Findings) -> tuple[TrialRow, Measure, Measure] | None:
-    """The best trial with its objective on the split of the search and on the untouched one; ``None`` without one.
-
-    Both are over the fresh seeds, where the trial was run again.
-    """
-    return _entry(findings, 0)
-
-
-def runner_up(findings: Findings) -> tuple[TrialRow, Measure, Measure] | None:
-    """The second as in :func:`contender`, among those that were run again if any was."""
-    return _entry(findings, 1)
-
-
-def _entry(findings: Findings, place: int) -> tuple[TrialRow, Measure, Measure] | None:
-    name = findings.search.objective
-    if findings.finalists:
-        if place >= len(findings.finalists):
-            return None
-        found = findings.finalists[place]
-        return found.trial, measure(found.runs, name), measure(found.runs, name, final=True)
-    rows = ranked(findings.rows, findings.search.objectives[0])
-    if place >= len(rows):
-        return None
-    return rows[place], objective_of(rows[place], findings), measure(rows[place].runs, name, final=True)
 
 
 @once
@@ -258,24 +191,6 @@ def star(findings: Findings) -> str:
     )
 
 
-# -- what learning nothing gives --------------------------------------------------------------
-
-
-@once
-def baseline(findings: Findings, name: str, *, final: bool = False) -> float:
-    """The score of a predictor that has learned nothing; NaN where no run has noted it.
-
-    Args:
-        findings: Of the search.
-        name: Of a metric.
-        final: On the untouched split.
-    """
-    key, _ = BASELINES.get(name, ("", ""))
-    runs = [run for found in [r.runs for r in findings.rows] + [f.runs for f in findings.finalists] for run in found]
-    values = [(run.final if final else run.metrics).get(key, math.nan) for run in runs]
-    return next(filter(math.isfinite, values), math.nan)
-
-
 def baselines(findings: Findings) -> str:
     """The scores to hold the objective against, on both splits."""
     name, space = findings.search.objective, findings.search.space
@@ -331,26 +246,6 @@ def weak_rung(findings: Findings) -> str:
     )
 
 
-# -- the paper's point ------------------------------------------------------------------------
-
-
-@once
-def paper_trial(findings: Findings) -> TrialRow | None:
-    """The trial at the paper's values: those of the base wherever the paper gives none, else a starting point."""
-    base, axes_ = findings.search.base, findings.search.space.search
-    rows = sorted(findings.rows, key=lambda r: (ORDER.get(r.state, 5), r.number))
-    whole = [r for r in rows if all(a.path in r.params for a in axes_ if a.active(r.params))]
-    published = [r for r in whole if all(_same(r.params.get(p, configs.get(base, p)), v) for p, v in PAPER.items())]
-    exact = [r for r in published if all(p in PAPER or _same(v, configs.get(base, p)) for p, v in r.params.items())]
-    given = [r for r in published if r.origin.startswith("first")]
-    return next(iter([*exact, *given]), None)
-
-
-def paper_values(findings: Findings) -> dict[str, Any]:
-    """The searched paths whose value the paper publishes."""
-    return {a.path: PAPER[a.path] for a in findings.search.space.search if a.path in PAPER}
-
-
 def paper_sentence(findings: Findings) -> str:
     """How the paper's point did."""
     row = paper_trial(findings)
@@ -370,88 +265,6 @@ def paper_sentence(findings: Findings) -> str:
     return f"{text}: rank {place} of {len(rows)} in the search with {score} %{behind}."
 
 
-def _same(a: Any, b: Any) -> bool:
-    both = isinstance(a, int | float) and isinstance(b, int | float)
-    return math.isclose(a, b, rel_tol=1e-9) if both else bool(a == b)
-
-
-# -- what it cost -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a search took.
-
-    Attributes:
-        held: Seconds that trials held resources, side by side ones counted each.
-        gpu_hours: Held.
-        cpu_hours: Held.
-        wall: Seconds in which any driver was at work.
-        training: Seconds of all runs.
-        slots: Seconds of all sessions, each times the trials it could run side by side.
-        outside: Mean seconds that a trial held resources without training; NaN where unknown.
-        saved: Seconds that pruned trials would have trained on, at the pace of complete ones; NaN where unknown.
-        saved_gpu_hours: The same, times the GPUs they held.
-        skipped: Seconds of seeds that complete trials were spared.
-    """
-
-    held: float
-    gpu_hours: float
-    cpu_hours: float
-    wall: float
-    training: float
-    slots: float
-    outside: float
-    saved: float
-    saved_gpu_hours: float
-    skipped: float
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the sessions' slots in which training ran; NaN without sessions."""
-        return self.training / self.slots if self.slots else math.nan
-
-
-@once
-def cost(findings: Findings) -> Cost:
-    """The cost of a search, finalists included: these count their training times what their trials held."""
-    again = [(f.trial, sum(r.seconds for r in f.runs)) for f in findings.finalists]
-    held = [(r, r.seconds) for r in findings.rows if math.isfinite(r.seconds)] + again
-    done = [r for r in findings.rows if r.state in ("COMPLETE", "PRUNED") and math.isfinite(r.seconds)]
-    outside = [max(0.0, r.seconds - training_seconds(r)) for r in done]
-    pace = _pace(findings)
-    missing = [(r, pace * _missing_steps(r, findings)) for r in findings.rows if r.state in ("COMPLETE", "PRUNED")]
-    return Cost(
-        held=sum(s for _, s in held),
-        gpu_hours=sum(s * r.gpus for r, s in held) / 3600,
-        cpu_hours=sum(s * r.cpus for r, s in held) / 3600,
-        wall=covered(findings.sessions),
-        training=sum(training_seconds(r) for r in findings.rows) + sum(s for _, s in again),
-        slots=sum(s.seconds * s.slots for s in findings.sessions),
-        outside=statistics.fmean(outside) if outside else math.nan,
-        saved=sum(s for r, s in missing if r.state == "PRUNED"),
-        saved_gpu_hours=sum(s * r.gpus for r, s in missing if r.state == "PRUNED") / 3600,
-        skipped=sum(s for r, s in missing if r.state == "COMPLETE"),
-    )
-
-
-def training_seconds(row: TrialRow) -> float:
-    """Seconds that the runs of a trial trained."""
-    return sum(r.seconds for r in row.runs)
-
-
-@once
-def _pace(findings: Findings) -> float:
-    """Mean seconds of a step over the runs of complete trials; NaN without one."""
-    runs = [run for r in findings.rows if r.state == "COMPLETE" for run in r.runs if run.step and run.seconds]
-    return sum(r.seconds for r in runs) / sum(r.step for r in runs) if runs else math.nan
-
-
-def _missing_steps(row: TrialRow, findings: Findings) -> int:
-    whole = findings.search.steps * findings.search.space.repeats.seeds
-    return max(0, whole - sum(run.step for run in row.runs))
-
-
 def finalist_scores(found: Finalist, findings: Findings) -> tuple[str, str, str]:
     """A finalist's first objective as tables show it: in the search, with fresh seeds, and on the untouched split."""
     name = findings.search.objective
@@ -460,29 +273,3 @@ def finalist_scores(found: Finalist, findings: Findings) -> tuple[str, str, str]
         measure(found.runs, name).short() + dagger(found.runs),
         measure(found.runs, name, final=True).short(),
     )
-
-
-# -- the best configuration -------------------------------------------------------------------
-
-
-@once
-def best_tree(findings: Findings) -> dict[str, Any] | None:
-    """The recommended trial's whole configuration, validated on the base's own split; ``None`` without one.
-
-    Raises:
-        ConfigError: The values do not go together.
-    """
-    best, search = findings.best, findings.search
-    if best is None:
-        return None
-    tree = configs.to_dict(trial_config(search.base, best.params))
-    if search.base.data.source != "shapes" or search.base.data.shards:
-        tree["data"]["shards"] = public(search.shards.where)
-    tree["name"] = f"{search.base.name}-best"
-    return configs.public_dict(configs.build(tree))
-
-
-def train_command(findings: Findings) -> str:
-    """The command that trains the best configuration."""
-    search = findings.search
-    return shlex.join(["ugrl-train", "--config", str(search.out / BEST), "--data", public(search.shards.where)])

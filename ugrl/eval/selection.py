@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ugrl.config import Config, nearest
+from ugrl.config import Config
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
+from ugrl.text import nearest
 
 NEEDS_MASKS = ("seg_miou", "cam_miou")
 NEEDS_TAGS = ("tag_map", "tag_f1")

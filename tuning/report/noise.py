@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from tuning.record import Run, TrialRow, label, percent, ranked
-from tuning.search import Findings, once
+from tuning.report.read import Findings, once
 
 # Of Student's t: a difference beyond it would be luck in one of twenty cases.
 QUANTILE = 0.975

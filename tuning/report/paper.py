@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.facts import PAPER, plural
-from tuning.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
 from tuning.plain import short
-from tuning.plots import BEST, COLORS, SHADES, STYLE, save
 from tuning.record import Run, TrialRow, label, ranked
-from tuning.search import Findings
+from tuning.report.drawing import BEST, COLORS, SHADES, STYLE, save
+from tuning.report.findings import PAPER
+from tuning.report.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
+from tuning.report.read import Findings
+from tuning.report.sentences import plural
 from ugrl.secrets import masked
 from ugrl.text import markdown
 

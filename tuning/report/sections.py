@@ -1,58 +1,52 @@
-"""The report of a search to read: which values, how sure, what mattered, what it cost.
-
-The same sections are written as Markdown with pictures beside it, and as one HTML file that holds all it shows.
-"""
+"""The sections of a report, and the blocks that they are made of."""
 
 from __future__ import annotations
 
-import base64
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from tuning.facts import (
+from tuning.plain import short
+from tuning.record import TrialRow, label, pareto, ranked
+from tuning.report.findings import (
     BEST,
     PAPER,
-    STAR,
     Cost,
     baseline,
     best_tree,
-    collapse,
     contender,
     cost,
-    dagger,
-    duration,
-    finalist_scores,
     metric_names,
     objective_of,
     ordered,
-    paper_sentence,
     paper_trial,
+    train_command,
+    training_seconds,
+)
+from tuning.report.noise import show
+from tuning.report.paper import PaperSection
+from tuning.report.plots import importance
+from tuning.report.read import Findings
+from tuning.report.sentences import (
+    STAR,
+    collapse,
+    dagger,
+    duration,
+    finalist_scores,
+    paper_sentence,
     plural,
     remark,
     star,
     states,
-    train_command,
-    training_seconds,
     verdict,
 )
-from tuning.noise import show
-from tuning.paper import PaperSection
-from tuning.plain import short
-from tuning.plots import importance
-from tuning.record import TrialRow, label, pareto, ranked
-from tuning.search import Findings
 from tuning.space import Axis
 from ugrl import config as configs
-from ugrl.secrets import masked, public
-from ugrl.storage import place
-from ugrl.text import html, line, markdown
+from ugrl.secrets import public
+from ugrl.text import line
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Rows of a table of trials; more make a page that no browser likes, and all are in the CSV file.
 LONGEST = 1000
 # From so many complete trials on, the range of the best quarter says something.
@@ -70,6 +64,7 @@ class Rows:
         sortable: Whether a click on a column sorts.
     """
 
+    kind: ClassVar[str] = "rows"
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     marked: Mapping[int, str] = field(default_factory=dict)
@@ -80,6 +75,7 @@ class Rows:
 class Tiles:
     """A few numbers to see first: (what, value)."""
 
+    kind: ClassVar[str] = "tiles"
     items: tuple[tuple[str, str], ...]
 
 
@@ -87,6 +83,7 @@ class Tiles:
 class Picture:
     """A picture in the folder of plots."""
 
+    kind: ClassVar[str] = "picture"
     name: str
     caption: str
     wide: bool = False
@@ -96,6 +93,7 @@ class Picture:
 class Code:
     """A text to copy; a long one is folded under its title."""
 
+    kind: ClassVar[str] = "code"
     text: str
     title: str = ""
 
@@ -109,38 +107,6 @@ class Section:
 
     title: str
     blocks: tuple[Block, ...]
-
-
-def write_markdown(findings: Findings, path: Path, notes: Sequence[str], paper: PaperSection | None = None) -> None:
-    """The report as Markdown.
-
-    Args:
-        findings: Of the search.
-        path: The file; pictures are those in ``plots`` beside it.
-        notes: What could not be drawn, and why.
-        paper: The paper's table beside the measured one.
-    """
-    lines = [f"# {_plain(_title(findings))}", ""]
-    for section in contents(findings, notes, paper):
-        lines += [f"## {section.title}", ""] if section.title else []
-        for block in _present(section.blocks, path.parent):
-            lines += [_markdown(block), ""]
-    place(path).write("\n".join(lines).encode(errors="backslashreplace"))
-
-
-def write_html(findings: Findings, path: Path, notes: Sequence[str], paper: PaperSection | None = None) -> None:
-    """The report as one HTML file that needs no network and no other file; arguments as of :func:`write_markdown`."""
-    body = []
-    sections = contents(findings, notes, paper)
-    for k, section in enumerate(sections):
-        blocks = "\n".join(_pictures_side_by_side(_present(section.blocks, path.parent), path.parent))
-        heading = f'<h2 id="s{k}">{_escape(section.title)}</h2>\n' if section.title else ""
-        body.append(f"<section>\n{heading}{blocks}\n</section>")
-    links = " ".join(f'<a href="#s{k}">{_escape(s.title)}</a>' for k, s in enumerate(sections) if s.title)
-    title = _escape(_title(findings))
-    # In one pass: a name in the search may hold what another pass would replace.
-    parts = {"TITLE": title, "STYLE": STYLE, "SCRIPT": SCRIPT, "LINKS": links, "BODY": "\n".join(body)}
-    place(path).write(re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE).encode(errors="backslashreplace"))
 
 
 def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | None) -> list[Section]:
@@ -162,8 +128,6 @@ def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | Non
     return [s for s in made if s.blocks]
 
 
-# -- the sections -----------------------------------------------------------------------------
-
 EARLY = "Trials that were stopped have early scores; scores beyond the axis are hollow triangles at its edge."
 MATTERED = (
     Picture("slices", f"The objective over each searched value. {EARLY}", True),
@@ -177,7 +141,8 @@ WENT = (
 )
 
 
-def _title(findings: Findings) -> str:
+def title_of(findings: Findings) -> str:
+    """The title of a report."""
     return f"Search {line(findings.search.out.name)}"
 
 
@@ -429,227 +394,3 @@ def _sessions(findings: Findings) -> tuple[Block, ...]:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) if seconds else "–"
-
-
-def _present(blocks: Sequence[Block], folder: Path) -> list[Block]:
-    """Without pictures that were not drawn."""
-    return [b for b in blocks if not isinstance(b, Picture) or _file(b, folder).is_file()]
-
-
-def _file(picture: Picture, folder: Path) -> Path:
-    return folder / "plots" / f"{picture.name}.png"
-
-
-# -- Markdown ---------------------------------------------------------------------------------
-
-
-def _markdown(block: Block) -> str:
-    if isinstance(block, str):
-        return _plain(block)
-    if isinstance(block, Tiles):
-        return "\n".join(f"- {_plain(what)}: **{_plain(value)}**" for what, value in block.items)
-    if isinstance(block, Picture):
-        return f"![{_plain(block.caption)}](plots/{block.name}.png)"
-    if isinstance(block, Code):
-        text = CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", masked(block.text.rstrip()))
-        ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        fence = f"{ticks}{'yaml' if block.title else 'sh'}\n{text}\n{ticks}"
-        if not block.title:
-            return fence
-        return f"<details><summary>{_plain(block.title)}</summary>\n\n{fence}\n\n</details>"
-    head, *rows = ("| " + " | ".join(map(_plain, row)) + " |" for row in (block.header, *block.rows))
-    return "\n".join((head, "| --- " * len(block.header) + "|", *rows))
-
-
-def _plain(text: str) -> str:
-    """Text that is neither markup nor the end of a table's cell, without credentials."""
-    return markdown(masked(text))
-
-
-# -- HTML -------------------------------------------------------------------------------------
-
-
-def _escape(text: str) -> str:
-    return html(masked(text))
-
-
-def _pictures_side_by_side(blocks: Sequence[Block], folder: Path) -> list[str]:
-    """The blocks as HTML; pictures that are not wide share lines."""
-    made: list[str] = []
-    row: list[str] = []
-    for block in [*blocks, ""]:
-        if isinstance(block, Picture) and not block.wide:
-            row.append(_figure(block, folder))
-            continue
-        if row:
-            made.append(f'<div class="figures">{"".join(row)}</div>')
-            row = []
-        if block:
-            made.append(_html(block, folder))
-    return made
-
-
-def _html(block: Block, folder: Path) -> str:
-    if isinstance(block, str):
-        return f"<p>{_escape(block)}</p>"
-    if isinstance(block, Picture):
-        return _figure(block, folder)
-    if isinstance(block, Tiles):
-        items = "".join(f"<div><dd>{_escape(v)}</dd><dt>{_escape(k)}</dt></div>" for k, v in block.items)
-        return f'<dl class="tiles">{items}</dl>'
-    if isinstance(block, Code):
-        text = f"<pre>{_escape(block.text)}</pre>"
-        return f"<details><summary>{_escape(block.title)}</summary>{text}</details>" if block.title else text
-    return _table(block)
-
-
-def _figure(picture: Picture, folder: Path) -> str:
-    data = _file(picture, folder).read_bytes()
-    text, width = _escape(picture.caption), int.from_bytes(data[16:20])  # PNG keeps its width there
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    image = f'<img alt="{text}" style="--pixels: {width}" src="{source}">'
-    return f"<figure>{_wide(image, picture.name)}<figcaption>{text}</figcaption></figure>"
-
-
-def _wide(content: str, name: str) -> str:
-    """What may be wider than the page: it is moved sideways by itself, which keys can do too, and says so."""
-    return (
-        '<p class="hint" hidden>more to the right: scroll sideways →</p>'
-        f'<div class="wide" tabindex="0" role="region" aria-label="{name}">{content}</div>'
-    )
-
-
-def _table(table: Rows) -> str:
-    numeric = [_is_numeric([row[k] for row in table.rows]) for k in range(len(table.header))]
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        wrap: Callable[[str], str] = (lambda t: f"<button>{t}</button>") if tag == "th" and table.sortable else str
-        return "".join(
-            f"<{tag}{' class=n' if n else ''}>{wrap(_escape(c))}</{tag}>" for c, n in zip(row, numeric, strict=True)
-        )
-
-    lines = [f"<tr>{cells('th', table.header)}</tr>"]
-    for k, row in enumerate(table.rows):
-        mark = f' class="{table.marked[k]}"' if k in table.marked else ""
-        lines.append(f"<tr{mark}>{cells('td', row)}</tr>")
-    kind = f' class="{"sort " * table.sortable}{"many" if len(table.header) > 3 else ""}"'
-    head, body = lines[0], "\n".join(lines[1:])
-    return _wide(f"<table{kind}><thead>{head}</thead><tbody>\n{body}\n</tbody></table>", "table")
-
-
-def _is_numeric(cells: Sequence[Any]) -> bool:
-    """Whether a column holds numbers, which are aligned right."""
-    known = [c for c in cells if c]
-    return bool(known) and all(re.match(r"[-+−]?[\d.]", c) for c in known) and all(len(c) < 24 for c in known)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>@TITLE@</title>
-<style>@STYLE@</style>
-</head>
-<body>
-<header><h1>@TITLE@</h1><nav>@LINKS@</nav></header>
-<main>
-@BODY@
-</main>
-<script>@SCRIPT@</script>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #dfe3e8; --page: #f6f7f9; --card: #fff;
-  --accent: #2563a8; --best: #fce8f0; --bestink: #a3124d; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --soft: #9aa5b3; --line: #333b46; --page: #14181d;
-  --card: #1c2229; --accent: #7fb2e8; --best: #3a1c2a; --bestink: #ff9cc2; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
-header, main { max-width: 1500px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 28px; }
-h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 0 0 10px; }
-nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin-bottom: 14px; font-size: 14px; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px;
-  margin-bottom: 18px; }
-section:first-child > p:first-child { font-size: 18px; font-weight: 600; line-height: 1.4; }
-p { margin: 0 0 8px; max-width: 92ch; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; margin: 16px 0 2px; }
-.tiles > div { display: flex; flex-direction: column; gap: 2px; border: 1px solid var(--line); border-radius: 8px;
-  padding: 10px 14px; }
-dd { margin: 0; font-size: 17px; font-weight: 600; }
-dt { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; margin: 6px 0 12px; }
-.wide.more { box-shadow: inset -18px 0 14px -14px rgb(0 0 0 / .4); }
-.hint { color: var(--soft); font-size: 13px; text-align: right; max-width: none; margin: 4px 0 0; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td:last-child { overflow-wrap: anywhere; max-width: 72ch; white-space: pre-wrap; }
-td:last-child:not(.n) { min-width: 17ch; }
-th:first-child, td:first-child { padding-left: 8px; position: sticky; left: 0; background: var(--card); }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-.many td:not(:last-child) { white-space: nowrap; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-th.n { white-space: normal; }
-th button { all: unset; cursor: pointer; }
-th button:focus-visible { outline: 2px solid var(--accent); }
-th[aria-sort="ascending"] button::after { content: " ▲"; font-size: 9px; }
-th[aria-sort="descending"] button::after { content: " ▼"; font-size: 9px; }
-tr.best td { background: var(--best); color: var(--bestink); font-weight: 600; }
-tr.weak td { color: var(--soft); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 14px; }
-.figures > figure { min-width: 0; }
-figure { margin: 10px 0; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: 6px; }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
-pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 8px 0;
-  overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
-summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 640px) {
-  body { font-size: 16px; }
-  header, main { padding: 0 10px; }
-  section { padding: 14px; }
-  .tiles, .figures { grid-template-columns: minmax(0, 1fr); }
-  table { font-size: 14.5px; }
-  nav { gap: 8px 18px; font-size: 15.5px; }
-  img { max-width: none; width: max(100%, var(--pixels) * .65px); }
-}
-"""
-
-SCRIPT = """
-for (const box of document.querySelectorAll(".wide")) {
-  const look = () => {
-    const left = box.scrollWidth - box.clientWidth - box.scrollLeft;
-    box.classList.toggle("more", left > 2);
-    box.previousElementSibling.hidden = box.scrollWidth - box.clientWidth <= 2;
-  };
-  box.addEventListener("scroll", look);
-  new ResizeObserver(look).observe(box);
-  look();
-}
-for (const table of document.querySelectorAll("table.sort")) {
-  table.tHead.addEventListener("click", (event) => {
-    const head = event.target.closest("th");
-    if (!head) return;
-    const up = head.getAttribute("aria-sort") === "descending";
-    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const key = (row) => row.cells[head.cellIndex].textContent.trim();
-    const rows = [...table.tBodies[0].rows];
-    const order = (a, b) => {
-      const s = key(a), t = key(b);
-      if (!s || !t) return (s ? 0 : 1) - (t ? 0 : 1);
-      const x = parseFloat(s), y = parseFloat(t);
-      const found = isNaN(x) || isNaN(y) ? s.localeCompare(t) : x - y;
-      return up ? found : -found;
-    };
-    table.tBodies[0].append(...rows.sort(order));
-  });
-}
-"""

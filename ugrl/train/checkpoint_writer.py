@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ugrl.errors import AwayError, CheckpointError, UgrlError
+from ugrl.eval.evaluate import EvalResult
 from ugrl.ownership import LostError
 from ugrl.storage import Place, lasting, place, retry
 from ugrl.text import line
 from ugrl.train import checkpoint
+from ugrl.train.observer import Observer, nothing
 
 Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
@@ -32,19 +34,15 @@ FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json")
 FOLDERS = ("tb", "seen")
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A state to be written.
 
     Attributes:
-        step: Steps done.
-        metrics: The last validation's.
+        step: Number of steps done.
+        metrics: Metrics of the last validation.
         parts: Tensors by file name, on the host once ``ready`` has passed.
-        ready: Of a GPU, when its copies have ended.
+        ready: CUDA event after which the copies are complete; ``None`` on a CPU.
     """
 
     step: int
@@ -82,7 +80,7 @@ class Saved:
 
 @dataclass(slots=True)
 class _Shared:
-    """What the thread and the loop share; the thread holds no more, so that a forgotten saver ends."""
+    """What the thread and the loop share; the thread holds no more, so that a forgotten writer ends."""
 
     folder: Path
     mirror: Place | None
@@ -101,14 +99,14 @@ class _Shared:
     last: int | None = None
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints of one run, in order; used by rank 0 alone.
 
     Args:
         folder: The run's local folder.
         mirror: Where the run lives, if that is a remote storage.
         config: The configuration as a plain dict.
-        class_names: Foreground classes.
+        class_names: Names of the foreground classes, in the order of their indices.
         data: Fingerprint of the splits that the run reads.
         objective: Metric that the best are chosen by, larger is better.
         keep: Latest checkpoints that are kept.
@@ -135,7 +133,7 @@ class Saver:
     ) -> None:
         shared = folder, mirror, config, class_names, data, objective, keep, keep_best, patience_s, log
         self._s = _Shared(*shared, check=check)
-        self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-saver", daemon=True)
+        self._thread = threading.Thread(target=_work, args=(self._s,), name="ugrl-checkpoints", daemon=True)
         self._thread.start()
         weakref.finalize(self, _end, self._s.jobs)
 
@@ -176,6 +174,27 @@ class Saver:
     def _raise(self) -> None:
         if self._s.error is not None:
             raise self._s.error
+
+
+class CheckpointTimes(Observer):
+    """Has a checkpoint saved after each validation and every so many steps.
+
+    Args:
+        save: Saves the present state; a second call at the same step does nothing.
+        every: Steps between two checkpoints.
+    """
+
+    def __init__(self, save: Callable[[], None], every: int) -> None:
+        self.save, self.every = save, every
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """A checkpoint with the new metrics."""
+        self.save()
+
+    def on_step_end(self, done: int) -> None:
+        """A checkpoint where it is time."""
+        if done % self.every == 0:
+            self.save()
 
 
 def _end(jobs: queue.Queue[Snapshot | None]) -> None:
@@ -281,7 +300,7 @@ def send_files(folder: Path, mirror: Place) -> None:
     """What a run's folder holds beside checkpoints, to the storage.
 
     Raises:
-        StorageError: It does not take them.
+        StorageError: The storage does not accept the files.
     """
     for name in FILES:
         if (folder / name).is_file():

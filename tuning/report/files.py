@@ -19,28 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuning.facts import (
-    BEST,
-    STAR,
-    best_tree,
-    contender,
-    dagger,
-    finalist_scores,
-    first_line,
-    metric_names,
-    objective_of,
-    ordered,
-    plural,
-    remark,
-    train_command,
-    verdict,
-)
-from tuning.noise import show
 from tuning.options import COSTS, METRICS
-from tuning.paper import PaperSection
 from tuning.plain import short
 from tuning.record import BESIDE, label, pareto
-from tuning.search import Findings
+from tuning.report.findings import BEST, best_tree, contender, metric_names, objective_of, ordered, train_command
+from tuning.report.noise import show
+from tuning.report.paper import PaperSection
+from tuning.report.read import Findings
+from tuning.report.sentences import STAR, dagger, finalist_scores, first_line, plural, remark, verdict
 from ugrl import config as configs
 from ugrl.secrets import masked
 from ugrl.storage import StorageError, place
@@ -77,9 +63,9 @@ def write_report(findings: Findings, console: Console) -> None:
 
 
 def _write_files(findings: Findings) -> tuple[list[str], PaperSection | None]:
-    from tuning.page import write_html, write_markdown
-    from tuning.paper import paper_section
-    from tuning.plots import draw
+    from tuning.report.page import write_html, write_markdown
+    from tuning.report.paper import paper_section
+    from tuning.report.plots import draw
 
     out = findings.search.out
     write_csv(findings)

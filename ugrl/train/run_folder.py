@@ -16,19 +16,21 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ugrl import config as config_mod
 from ugrl import foreign
 from ugrl.config import Config
-from ugrl.data.shards import sync, write_text
 from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import DataError
+from ugrl.eval.evaluate import EvalResult
+from ugrl.files import replacing, write_whole
 from ugrl.storage import Place, StorageError, retry
 from ugrl.train import checkpoint
-from ugrl.train.saver import Saved, Saver, Snapshot, nothing, send_files
+from ugrl.train.checkpoint_writer import CheckpointWriter, Saved, Snapshot, send_files
+from ugrl.train.observer import Hooks, Observer, nothing
 
 SCRATCH, LOCK = "ugrl-run-", ".lock"
 # A scratch folder without a lock is one that is being made, or whose process died just then.
@@ -71,8 +73,8 @@ class RunFolder:
 
     Args:
         home: Where the run lives; ``None`` writes nothing.
-        cfg: The run.
-        class_names: Foreground classes.
+        cfg: Configuration of the run.
+        class_names: Names of the foreground classes, in the order of their indices.
         objective: Metric that the best checkpoints are chosen by.
         data: Fingerprint of the splits that the run reads.
         say: Told in one line what the user should know.
@@ -98,7 +100,7 @@ class RunFolder:
         self.data = data
         self.path: Path | None = None
         self.mirror = home if home is not None and home.local is None else None
-        self._saver: Saver | None = None
+        self._writer: CheckpointWriter | None = None
         self._waiting: dict[Path, list[str]] = {}
         self._lock: int | None = None
 
@@ -130,14 +132,14 @@ class RunFolder:
         out = self.main
         out.mkdir(parents=True, exist_ok=True)
         config = config_mod.public_dict(self.cfg)
-        write_text(out / "config.yaml", config_mod.dump(config))
+        write_whole(out / "config.yaml", config_mod.dump(config))
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
             _cut_log(log, done)
         if self.mirror is not None:
             retry("run folder", lambda: send_files(out, home), patience_s=patience_s, log=self.say)
-        self._saver = Saver(
+        self._writer = CheckpointWriter(
             out,
             mirror=self.mirror,
             config=config,
@@ -185,8 +187,8 @@ class RunFolder:
             if not is_main():
                 self._send(self.mirror)
             barrier()  # a checkpoint that is whole is continued: all lines up to it must be there
-        if self._saver is not None:
-            self._saver.submit(make())
+        if self._writer is not None:
+            self._writer.submit(make())
 
     def saved(self, *, wait: bool) -> Saved | None:
         """The newest checkpoint that became whole since the last call.
@@ -194,16 +196,16 @@ class RunFolder:
         Raises:
             CheckpointError: One could not be written.
         """
-        if self._saver is None:
+        if self._writer is None:
             return None
-        found = self._saver.flush() if wait else self._saver.poll()
+        found = self._writer.flush() if wait else self._writer.poll()
         return found[-1] if found else None
 
     def close(self) -> None:
-        """Let the saver end, and send the rest of a remote run; raises nothing."""
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
+        """Let the checkpoint writer end, and send the rest of a remote run; raises nothing."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         if self.mirror is not None and self.path is not None:
             self._send(self.mirror)
             shutil.rmtree(self.path, ignore_errors=True)
@@ -222,14 +224,35 @@ class RunFolder:
             self.say(f"{home}: the last lines of the logs could not be sent ({error})")
 
 
+class LogFiles(Observer):
+    """``metrics.jsonl``, and ``seen/`` where ``train.record_ids`` asks for it."""
+
+    def __init__(self, folder: RunFolder, hooks: Hooks) -> None:
+        self.folder, self.hooks = folder, hooks
+
+    def on_batch(self, done: int, ids: Sequence[str]) -> None:
+        """A line for each step."""
+        self.folder.note_ids({"step": done}, ids)
+
+    def on_log(self, done: int, values: Mapping[str, float]) -> None:
+        """A line of means."""
+        self.hooks.check_write()
+        self.folder.record({"step": done, **values})
+
+    def on_eval_batch(self, done: int, ids: Sequence[str], images: int, total: int) -> None:
+        """A line for each batch."""
+        self.folder.note_ids({"eval": done}, ids)
+
+    def on_eval(self, done: int, result: EvalResult) -> None:
+        """A line of metrics."""
+        self.folder.record({"step": done, **{f"val/{k}": v for k, v in result.metrics.items()}})
+
+
 def _cut_log(path: Path, done: int) -> None:
     if not path.is_file():
         return
-    draft = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, draft.open("wb") as new:
+    with replacing(path) as draft, path.open("rb") as old, draft.open("wb") as new:
         new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done))
-    sync(draft)
-    os.replace(draft, path)
 
 
 def _keeps(text: bytes, done: int) -> bool:

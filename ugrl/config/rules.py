@@ -1,0 +1,105 @@
+"""Rules between keys: what each value allows alone is not always possible together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from ugrl.config.keys import show
+from ugrl.config.tree import Config
+from ugrl.model.specs import SPECS, least_crop
+
+
+class Rule(NamedTuple):
+    """A rule between keys.
+
+    Attributes:
+        keys: That it reads; where one of them cannot be used, the rule says nothing.
+        holds: Whether a configuration keeps it.
+        message: What is said where it does not, after "config key".
+    """
+
+    keys: tuple[str, ...]
+    holds: Callable[[Config], bool]
+    message: Callable[[Config], str]
+
+
+def _least_crop(cfg: Config) -> int:
+    return least_crop(cfg.model.backbone, cfg.method.cam.scales)
+
+
+def _crop_text(cfg: Config) -> str:
+    backbone = cfg.model.backbone
+    return (
+        f"data.crop is {cfg.data.crop}: at {min(cfg.method.cam.scales):g}, the smallest of method.cam.scales, it is "
+        f"smaller than the {SPECS[backbone].min_size} px that {backbone} needs; expected data.crop ≥ {_least_crop(cfg)}"
+    )
+
+
+def _warmup(key: str) -> Rule:
+    """A warm-up ends before the run does."""
+
+    def holds(cfg: Config) -> bool:
+        return cfg.train.at(getattr(cfg.train, key)) < max(2, cfg.train.steps)
+
+    def message(cfg: Config) -> str:
+        return f"train.{key} is {getattr(cfg.train, key)}; expected < train.steps {cfg.train.steps}"
+
+    return Rule((f"train.{key}", "train.steps"), holds, message)
+
+
+def _is_folder_name(cfg: Config) -> bool:
+    name = cfg.name
+    return bool(name) and "/" not in name and name not in (".", "..") and len(name.encode()) <= 200
+
+
+RULES = (
+    Rule(
+        ("data.scale_min", "data.scale_max"),
+        lambda cfg: cfg.data.scale_min <= cfg.data.scale_max,
+        lambda cfg: f"data.scale_min is {cfg.data.scale_min}; expected ≤ data.scale_max {cfg.data.scale_max}",
+    ),
+    Rule(
+        ("method.cam.low", "method.cam.high"),
+        lambda cfg: cfg.method.cam.low <= cfg.method.cam.high,
+        lambda cfg: f"method.cam.low is {cfg.method.cam.low}; expected ≤ method.cam.high {cfg.method.cam.high}",
+    ),
+    Rule(
+        ("method.cam.scales",),
+        lambda cfg: 1.0 in cfg.method.cam.scales,
+        lambda cfg: (
+            f"method.cam.scales is {list(cfg.method.cam.scales)}; expected 1.0 among them: it carries the affinity"
+        ),
+    ),
+    Rule(
+        ("name",),
+        _is_folder_name,
+        lambda cfg: f"name is {show(cfg.name)}; expected a name that a folder can have",
+    ),
+    Rule(
+        ("data.crop", "model.backbone", "method.cam.scales"),
+        lambda cfg: cfg.data.crop >= _least_crop(cfg),
+        _crop_text,
+    ),
+    _warmup("cls_warmup_iters"),
+    _warmup("lr_warmup_iters"),
+)
+
+
+def broken_rules(cfg: Config, unusable: Collection[str]) -> list[str]:
+    """What the rules say against a configuration.
+
+    Args:
+        cfg: The configuration; keys that cannot be used have their defaults.
+        unusable: Paths of those keys, and of sections, which end in a dot.
+
+    Returns:
+        One line for each broken rule that reads none of those keys.
+    """
+
+    def readable(key: str) -> bool:
+        return not any(key == bad or (bad.endswith(".") and key.startswith(bad)) for bad in unusable)
+
+    return [
+        f"config key {rule.message(cfg)}" for rule in RULES if all(map(readable, rule.keys)) and not rule.holds(cfg)
+    ]

@@ -1,0 +1,356 @@
+"""Every key of a run: its type, default, bounds and one text, by component.
+
+The text under a field says what it does, with unit and equation. :func:`ugrl.config.keys.field_texts` reads these
+texts, and the configuration reference is made of them. Equations are those of the paper, see docs/method.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Scales of an input: beyond these a picture is a blot, or does not fit any memory.
+SCALES = {"ge": 0.1, "le": 8.0}
+
+# A number of steps, or (between 0 and 1) a share of ``train.steps``: :meth:`TrainConfig.at` makes steps of it.
+Steps = int | float
+
+
+def _num(default: Any, **bounds: float) -> Any:
+    """A numeric field, or a list of numbers, with bounds among ``ge, gt, le, lt``."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
+@dataclass(frozen=True, slots=True)
+class ShapesConfig:
+    """The generated data set, used when ``data.source`` is ``shapes`` and no shards are given."""
+
+    train: int = _num(1200, ge=1, le=10**7)
+    """Training images to generate; ``data.shapes.tune_val`` of them are held out for searches."""
+    val: int = _num(200, ge=1, le=10**7)
+    """Validation images to generate."""
+    tune_val: float = _num(0.15, gt=0, lt=1)
+    """Share of the training images that is held out as the split ``tune_val``, on which a search compares trials."""
+    size: int = _num(64, ge=32, le=4096)
+    """Side of each square image, in pixels."""
+    difficulty: float = _num(0.5, ge=0, le=1)
+    """From 0 (clear objects) to 1: how many objects blend in or are hidden, how much clutter there is, and how often a
+    class has one background."""
+    seed: int = _num(0, ge=0)
+    """Seed of the images; another seed gives another data set. It is independent of the run's ``seed``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the shards are, how a sample is cut from an image, and how batches are loaded."""
+
+    source: Literal["shards", "shapes"] = "shards"
+    """``shards`` reads a prepared folder; ``shapes`` generates images where no folder is given."""
+    shards: str | None = None
+    """Prepared folder, a path or a URI; ``--data`` replaces it. ``null``: none."""
+    train_split: str = "train"
+    """Split that the run trains on."""
+    val_split: str = "val"
+    """Split that the run is validated on; searches use ``tune_val`` instead, so that ``val`` stays unseen."""
+    crop: int = _num(512, ge=32)
+    """Side of the square training crop, in pixels. At its smallest CAM scale the backbone must still take it."""
+    scale_min: float = _num(0.5, gt=0, le=64)
+    """Smallest factor by which an image is resized before it is cropped; at most ``data.scale_max``."""
+    scale_max: float = _num(2.0, gt=0, le=64)
+    """Largest factor by which an image is resized before it is cropped; drawn uniformly between the two."""
+    mirror: bool = True
+    """Whether a training image is mirrored left to right with probability 0.5."""
+    threads: int = _num(4, ge=0)
+    """Threads of each process that read and decode images, also in validation; 0 decodes where a batch is asked for."""
+    prefetch: int = _num(4, ge=1)
+    """Batches that one process prepares ahead. Ray workers use ``cluster.prefetch_batches``."""
+    on_device: Literal["auto", "none", "normalize", "augment"] = "auto"
+    """What is left to the device: ``normalize`` sends 8-bit pixels (the same floats), ``augment`` sends decoded images,
+    which are scaled, mirrored and cut there (within 2 of 255 levels). ``auto``: ``normalize`` on CUDA, ``none`` on
+    a CPU."""
+    cache_mb: int = _num(0, ge=0)
+    """Memory for decoded images in each process, in 10⁶ bytes; 0 keeps none. The batches are the same."""
+    cache_dir: str | None = None
+    """Local folder of each node for copies of remote shards. ``null``: shards are read from the storage each time."""
+    cache_disk_mb: int = _num(0, ge=0)
+    """Disk space for those copies, in 10⁶ bytes; 0 keeps none. The copies that were used last stay."""
+    storage_patience_s: float = _num(120.0, ge=0)
+    """How long a storage that does not answer, or a full disk, is tried again, in seconds."""
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The network."""
+
+    backbone: Literal["tiny", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"] = "mit_b1"
+    """Encoder: MiT-B0 to B5, or ``tiny`` (1.3 M parameters), which is made for training from scratch."""
+    weights: str | None = None
+    """ImageNet weights: a name on the hub (``nvidia/mit-b1``) or the path of a file. ``null``: from scratch."""
+    decoder_dim: int = _num(256, ge=8)
+    """Channels D2 to which the decoder projects each stage and that its fused map z has."""
+    pooling: Literal["gmp", "gap"] = "gmp"
+    """Pooling of the last stage before the classifier: global maximum (``gmp``) or global average (``gap``)."""
+    affinity: Literal["linear", "mlp"] = "linear"
+    """Form of g_cls (Eq. 1), which makes one affinity logit of the attention maps of a pair of positions."""
+    norm: Literal["sync_batch", "group"] = "sync_batch"
+    """Norm of the decoder and of g_seg: batch statistics over all ranks, or a group norm that needs no other image."""
+    drop_path: float = _num(0.1, ge=0, lt=1)
+    """Probability that the encoder's last residual branch is dropped; it grows linearly from 0 with depth."""
+    dropout: float = _num(0.1, ge=0, lt=1)
+    """Probability that a channel of the decoder's fused map is dropped before the segmentation logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class CamConfig:
+    """CAM and pseudo-labels."""
+
+    scales: tuple[float, ...] = _num((1.0, 0.5, 1.5), **SCALES)
+    """Factors of the input size at which CAMs are computed and summed; 1.0 must be among them."""
+    mirror: bool = True
+    """Whether each CAM scale is also computed on the mirrored image; the maximum of the two counts."""
+    share: Literal["exact", "warmup", "always", "never"] = "exact"
+    """When the training pass also serves as the plain CAM pass: ``exact`` where nothing is dropped (the same numbers),
+    ``warmup`` also during the classification warm-up (without the mirror image there), ``always`` (the CAM then lacks
+    the branches that drop-path dropped), or ``never``."""
+    high: float = _num(0.55, gt=0, lt=1)
+    """A pixel whose best normalised CAM lies above this value is labelled with that class."""
+    low: float = _num(0.35, gt=0, lt=1)
+    """A pixel whose best normalised CAM is at most this value is background; between both thresholds it is ignored."""
+    refine: Literal["par", "none"] = "par"
+    """Whether pixel-adaptive refinement (PAR, from AFA) sharpens the CAM before it becomes labels."""
+    par_iterations: int = _num(10, ge=1)
+    """Iterations of PAR; AFA uses 10 on VOC and 15 on COCO."""
+    par_dilations: tuple[int, ...] = _num((1, 2, 4, 8, 12, 24), ge=1)
+    """Distances of PAR's eight neighbours, in pixels of the half-size image."""
+    propagate: Literal["none", "affinity"] = "none"
+    """Whether the CAM is propagated along the predicted affinity before it becomes labels, as AFA does later on."""
+    propagate_after: Steps = _num(0.3, ge=0)
+    """Step from which the CAM is propagated: a number of steps, or a share of ``train.steps``."""
+
+
+@dataclass(frozen=True, slots=True)
+class UncertaintyConfig:
+    """Prototypes, uncertainty and the weights made of it (Eqs. 2-8)."""
+
+    alpha: float = _num(5.0, gt=0)
+    """Strength α of the weights of L_cls (Eq. 6). With ``inverse_exp`` a smaller α separates the weights more, with
+    ``exp_decay`` a larger one. Searched on a logarithmic scale from 1 to 50."""
+    beta: float = _num(5.0, gt=0)
+    """Strength β of the weights of L_seg (Eq. 8), which works as ``alpha`` does."""
+    eta: float = _num(0.99, ge=0, lt=1)
+    """Momentum η with which prototypes are kept from step to step (Eq. 4); 0 keeps only the present batch."""
+    d_cls: int = _num(1024, ge=2)
+    """Dimensions of the hypervectors that stand for a class (Eqs. 2-3)."""
+    encoding: Literal["linear", "fourier"] = "linear"
+    """Map from a class vector r to its hypervector: Φr, or cos(Φr + b) scaled by the median distance of vectors."""
+    center: bool = True
+    """Whether a running mean of the class vectors is subtracted first; without it all cosines are close to 1."""
+    weighting: Literal["inverse_exp", "exp_decay", "none"] = "inverse_exp"
+    """Weight of an uncertainty u: e^{1/(α·u)} (the paper's, bounded), e^{-α·u}, or 1."""
+    u_min: float = _num(0.05, gt=0)
+    """Smallest u that ``inverse_exp`` uses, so that the weight stays finite as u goes to 0 (Eqs. 6 and 8)."""
+    bound: float = _num(3.0, gt=1)
+    """Largest factor between a weight and the geometric mean of the weights (Eqs. 6 and 8)."""
+    radius: int = _num(8, ge=1)
+    """Chebyshev radius, in cells of the stride-16 grid, within which pairs of positions count in the affinity loss
+    (Eq. 12) and the affinity is used for class vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastConfig:
+    """Reliable pool and contrastive loss (Eqs. 9-11)."""
+
+    tau: float = _num(0.1, gt=0)
+    """Temperature τ that divides the cosines of the contrastive loss (Eq. 10)."""
+    keep: float = _num(0.35, gt=0, le=1)
+    """Share K of an image's valid positions that enters the reliable pool."""
+    d_seg: int = _num(512, ge=2)
+    """Dimensions of the unit-length embeddings of g_seg (Eq. 9)."""
+    pool: Literal["stratified", "ranked", "random"] = "stratified"
+    """How the pool is chosen: the share K spread over the classes of the image by area and e^{-u}, the lowest u of the
+    whole image (as printed, which takes whole classes), or at random (Setting III)."""
+    scope: Literal["image", "batch"] = "image"
+    """Whether an anchor is compared with the pool of its own image, or with those of the global batch (Eq. 10)."""
+    tile: int | None = _num(None, ge=1)
+    """Side of a tile of the similarity matrix, in embeddings: the memory grows with its square. ``null``: 512 on a CPU,
+    2048 on a GPU. The loss is the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The weighted sum L = L_cls + λ1 L_seg + λ2 L_ucl + λ3 L_aux (Eq. 13)."""
+
+    lambda1: float = _num(0.1, ge=0)
+    """Weight λ1 of the segmentation loss L_seg; the classification loss has weight 1 (Eq. 13)."""
+    lambda2: float = _num(0.1, ge=0)
+    """Weight λ2 of the contrastive loss L_ucl; 0 leaves it out (Eq. 13)."""
+    lambda3: float = _num(0.1, ge=0)
+    """Weight λ3 of the affinity loss L_aux; 0 leaves it out, and class vectors then use no affinity (Eq. 13)."""
+    balance: Literal["none", "fg_bg"] = "none"
+    """L_seg as one mean over all labelled pixels, or (``fg_bg``) as AFA's mean of background and foreground terms."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodConfig:
+    """The method; ``setting`` is a row of the paper's Table 3."""
+
+    setting: Literal["IV", "III", "II", "I", "Base"] = "IV"
+    """Row of the paper's ablation (Table 3): Base uses no uncertainty, I weighs L_cls by it, II also L_seg, III instead
+    adds the contrastive loss on a random pool to I, and IV is the whole method."""
+    cam: CamConfig = field(default_factory=CamConfig)
+    uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Schedule and optimizer."""
+
+    steps: int = _num(20000, ge=1)
+    """Optimizer steps of the run; the paper's 20,000 on VOC and 80,000 on COCO."""
+    global_batch: int = _num(8, ge=1)
+    """Images of one step over all workers; it must be divisible by their number."""
+    lr: float = _num(6e-5, gt=0)
+    """Learning rate of the backbone at its peak (AdamW)."""
+    head_lr_ratio: float = _num(10.0, gt=0)
+    """Learning rate of everything but the backbone, as a multiple of ``train.lr``."""
+    weight_decay: float = _num(0.01, ge=0)
+    """AdamW's decoupled weight decay; norms and the heads' biases have none."""
+    norm_lr_mult: float = _num(0.0, ge=0)
+    """Learning rate of the backbone's norms as a multiple of ``train.lr``; 0 keeps them as they are, as AFA does."""
+    power: float = _num(1.0, gt=0)
+    """Exponent of the polynomial decay (1 - step/steps)^power of the learning rate."""
+    lr_warmup_iters: Steps = _num(0.075, ge=0)
+    """Length of the linear learning-rate warm-up: a number of steps, or a share of ``train.steps``."""
+    lr_warmup_ratio: float = _num(1e-6, gt=0, le=1)
+    """Factor of the learning rate at step 0, from which the warm-up rises to 1."""
+    cls_warmup_iters: Steps = _num(0.1, ge=0)
+    """First part of the run, in which only L_cls counts while prototypes are collected: steps, or a share of
+    ``train.steps``."""
+    grad_clip: float = _num(0.0, ge=0)
+    """Largest L2 norm of all gradients together; larger ones are scaled down to it. 0: no limit."""
+    amp: Literal["auto", "off"] = "auto"
+    """bfloat16 autocast in training: ``auto`` on CUDA, ``off`` nowhere. Losses stay in float32."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights and images; ``float64`` is slow and made for comparing runs."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """Mode of torch.compile for the encoder; the last two replay CUDA graphs. It costs minutes at the start, and gains
+    nothing on a CPU."""
+    stochastic: bool = True
+    """Whether drop-path and dropout are active in training; ``false`` makes the network deterministic in its input."""
+    micro_batch: int = _num(0, ge=0)
+    """Most images of a worker whose encoder activations are kept at a time; 0: all. The loss is still that of the whole
+    batch."""
+    deterministic: bool = False
+    """Whether only kernels that repeat to the last bit are used."""
+    nan_patience: int = _num(3, ge=1)
+    """Steps in a row without a finite loss and finite gradients after which the run ends; each of them is skipped."""
+    stall_s: float = _num(600.0, gt=0)
+    """Seconds that a step waits for its batch, and a worker for the others, before the run ends. It may be continued
+    afterwards."""
+    record_ids: bool = False
+    """Whether the folder ``seen`` of the run says which rank saw which image at which step."""
+    mlflow: str | None = None
+    """Tracking URI of an MLflow server that gets the scalars as well. ``null``: none."""
+    cpu_threads: int = _num(0, ge=0)
+    """Threads of torch's operators in each process; 0 leaves torch's default."""
+    log_every: int = _num(20, ge=1)
+    """Steps between two lines of ``metrics.jsonl``; a line is the mean over them."""
+    eval_every: Steps = _num(2000, gt=0)
+    """Steps between two validations, or the share of ``train.steps``; the last step is always validated."""
+    picture_every: Steps = _num(2000, gt=0)
+    """Steps between two sets of pictures in TensorBoard, or the share of ``train.steps``."""
+    checkpoint_every: Steps = _num(1000, gt=0)
+    """Steps between two checkpoints, or the share of ``train.steps``; each validation writes one, too."""
+    keep_checkpoints: int = _num(2, ge=1)
+    """Newest checkpoints that stay."""
+    keep_best: int = _num(1, ge=0)
+    """Checkpoints that stay because they score best by ``eval.objective``; 0: none."""
+
+    def at(self, value: Steps) -> int:
+        """A number of steps: a share is one of the whole run, and at least one step.
+
+        >>> train = TrainConfig(steps=200)
+        >>> train.at(0.1), train.at(0.001), train.at(30), train.at(0)
+        (20, 1, 30, 0)
+        """
+        return max(1, round(value * self.steps)) if 0 < value < 1 else int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Validation and prediction."""
+
+    cam_background: float = _num(0.45, gt=0, lt=1)
+    """Threshold on the normalised CAM: a pixel below it for every class is background when the CAM itself is scored."""
+    cam: bool = True
+    """Whether validations also score the CAM against the masks (``cam_miou``)."""
+    refined_cam: bool = False
+    """Whether validations also score the CAM that PAR refined (``refined_miou``); slow."""
+    seg_scales: tuple[float, ...] = _num((1.0,), **SCALES)
+    """Factors of the image size over which the segmentation's probabilities are averaged."""
+    mirror: bool = False
+    """Whether the segmentation is also averaged with that of the mirrored image."""
+    crf: bool = False
+    """Whether validations also score the segmentation after a dense CRF (``crf_miou``); slow."""
+    amp: Literal["off", "auto"] = "off"
+    """bfloat16 autocast in validation: ``auto`` on CUDA, ``off`` nowhere."""
+    limit: int = _num(0, ge=0)
+    """Images that a validation looks at, the first of the split; 0: all."""
+    objective: str = "auto"
+    """Metric that ranks checkpoints and trials: ``seg_miou``, ``cam_miou``, ``tag_map`` or ``tag_f1``. ``auto``:
+    ``seg_miou`` where every validation image has a mask, else ``tag_map``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Where a run runs. Nothing here changes what is computed."""
+
+    workers: int = _num(0, ge=0)
+    """Workers of Ray Train; 0: one process without Ray."""
+    min_workers: int = _num(0, ge=0)
+    """Fewest workers with which a run goes on after a node was lost; 0: always ``cluster.workers``."""
+    cpus_per_worker: float = _num(1.0, gt=0)
+    """CPUs that Ray reserves for each worker."""
+    gpus_per_worker: float | None = _num(None, ge=0)
+    """GPUs that Ray reserves for each worker. ``null``: one where the cluster has any."""
+    data_cpus: float = _num(1.0, ge=0)
+    """CPUs of the cluster that workers must leave free for reading data."""
+    data_tasks: int = _num(0, ge=0)
+    """Reading tasks that each worker runs at a time. 0: by the free CPUs, from 1 to 4."""
+    max_failures: int = _num(2, ge=0)
+    """Times that a run goes on from its last checkpoint after a worker or node died."""
+    prefetch_batches: int = _num(4, ge=1)
+    """Batches that each Ray worker decodes ahead; a process without Ray uses ``data.prefetch``."""
+    storage: str | None = None
+    """Folder or URI of runs that are started without ``--out``. ``null``: ``runs``."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication between workers: ``auto`` is NCCL on GPUs and gloo on CPUs."""
+    start_timeout_s: float = _num(60.0, gt=0)
+    """How long the start of all workers may take, in seconds, before fewer are tried or the run ends."""
+    stop_s: float = _num(25.0, ge=0)
+    """Seconds that the trials of a search have, after the first Ctrl-C or SIGTERM, to write a checkpoint and leave."""
+    busy_s: float = _num(300.0, ge=0)
+    """How long a busy cluster is waited for before a run starts, in seconds; ``--wait`` has no limit."""
+    head_s: float = _num(45.0, gt=0)
+    """Seconds without an answer from the head node after which the cluster counts as lost."""
+    address: str | None = None
+    """Address of a running Ray cluster, or ``auto`` for the one of this machine. ``null``: Ray is started here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A run."""
+
+    name: str = "run"
+    """Name of the run, and of its folder where ``--out`` is not given."""
+    seed: int = _num(0, ge=0)
+    """Seed of initial weights, order, crops and dropped branches; the same seed gives the same run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,188 @@
+"""Forward passes over images of any size: read in batches of one size, and shared by what needs the same pass."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from ugrl.bilinear import resize
+from ugrl.config import Config
+from ugrl.data.augment import eval_sample
+from ugrl.data.reader import ShardReader
+from ugrl.method.cam import CamOutput, CamPass, multi_scale_cam
+from ugrl.model.network import UGRLNet
+from ugrl.model.specs import scaled
+from ugrl.types import IGNORE, Batch, ModelOutput, Sample, collate
+
+# Pixels that one evaluation batch may hold: images of one size are batched up to it.
+BATCH_PIXELS = 512 * 512 * 2
+
+
+def shape_batches(reader: ShardReader, indices: list[int], threads: int, least: int = 1) -> Iterator[Batch]:
+    """Batches of images of one size (``least`` a side), at most :data:`BATCH_PIXELS` each, decoded by ``threads``."""
+    buckets: dict[tuple[int, int], list[Sample]] = {}
+
+    def load(i: int) -> Sample:
+        sample = eval_sample(reader[i], num_classes=len(reader.manifest.class_names))
+        mask_HW = sample.mask_HW
+        return replace(
+            sample,
+            image_3HW=pad_small(sample.image_3HW, least),
+            mask_HW=None if mask_HW is None else pad_small(mask_HW, least, "ignore"),
+        )
+
+    def flush(size: tuple[int, int]) -> Batch:
+        return collate(buckets.pop(size))
+
+    def walk(samples: Iterator[Sample]) -> Iterator[Batch]:
+        for sample in samples:
+            size = (sample.image_3HW.shape[1], sample.image_3HW.shape[2])
+            buckets.setdefault(size, []).append(sample)
+            if len(buckets[size]) >= max(1, BATCH_PIXELS // (size[0] * size[1])) or len(buckets[size]) >= 32:
+                yield flush(size)
+        for size in list(buckets):
+            yield flush(size)
+
+    if threads <= 0:
+        yield from walk(load(i) for i in indices)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from walk(_ahead(pool, load, indices, 8 * threads))
+
+
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[int], Sample], indices: list[int], most: int) -> Iterator[Sample]:
+    """Samples in order, a bounded number of them ahead: threads decode while the model works."""
+    queue: deque[Future[Sample]] = deque()
+    rest = iter(indices)
+    try:
+        while True:
+            queue.extend(pool.submit(load, i) for i in islice(rest, most - len(queue)))
+            if not queue:
+                return
+            yield queue.popleft().result()
+    finally:
+        for future in queue:
+            future.cancel()
+
+
+def pad_small(image_XHW: np.ndarray, least: int, mode: Literal["edge", "ignore"] = "edge") -> np.ndarray:
+    """An image or a label map, larger at its right and lower side where it is too small for the encoder.
+
+    Args:
+        image_XHW: (…, H, W).
+        least: Shortest side that the encoder takes.
+        mode: ``edge`` repeats the last row and column, ``ignore`` fills labels with 255.
+    """
+    extra = [(0, max(0, least - side)) for side in image_XHW.shape[-2:]]
+    if not any(after for _, after in extra):
+        return image_XHW
+    widths = [(0, 0)] * (image_XHW.ndim - 2) + extra
+    return np.pad(image_XHW, widths, "edge") if mode == "edge" else np.pad(image_XHW, widths, constant_values=IGNORE)
+
+
+def seg_scores(
+    net: UGRLNet,
+    images_B3HW: Tensor,
+    scales: tuple[float, ...],
+    mirror: bool,
+    known: Mapping[tuple[float, bool], Tensor] | None = None,
+) -> Tensor:
+    """Class probabilities (B, C, H, W), averaged over scales and mirror images.
+
+    Args:
+        net: Network in eval mode.
+        images_B3HW: Normalised images of any size.
+        scales: Factors of the image size.
+        mirror: Whether to add each scale's mirror image.
+        known: Logits by (scale, mirrored) of passes that were made already.
+    """
+    size = (images_B3HW.shape[-2], images_B3HW.shape[-1])
+    total: Tensor | None = None
+    for scale in scales:
+        x: Tensor | None = None
+        for flip in (False, True) if mirror else (False,):
+            logits = (known or {}).get((scale, flip))
+            if logits is None:
+                if x is None:
+                    x = images_B3HW
+                    if scale != 1.0:
+                        x = resize(x, scaled(size, scale, net.min_size))
+                logits = net.segment(x.flip(-1) if flip else x)
+            p = resize(logits.float(), size).softmax(1)
+            p = p.flip(-1) if flip else p
+            total = p if total is None else total + p
+    assert total is not None
+    return total / (len(scales) * (2 if mirror else 1))
+
+
+class BatchPasses:
+    """The forward passes over one batch. Each is made once, when it is first asked for, and serves all that need it.
+
+    Args:
+        net: Network in eval mode.
+        cfg: The run: ``eval.seg_scales``, ``eval.mirror`` and ``method.cam`` are read.
+        batch: On the network's device.
+        images_host_B3HW: Images of the batch as they were read, on the CPU.
+        plain: Output of the plain pass at scale 1.
+
+    Attributes:
+        logits: Decoder logits by (scale, mirrored) of the passes that were made and that the segmentation needs.
+    """
+
+    def __init__(self, net: UGRLNet, cfg: Config, batch: Batch, images_host_B3HW: Tensor, plain: ModelOutput) -> None:
+        self.net, self.cfg, self.batch, self.images_host_B3HW, self.plain = net, cfg, batch, images_host_B3HW, plain
+        flips = (False, True) if cfg.eval.mirror else (False,)
+        decodes = plain.seg_BChw is not None
+        self._wanted = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if decodes else set()
+        self.logits: dict[tuple[float, bool], Tensor] = {}
+        if plain.seg_BChw is not None:
+            self.logits[1.0, False] = plain.seg_BChw
+
+    @cached_property
+    def labels_BHW(self) -> Tensor:
+        """The ground truth, int64."""
+        assert self.batch.masks_BHW is not None
+        return self.batch.masks_BHW.long()
+
+    @cached_property
+    def probs_BF(self) -> Tensor:
+        """The classifier's probabilities."""
+        return self.plain.logits_BF.float().sigmoid()
+
+    @cached_property
+    def cam(self) -> CamOutput:
+        """The CAM of the present pairs. Its passes also give the segmentation's logits where both want the same."""
+        c, batch = self.cfg.method.cam, self.batch
+        return multi_scale_cam(
+            self._forward,
+            batch.images_B3HW,
+            batch.pairs_P2,
+            batch.boxes_B4,
+            scales=c.scales,
+            mirror=c.mirror,
+            least=self.net.min_size,
+        )
+
+    def _forward(self, images_B3HW: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
+        net, key = self.net, (view.scale, view.mirrored)
+        if view.plain:
+            f4_BDhw = self.plain.features[3]
+            return net.raw_from(f4_BDhw), f4_BDhw, self.plain.affinity_BNN
+        features, _ = net.encoder(images_B3HW)
+        if key in self._wanted:
+            self.logits[key] = net.decoder(features)[1]
+        return net.raw_from(features[3]), features[3], None
+
+    @cached_property
+    def seg_probs_BCHW(self) -> Tensor:
+        """The segmentation's probabilities. Ask for :attr:`cam` before, if at all: some passes are the same."""
+        e = self.cfg.eval
+        return seg_scores(self.net, self.batch.images_B3HW, e.seg_scales, e.mirror, known=self.logits)

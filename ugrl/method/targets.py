@@ -1,0 +1,233 @@
+"""What the losses of a step are told: the half of the step that has no gradient.
+
+The order: CAM → class vectors → uncertainty (and the prototypes move) → weights of the tags → pseudo-labels → their
+weights → reliable pool → the positions that the affinity loss may pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ugrl.config import Config
+from ugrl.distributed import all_reduce_sum, world_size
+from ugrl.grid import sample_nearest
+from ugrl.method.cam import CamOutput, Forward, multi_scale_cam
+from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.losses import eligible_tokens
+from ugrl.method.pool import pool_bound, positions, reliable_pool
+from ugrl.method.prototypes import Prototypes
+from ugrl.method.pseudo import propagate_cam, pseudo_labels
+from ugrl.method.refine import PAR, refine_labels
+from ugrl.method.schedule import Schedule
+from ugrl.method.weighting import effective_share, modulation_weights
+from ugrl.seeding import derive
+from ugrl.types import IGNORE, Batch, Focus
+
+# Confidences are compared in steps of this size. Those that differ by rounding alone are ties then, and the hash of
+# the image decides. Otherwise the way a batch is split over ranks would.
+CONF_STEPS = 2.0**16
+
+
+def pixel_counts(labels_BHW: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each image and class, ignored ones left out: float (B, C).
+
+    >>> pixel_counts(torch.tensor([[[0, 2, 255, 2]]]), 3)
+    tensor([[1., 0., 2.]])
+    """
+    flat = labels_BHW.flatten(1)
+    valid = flat != IGNORE
+    out = torch.zeros(flat.shape[0], num_classes, device=flat.device)
+    return out.scatter_add_(1, flat.where(valid, torch.zeros_like(flat)), valid.to(out.dtype))
+
+
+@dataclass(slots=True)
+class Targets:
+    """What the losses are told; ``None`` where this step has no use for it.
+
+    Attributes:
+        cam_PHW: Normalised CAM of each pair, in [0, 1).
+        u_BC: Uncertainty of each image and class, in [0, 2].
+        w_BF: Weights of the tags in the classification loss.
+        labels_BHW: Pseudo-labels, int64: 0 background, 1…F classes, 255 ignored.
+        w_BC: Weights of the pixels of each class in the segmentation loss.
+        small_Bhw: The pseudo-labels on F1's grid.
+        pool_Bhw: bool, the reliable pool on F1's grid.
+        embed_Bn: Positions of the pool, and some others where an image has fewer than the most.
+        coarse_Bhw: Pseudo-labels on F4's grid.
+        eligible_Bhw: bool, the positions that the affinity loss may pair.
+        affinity_Bn: Those positions, where the host knows their number.
+        stats: Named scalars worth logging.
+    """
+
+    cam_PHW: Tensor
+    u_BC: Tensor
+    w_BF: Tensor
+    labels_BHW: Tensor | None = None
+    w_BC: Tensor | None = None
+    small_Bhw: Tensor | None = None
+    pool_Bhw: Tensor | None = None
+    embed_Bn: Tensor | None = None
+    coarse_Bhw: Tensor | None = None
+    eligible_Bhw: Tensor | None = None
+    affinity_Bn: Tensor | None = None
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def focus(self) -> Focus:
+        """Where the losses will read the heads."""
+        return Focus(self.embed_Bn, self.affinity_Bn)
+
+
+def _share(x: Tensor, where: Tensor) -> Tensor:
+    """This rank's part of the global mean of ``x`` where ``where``; the mean over ranks is the mean."""
+    count = all_reduce_sum(where.to(x).sum())
+    return (x * where).sum() * world_size() / count.clamp_min(1)
+
+
+class TargetMaker:
+    """Makes the targets of a batch. The prototypes are its only state, and they move after they were read.
+
+    Args:
+        cfg: Configuration of the run.
+        prototypes: Prototypes of the C classes.
+        par: The refinement of ``method.cam.refine``, if there is one.
+        stride: Pixels of the image per cell of F1.
+
+    Attributes:
+        counts_on_host: Whether the host may wait to learn how large the pool is, to cut the heads' work to it; by
+            default (``None``) on a CPU, where it costs nothing. Elsewhere an upper bound serves, for the same losses.
+    """
+
+    def __init__(self, cfg: Config, prototypes: Prototypes, par: PAR | None, *, stride: int) -> None:
+        self.cfg, self.prototypes, self.par, self.stride = cfg, prototypes, par, stride
+        self.schedule = Schedule.of(cfg)
+        self.counts_on_host: bool | None = None
+
+    def wants_affinity(self, step: int) -> bool:
+        """Whether a step's plain CAM pass must give the affinity."""
+        return (self.schedule.uses_affinity and not self.schedule.warm(step)) or self.schedule.propagates(step)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, step: int, forward: Forward) -> Targets:
+        """The targets of a batch; moves the prototypes.
+
+        Args:
+            batch: Samples of this rank, on the network's device.
+            step: Number of the training step, counted from 0.
+            forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so.
+        """
+        schedule = self.schedule
+        warm = schedule.warm(step)
+        if step == schedule.warmup:
+            self.prototypes.freeze()
+        cam = self.cam(batch, step, forward)
+        r_BCD, present_BC = batch_vectors(
+            batch, cam, radius=self.cfg.method.uncertainty.radius, local=schedule.uses_affinity and not warm
+        )
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
+        self.prototypes.update(r_BCD, present_BC)
+        out = Targets(cam.cam_PHW, u_BC, torch.ones_like(u_BC[:, 1:]))
+        out.stats["u_fg"] = _share(u_BC[:, 1:], known_BC[:, 1:])
+        out.stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
+        if warm:
+            return out
+        if schedule.weighs_cls:
+            n_BF = batch.tags_BF.to(u_BC)
+            out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
+            out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
+        labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
+        out.labels_BHW = labels_BHW
+        n_BC = pixel_counts(labels_BHW, u_BC.shape[1]).to(u_BC)
+        out.stats["labelled"] = n_BC.sum() / labels_BHW.numel()
+        out.w_BC = torch.ones_like(u_BC)
+        if schedule.weighs_seg:
+            out.w_BC = self._weights(u_BC, known_BC, n_BC, per_class=True)
+            out.stats["share_seg"] = effective_share(out.w_BC, known_BC, n_BC, per_class=True)
+        counts = u_BC.device.type == "cpu" if self.counts_on_host is None else self.counts_on_host
+        if schedule.contrasts:
+            self._choose_pool(out, batch, step, labels_BHW, conf_BHW, counts)
+        if schedule.uses_affinity:
+            self._choose_pairs(out, labels_BHW, (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1]), counts)
+        return out
+
+    def cam(self, batch: Batch, step: int, forward: Forward) -> CamOutput:
+        """CAM of the present pairs."""
+        c, warm = self.cfg.method.cam, self.schedule.warm(step)
+        out = multi_scale_cam(
+            forward,
+            batch.images_B3HW,
+            batch.pairs_P2,
+            batch.boxes_B4,
+            # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
+            scales=(1.0,) if warm else c.scales,
+            mirror=c.mirror and not (warm and c.share == "warmup"),
+        )
+        if self.schedule.propagates(step) and out.affinity_BNN is not None:
+            cam_PHW = propagate_cam(
+                out.cam_PHW,
+                batch.pairs_P2,
+                out.affinity_BNN,
+                batch.boxes_B4,
+                grid=(out.f4_BDhw.shape[-2], out.f4_BDhw.shape[-1]),
+                radius=self.cfg.method.uncertainty.radius,
+            )
+            out = CamOutput(cam_PHW, out.f4_BDhw, out.affinity_BNN)
+        return out
+
+    def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels (B, H, W) and the confidence of each: distance to the deciding threshold."""
+        c, b = self.cfg.method.cam, len(batch.ids)
+        if self.par is None:
+            return pseudo_labels(cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=c.high, low=c.low)
+        images = batch.images_B3HW
+        return refine_labels(
+            cam_PHW, batch.pairs_P2, batch.boxes_B4, images, batch=b, par=self.par, high=c.high, low=c.low
+        )
+
+    def _weights(self, u_BC: Tensor, known_BC: Tensor, n_BC: Tensor, *, per_class: bool) -> Tensor:
+        u = self.cfg.method.uncertainty
+        return modulation_weights(
+            u_BC,
+            known_BC,
+            n_BC,
+            strength=u.beta if per_class else u.alpha,
+            kind=u.weighting,
+            per_class=per_class,
+            u_min=u.u_min,
+            bound=u.bound,
+        )
+
+    def _choose_pool(
+        self, out: Targets, batch: Batch, step: int, labels_BHW: Tensor, conf_BHW: Tensor, counts: bool
+    ) -> None:
+        """The pixels that the contrastive loss reads, on F1's grid."""
+        k, u_BC = self.cfg.method.contrast, out.u_BC
+        height, width = batch.images_B3HW.shape[-2:]
+        grid = ((height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
+        out.small_Bhw = sample_nearest(labels_BHW, grid)
+        keys = torch.tensor([derive(self.cfg.seed, "pool", step, i) for i in batch.ids])
+        out.pool_Bhw = reliable_pool(
+            out.small_Bhw,
+            u_BC,
+            (sample_nearest(conf_BHW, grid) * CONF_STEPS).round(),
+            keep=k.keep,
+            kind="random" if self.cfg.method.setting == "III" else k.pool,
+            keys_B=keys.to(u_BC.device, non_blocking=True),
+        )
+        most = pool_bound(out.small_Bhw[0].numel(), u_BC.shape[1], k.keep)
+        if counts:
+            most = max(1, int(out.pool_Bhw.flatten(1).sum(1).max()))
+        out.embed_Bn = positions(out.pool_Bhw, most)
+        out.stats["pool"] = out.pool_Bhw.to(u_BC).mean()
+
+    def _choose_pairs(self, out: Targets, labels_BHW: Tensor, grid: tuple[int, int], counts: bool) -> None:
+        """The cells of F4 that the affinity loss may pair: in the pool, where there is one."""
+        # Every coarser label is a sample of the next finer one, as its pool membership is.
+        out.coarse_Bhw = sample_nearest(labels_BHW if out.small_Bhw is None else out.small_Bhw, grid)
+        out.eligible_Bhw = out.coarse_Bhw != IGNORE
+        if out.pool_Bhw is not None:
+            out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid)
+        if counts:
+            out.affinity_Bn = eligible_tokens(out.coarse_Bhw, out.eligible_Bhw)
