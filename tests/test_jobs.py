@@ -198,7 +198,9 @@ def small_search() -> list[str]:
 
 
 def logged(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Steps whose losses a run has logged; a validation is a line of its own."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "val/seg_miou" not in line]
 
 
 def stop(cluster: Cluster, name: str, run: Path) -> int:
