@@ -192,7 +192,7 @@ def test_a_studys_storage_that_is_away_is_told_of_once(
 
 @pytest.mark.long
 def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("ray")
     import optuna
@@ -203,9 +203,8 @@ def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     storage = open_storage("journal", tmp_path)
     os.symlink(tmp_path / "study.journal", tmp_path / "study.journal.lock")
     optuna.create_study(storage=storage, study_name="one")
-    err = capfd.readouterr().err
-    assert "It is taking longer than 10.0 seconds to acquire the lock file" in err
-    assert "Forcibly releasing the lock file" in err
+    assert "It is taking longer than 10.0 seconds to acquire the lock file" in caplog.text
+    assert "Forcibly releasing the lock file" in caplog.text
     assert optuna.get_all_study_names(open_storage("journal", tmp_path)) == ["one"]
 
 
