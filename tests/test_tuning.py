@@ -24,7 +24,7 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
-from cluster.preflight import Capacity, Node
+from cluster.capacity import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import ENDED, SOUND, SPACE, check_whole, count, search_of, study_of, write_space
 from tuning import cli
@@ -117,7 +117,7 @@ def test_a_search_whose_driver_was_killed_is_resumed_to_its_budget(
         assert (out / name).stat().st_size > 1000
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.launch.start_ray", None)  # nothing is left to run: nobody needs a cluster
+        patch.setattr("cluster.connect.start_ray", None)  # nothing is left to run: nobody needs a cluster
         assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 5, storage, failed=len(failed))
 

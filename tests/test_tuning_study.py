@@ -22,7 +22,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, ledger, load, play, report, search_of, states
 from tuning.driver import sweep_stopped
 from tuning.finals import open_finals, plan_finals

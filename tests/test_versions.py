@@ -46,14 +46,13 @@ def test_another_optuna_is_refused_in_one_line() -> None:
 
 def test_rays_internals_are_those_of_the_version_that_the_adapter_was_made_for() -> None:
     ray = pytest.importorskip("ray")
-    from ray._private.state import available_resources_per_node
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.search import Searcher
 
     from tuning import ledger, tune_adapter
 
     assert ray.__version__.startswith(tune_adapter.MADE_FOR + "."), "look at tuning/tune_adapter.py"
-    assert callable(available_resources_per_node) and callable(TuneController._cleanup_cached_actors)
+    assert callable(TuneController._cleanup_cached_actors)
     assert tune_adapter.StudySearch.FINISHED == Searcher.FINISHED == ledger.FINISHED
     with pytest.raises(UgrlError, match=r"has no TuneController\._cleanup_cached_actors; ugrl-tune was made for ray"):
         tune_adapter._end_resting_processes(object())

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tuning.finals import FinalQueue, finals_planned, plan_finals
 from tuning.lease import Lease, once
 from tuning.ledger import Ledger

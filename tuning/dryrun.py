@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tuning.advice import remarks, weak_rung
 from tuning.formatting import few, hours, short, span
 from tuning.options import Objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from cluster.preflight import Capacity, check_fits, worker_resources
+from cluster.capacity import Capacity, check_fits, worker_resources
 from tuning.search import Search
 from ugrl.config import Config
 from ugrl.errors import ConfigError

@@ -237,10 +237,10 @@ def train_on_workers(
     cfg: Config, shards: Place, out: Path, shared: Mapping[str, Any], reports: Reports, report: Report
 ) -> None:
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
+    from cluster.channel import DriverChannel
     from cluster.launch import launch
-    from cluster.line import Line
 
-    line, ended = Line.open(), threading.Event()
+    channel, ended = DriverChannel.open(), threading.Event()
 
     def lost() -> bool:
         try:
@@ -252,7 +252,7 @@ def train_on_workers(
     def watch() -> None:
         while not ended.wait(LOOK_S):
             if shared["leave"]() or lost():
-                line.stop()
+                channel.request_stop()
                 return
 
     thread = threading.Thread(target=watch, name="leave", daemon=True)
@@ -265,13 +265,13 @@ def train_on_workers(
             workers=shared["workers"],
             callbacks=[_relay(reports)],
             groups=shared["groups"],
-            line=line,
+            channel=channel,
             owner=shared["owner"],
         )
     finally:
         ended.set()
         thread.join()
-        line.close()
+        channel.close()
 
 
 def _relay(reports: Reports) -> Any:
@@ -329,7 +329,7 @@ def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[s
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from cluster.preflight import capacity, worker_resources
+    from cluster.capacity import capacity, worker_resources
 
     each = worker_resources(cfg, capacity())
     # Apart from Tune's own group, in which this driver runs; a task alone that finds no room would wait without end.

@@ -1,8 +1,9 @@
 """Between the ledger, which decides, and Ray Tune, which places trials and runs them.
 
 Tune's own snapshots are neither written nor read: the study's storage is the record, and Tune is started anew from it.
-Two things that are needed are private to Ray, and used only here: what each node has free, and the end of processes
-that rest. They were written for the version :data:`MADE_FOR`; ``tests/test_versions.py`` fails with another one.
+The end of processes that rest is private to Ray Tune, and used only here; what is private to the rest of Ray is in
+:mod:`cluster.ray_internals`. It was written for the version :data:`MADE_FOR`; ``tests/test_versions.py`` fails with
+another one.
 """
 
 from __future__ import annotations
@@ -29,15 +30,9 @@ MADE_FOR = "2.60"
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Node → what it has free now, by the names of Ray's resources.
+    """Node → what it has free now, by the names of Ray's resources."""
+    from cluster.ray_internals import available_resources_per_node
 
-    Raises:
-        UgrlError: This version of Ray says it in another way.
-    """
-    try:
-        from ray._private.state import available_resources_per_node
-    except ImportError:
-        raise UgrlError(_other("ray._private.state.available_resources_per_node")) from None
     return dict(available_resources_per_node())
 
 
@@ -189,7 +184,7 @@ class _Events(tune.Callback):
 
 def _free_workers(folder: Path) -> None:
     """Give back what the workers of a trial hold: a driver of Ray Train that Tune stops is killed, not asked."""
-    from cluster.worker import free_placement
+    from cluster.placement_groups import free_placement
 
     for run_folder in folder.glob("seed_*"):
         free_placement(run_folder)
