@@ -29,9 +29,9 @@ from bench.measure import Context, Different, Entry, Skipped, entry
 
 if TYPE_CHECKING:
     from bench.surrogate import Surrogate
-    from tuning.ledger import Ledger
-    from tuning.record import TrialRow
-    from tuning.search import Search
+    from tuning.ledger.ledger import Ledger
+    from tuning.space.search import Search
+    from tuning.study.record import TrialRow
 
 # --- sample efficiency --------------------------------------------------------------------------------------------
 
@@ -170,14 +170,14 @@ class World:
         import optuna
 
         from bench.surrogate import SPACE
-        from tuning.lease import Lease
-        from tuning.ledger import Ledger
-        from tuning.options import Objective
-        from tuning.search import Search
-        from tuning.space_file import build_space
-        from tuning.store import quiet_optuna
-        from tuning.study import open_study
-        from tuning.trial_queue import TrialQueue
+        from tuning.ledger.ledger import Ledger
+        from tuning.ledger.trial_queue import TrialQueue
+        from tuning.space.options import Objective
+        from tuning.space.search import Search
+        from tuning.space.space_file import build_space
+        from tuning.study.lease import Lease
+        from tuning.study.store import quiet_optuna
+        from tuning.study.study import open_study
         from ugrl.storage import place
 
         quiet_optuna()
@@ -324,9 +324,9 @@ def costs(rows: Sequence[TrialRow], slots: int) -> Cost:
 
 def tiny_search(out: Path, shards: Any) -> Search:
     """A search of trainings of a second."""
-    from tuning.options import Objective
-    from tuning.search import Search
-    from tuning.space_file import build_space
+    from tuning.space.options import Objective
+    from tuning.space.search import Search
+    from tuning.space.space_file import build_space
 
     space = build_space(TINY)
     return Search(space, space.base(), shards, (Objective("seg_miou"),), out)
@@ -335,10 +335,10 @@ def tiny_search(out: Path, shards: Any) -> Search:
 def session(out: Path, shards: Any, *, reuse: bool) -> list[TrialRow]:
     """One search on the cluster that is running; its trials."""
     from cluster.capacity import capacity
-    from tuning.driver import run_search
-    from tuning.lease import Lease
-    from tuning.record import read_trials
-    from tuning.study import open_study
+    from tuning.run.driver import run_search
+    from tuning.study.lease import Lease
+    from tuning.study.record import read_trials
+    from tuning.study.study import open_study
 
     search = tiny_search(out, shards)
     out.mkdir(parents=True)
@@ -363,7 +363,7 @@ class overhead:  # noqa: N801
             yield from (Skipped(n, "Ray or Optuna is not installed") for n in overhead.NAMES if ctx.wants(n))
             return
         from bench import ray_use
-        from tuning.store import quiet_optuna
+        from tuning.study.store import quiet_optuna
         from ugrl.train.run import ensure_shards
 
         quiet_optuna()

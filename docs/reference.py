@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tuning import axis, options, space
+from tuning.space import axis, options, space
 from ugrl import config
 
 PAGE = Path(__file__).parent / "configuration.md"

@@ -58,7 +58,7 @@ from tests.raycluster import own_head, raylets, started_head
 from tests.s3server import bucket_server
 from tests.searches import SOUND, check_whole, study_of, write_space
 from tests.small import TINY
-from tuning.store import storage_of
+from tuning.study.store import storage_of
 from ugrl.ownership import FOLDER, STALE_S, read_claims
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import line

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.reference import numeric_gradient
-from tuning.options import SAMPLERS
-from tuning.sampling import make_sampler, suggest_point
-from tuning.space_file import build_space
+from tuning.space.options import SAMPLERS
+from tuning.space.space_file import build_space
+from tuning.study.sampling import make_sampler, suggest_point
 from ugrl.config import build
 from ugrl.data.images import decode_labels, decode_rgb
 from ugrl.data.prepare import prepare

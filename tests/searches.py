@@ -14,14 +14,14 @@ import optuna
 import yaml
 from optuna.trial import TrialState
 
-from tuning.lease import Lease
-from tuning.ledger import Ledger
-from tuning.options import Objective
-from tuning.search import Search
-from tuning.space_file import build_space
-from tuning.store import open_storage
-from tuning.study import open_study, study_name
-from tuning.trial_queue import TrialQueue
+from tuning.ledger.ledger import Ledger
+from tuning.ledger.trial_queue import TrialQueue
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space_file import build_space
+from tuning.study.lease import Lease
+from tuning.study.store import open_storage
+from tuning.study.study import open_study, study_name
 from ugrl.errors import ConfigError
 from ugrl.storage import place
 from ugrl.train import checkpoint

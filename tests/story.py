@@ -15,14 +15,14 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 
-from tuning.options import Objective
-from tuning.record import Run, Session, read_trials
 from tuning.report.files import write_report
 from tuning.report.read import Finalist, Findings
-from tuning.sampling import suggest_point
-from tuning.search import Search
-from tuning.space import SearchSpace
-from tuning.space_file import build_space
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
+from tuning.space.space_file import build_space
+from tuning.study.record import Run, Session, read_trials
+from tuning.study.sampling import suggest_point
 from ugrl.storage import Place
 
 STEPS, EVERY = 320, 40

@@ -15,11 +15,11 @@ from bench.measure import matches
 from bench.search import Found, World, costs, named, play, reached
 from bench.surrogate import DATA, SPACE, Curve, Measured, Surrogate, collect, main, repeats_space, unit
 from tests.searches import ledger
-from tuning.ledger import Ledger
-from tuning.options import Objective
-from tuning.record import Run, TrialRow
-from tuning.search import Search
-from tuning.space_file import build_space
+from tuning.ledger.ledger import Ledger
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space_file import build_space
+from tuning.study.record import Run, TrialRow
 from ugrl.storage import place
 
 STEPS = (60, 120, 180, 240)

@@ -28,11 +28,11 @@ from cluster.capacity import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import ENDED, SOUND, SPACE, check_whole, count, search_of, study_of, write_space
 from tuning import cli
-from tuning.placement import concurrent_trials, held
-from tuning.record import read_trials
-from tuning.search import Search
-from tuning.search_folder import stored_search
-from tuning.store import open_storage
+from tuning.run.placement import concurrent_trials, held
+from tuning.space.search import Search
+from tuning.study.record import read_trials
+from tuning.study.search_folder import stored_search
+from tuning.study.store import open_storage
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint

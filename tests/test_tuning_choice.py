@@ -11,10 +11,10 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.searches import NO_STOP, SOUND, ledger, load, play, report, search_of, states
-from tuning.lease import Lease
-from tuning.noise import noise_of
-from tuning.record import collapsed, read_trials
-from tuning.study import open_study
+from tuning.ledger.noise import noise_of
+from tuning.study.lease import Lease
+from tuning.study.record import collapsed, read_trials
+from tuning.study.study import open_study
 
 # -- samplers and pruners ----------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ def test_conditional_axes_are_sampled_where_they_count(tmp_path: Path) -> None:
 
 
 def test_several_objectives_have_a_front(tmp_path: Path) -> None:
-    from tuning.record import pareto
+    from tuning.study.record import pareto
 
     search = search_of(SOUND, tmp_path, trials=16, objective=["seg_miou", "step_s"], sampler="nsga2", **NO_STOP)
 
@@ -197,7 +197,7 @@ def test_an_orphan_repeats_no_seed_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> None:
-    from tuning.record import best_trial
+    from tuning.study.record import best_trial
 
     search = search_of(SOUND, tmp_path, trials=12, constraints={"step_s": 0.5}, **NO_STOP)
 
@@ -239,8 +239,8 @@ def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str,
 def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, budget={"trials": 5, limit: 0.5}, **NO_STOP)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    from tuning.ledger import Ledger
-    from tuning.trial_queue import TrialQueue
+    from tuning.ledger.ledger import Ledger
+    from tuning.ledger.trial_queue import TrialQueue
 
     with Lease(study) as lease:
         found = Ledger(TrialQueue(study, search, lease), cpus=2.0, gpus=2.0)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from tests.story import STEPS, Story
-from tuning.noise import Measure, Noise, difference, noise_of
-from tuning.record import Run, TrialRow
+from tuning.ledger.noise import Measure, Noise, difference, noise_of
 from tuning.report.luck import Loss, by_luck, expected_best, loss, seed_noise
 from tuning.report.read import Finalist, Findings
 from tuning.report.sentences import verdict
+from tuning.study.record import Run, TrialRow
 
 # -- differences ------------------------------------------------------------------------------
 

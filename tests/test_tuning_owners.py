@@ -16,12 +16,12 @@ from optuna.trial import TrialState
 
 from tests.searches import NO_STOP, SOUND, STORAGES, fall_asleep, ledger, load, play, search_of, states
 from tests.starts import ONE_EACH, ROUNDS, Attempt, together
-from tuning.finals import open_finals, plan_finals
-from tuning.lease import Lease, once
-from tuning.options import Final
-from tuning.search import Search
-from tuning.store import id_of, put_back, read_frozen, storage_of
-from tuning.study import plan
+from tuning.ledger.finals import open_finals, plan_finals
+from tuning.space.options import Final
+from tuning.space.search import Search
+from tuning.study.lease import Lease, once
+from tuning.study.store import id_of, put_back, read_frozen, storage_of
+from tuning.study.study import plan
 from ugrl import ownership
 from ugrl.errors import ConfigError
 from ugrl.ownership import Claim, LostError, fence, process_space
@@ -156,7 +156,7 @@ def test_of_drivers_that_plan_at_once_one_does(storage: str, part: str, tmp_path
 
 def beginning(out: str) -> Attempt:
     """A command that begins the search of each round."""
-    from tuning.search_folder import begin
+    from tuning.study.search_folder import begin
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:

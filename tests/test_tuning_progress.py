@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.searches import NO_STOP, SOUND, ledger, report, search_of
-from tuning.progress import TrialProgress, logged_step
+from tuning.run.progress import TrialProgress, logged_step
 
 
 @pytest.fixture

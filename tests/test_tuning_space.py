@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tuning.advice import weak_rung
-from tuning.space import differences, trial_config
-from tuning.space_file import build_space, load_space
+from tuning.space.advice import weak_rung
+from tuning.space.space import differences, trial_config
+from tuning.space.space_file import build_space, load_space
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 

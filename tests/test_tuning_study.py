@@ -24,15 +24,15 @@ from optuna.trial import TrialState
 
 from cluster.capacity import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, ledger, load, play, report, search_of, states
-from tuning.driver import sweep_stopped
-from tuning.finals import open_finals, plan_finals
-from tuning.journal import mend_journal
-from tuning.lease import Lease
-from tuning.placement import Room
-from tuning.record import read_trials
-from tuning.store import open_storage, put_back
-from tuning.study import open_study, plan, queue
-from tuning.trial import asked_to_leave, with_room
+from tuning.ledger.finals import open_finals, plan_finals
+from tuning.run.driver import sweep_stopped
+from tuning.run.placement import Room
+from tuning.run.trial import asked_to_leave, with_room
+from tuning.study.journal import mend_journal
+from tuning.study.lease import Lease
+from tuning.study.record import read_trials
+from tuning.study.store import open_storage, put_back
+from tuning.study.study import open_study, plan, queue
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
 from ugrl.storage import place
@@ -160,7 +160,7 @@ def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, 
 
 
 def _open(folder: str, gate: Any, told: Any) -> None:
-    from tuning.store import open_storage
+    from tuning.study.store import open_storage
 
     gate.wait(60)
     try:
@@ -188,8 +188,8 @@ def test_processes_that_open_a_new_database_at_once_all_get_it(tmp_path: Path) -
 def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, storage=storage)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    from tuning.ledger import Ledger
-    from tuning.trial_queue import TrialQueue
+    from tuning.ledger.ledger import Ledger
+    from tuning.ledger.trial_queue import TrialQueue
 
     lost = Ledger(TrialQueue(study, search, Lease(study)))
     task = lost.take("lost")
@@ -251,7 +251,7 @@ def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_trial_is_begun_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuning.processes.IDLE_S", 0.0)
+    monkeypatch.setattr("tuning.ledger.processes.IDLE_S", 0.0)
     free = 0
     with ledger(search_of(SOUND, tmp_path)) as found:
         found.processes.room = SimpleNamespace(trials=lambda: free)
@@ -283,8 +283,8 @@ def test_a_trial_that_finds_no_place_is_given_back(tmp_path: Path) -> None:
 
 
 def test_processes_without_work_are_ended_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuning.processes.IDLE_S", 0.0)
-    monkeypatch.setattr("tuning.processes.REST_S", 0.0)
+    monkeypatch.setattr("tuning.ledger.processes.IDLE_S", 0.0)
+    monkeypatch.setattr("tuning.ledger.processes.REST_S", 0.0)
     with ledger(search_of(SOUND, tmp_path, trials=3)) as found:
         for name in "abc":
             found.take(name)
@@ -315,7 +315,7 @@ def test_workers_are_placed_node_by_node(tmp_path: Path) -> None:
 def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuning import commit as module
+    from tuning.study import commit as module
 
     file = tmp_path / "site-packages" / "commit.py"
     file.parent.mkdir()
@@ -346,7 +346,7 @@ def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
 
 
 def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
-    from tuning.trial import Reports
+    from tuning.run.trial import Reports
 
     reports = Reports(0, 0.0, {})
     for step_s, memory in ((9.0, 100.0), (1.0, 300.0), (2.0, 200.0)):  # the first line holds the warm-up
@@ -386,7 +386,7 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
 
 
 def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
-    from tuning.search_folder import warm_points
+    from tuning.study.search_folder import warm_points
 
     first = search_of(SOUND, tmp_path / "voc", trials=6, **NO_STOP)
     (tmp_path / "voc").mkdir()
@@ -411,8 +411,8 @@ def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
     )
     plan(study, second.space, warm)
     with Lease(study) as lease:
-        from tuning.ledger import Ledger
-        from tuning.trial_queue import TrialQueue
+        from tuning.ledger.ledger import Ledger
+        from tuning.ledger.trial_queue import TrialQueue
 
         found = Ledger(TrialQueue(study, second, lease))
         tasks = [found.take(str(k)) for k in range(3)]
@@ -552,7 +552,7 @@ FILLED = """
 import resource, sys
 from pathlib import Path
 import optuna
-from tuning.store import open_journal
+from tuning.study.store import open_journal
 path, none = Path(sys.argv[1]) / "study.journal", resource.RLIM_INFINITY
 study = optuna.create_study(storage=open_journal(path))
 other = optuna.load_study(storage=open_journal(path), study_name=study.study_name)

@@ -12,7 +12,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.storages.journal import JournalFileBackend
 
-from tuning import store
+from tuning.study import store
 from ugrl.errors import UgrlError
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ RAY = re.compile(r"\bray\._private\b|\b_cleanup_cached_actors\b")
 
 
 def test_optunas_internals_are_those_of_the_version_that_the_store_was_made_for(tmp_path: Path) -> None:
-    assert optuna.__version__.startswith(store.MADE_FOR + "."), "look at tuning/store.py, then change MADE_FOR"
+    assert optuna.__version__.startswith(store.MADE_FOR + "."), "look at tuning/study/store.py, then change MADE_FOR"
     study = optuna.create_study(storage=InMemoryStorage())
     store.check_internals(study)
     study.enqueue_trial({"x": 1})
@@ -49,9 +49,10 @@ def test_rays_internals_are_those_of_the_version_that_the_adapter_was_made_for()
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.search import Searcher
 
-    from tuning import ledger, tune_adapter
+    from tuning.ledger import ledger
+    from tuning.run import tune_adapter
 
-    assert ray.__version__.startswith(tune_adapter.MADE_FOR + "."), "look at tuning/tune_adapter.py"
+    assert ray.__version__.startswith(tune_adapter.MADE_FOR + "."), "look at tuning/run/tune_adapter.py"
     assert callable(TuneController._cleanup_cached_actors)
     assert tune_adapter.StudySearch.FINISHED == Searcher.FINISHED == ledger.FINISHED
     with pytest.raises(UgrlError, match=r"has no TuneController\._cleanup_cached_actors; ugrl-tune was made for ray"):

@@ -156,7 +156,7 @@ def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
 
 def test_a_locked_sqlite_file_is_told_from_one_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
-    from tuning import store
+    from tuning.study import store
 
     monkeypatch.setattr(store, "LOCKED_S", 1)
     with pytest.raises(ConfigError):
@@ -179,7 +179,7 @@ def test_a_studys_storage_that_is_away_is_told_of_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    from tuning import store
+    from tuning.study import store
 
     def away() -> None:
         raise OperationalError("SELECT 1", {}, Exception("database is locked"))
@@ -197,7 +197,7 @@ def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     pytest.importorskip("ray")
     import optuna
 
-    from tuning.store import open_storage, quiet_optuna
+    from tuning.study.store import open_storage, quiet_optuna
 
     quiet_optuna()
     storage = open_storage("journal", tmp_path)

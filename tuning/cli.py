@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cluster.capacity import Capacity
-    from tuning.search import Search
-    from tuning.space import SearchSpace
+    from tuning.space.search import Search
+    from tuning.space.space import SearchSpace
 
 SUMMARY = """\
 examples:
@@ -85,7 +85,7 @@ def build_report_parser() -> argparse.ArgumentParser:
 
 def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
     """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
-    from tuning.space_file import load_space
+    from tuning.space.space_file import load_space
 
     name = args.space or (known if known is not None else "shapes")
     return load_space(
@@ -105,8 +105,8 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     Raises:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
-    from tuning.search import Search
-    from tuning.search_folder import SPACE, being_written, check_same, exists_already
+    from tuning.space.search import Search
+    from tuning.study.search_folder import SPACE, being_written, check_same, exists_already
     from ugrl.train.run import ensure_shards
 
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
@@ -133,7 +133,7 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
-    from tuning.options import COSTS, Objective
+    from tuning.space.options import COSTS, Objective
     from ugrl.data.shards import Manifest
     from ugrl.train.check import check_run
 
@@ -167,19 +167,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.resume:  # what is resumed may have ended, and then needs no cluster
         check(args.address)
     search = plan_search(args, console)
-    from tuning.advice import remarks
+    from tuning.space.advice import remarks
 
     for text in () if args.quiet else remarks(search):
         console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
-    from tuning.search_folder import ended_search, warm_points
+    from tuning.study.search_folder import ended_search, warm_points
 
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
-    from tuning.finals import nothing_left, open_finals
+    from tuning.ledger.finals import nothing_left, open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.store import quiet_optuna
+    from tuning.study.store import quiet_optuna
 
     quiet_optuna()
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
@@ -205,8 +205,8 @@ def _run_on_ray(
     """
     from cluster.connect import start_ray, stop_ray
     from cluster.stop import run_in_thread
-    from tuning.placement import concurrent_trials
-    from tuning.search_folder import begin
+    from tuning.run.placement import concurrent_trials
+    from tuning.study.search_folder import begin
 
     try:
         have = run_in_thread(lambda: start_ray(args.address))
@@ -228,12 +228,12 @@ def _run_parts(
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.watchdog import head_watched
-    from tuning.driver import run_finals, run_search
-    from tuning.finals import open_finals
-    from tuning.lease import Lease, once
-    from tuning.progress import TrialProgress
-    from tuning.store import retry_storage
-    from tuning.study import PLANNED, is_spent, plan
+    from tuning.ledger.finals import open_finals
+    from tuning.run.driver import run_finals, run_search
+    from tuning.run.progress import TrialProgress
+    from tuning.study.lease import Lease, once
+    from tuning.study.store import retry_storage
+    from tuning.study.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
     shown = "" if args.quiet else f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {slots} at a "
@@ -298,7 +298,7 @@ def _ended(
     halted: str,
     console: Console,
 ) -> int:
-    from tuning.study import is_spent
+    from tuning.study.study import is_spent
 
     if halted and not halted.startswith("budget."):
         raise ConfigError(f"{search.out.name}: {halted}")
@@ -325,8 +325,8 @@ def _ended(
 def run_dry(args: argparse.Namespace, console: Console) -> int:
     """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
     from tuning.dryrun import dry_run, machine
-    from tuning.search import Search
-    from tuning.store import quiet_optuna
+    from tuning.space.search import Search
+    from tuning.study.store import quiet_optuna
     from ugrl.storage import place
 
     if args.step_s is not None and not 0 < args.step_s < float("inf"):
@@ -351,11 +351,11 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
 
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """``ugrl-tune report``."""
-    from tuning.finals import open_finals
+    from tuning.ledger.finals import open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.search_folder import stored_search
-    from tuning.store import quiet_optuna
+    from tuning.study.search_folder import stored_search
+    from tuning.study.store import quiet_optuna
 
     quiet_optuna()
     search, study = stored_search(args.study, args.storage)

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.capacity import Capacity
-from tuning.advice import remarks, weak_rung
 from tuning.formatting import few, hours, short, span
-from tuning.options import Objective
-from tuning.placement import concurrent_trials, held
-from tuning.sampling import make_pruner, make_sampler, suggest_point
-from tuning.search import Search
-from tuning.space import SearchSpace
-from tuning.study import plan
+from tuning.run.placement import concurrent_trials, held
+from tuning.space.advice import remarks, weak_rung
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
+from tuning.study.sampling import make_pruner, make_sampler, suggest_point
+from tuning.study.study import plan
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
@@ -139,8 +139,8 @@ def _fidelity(search: Search) -> str:
 def rung_steps(space: SearchSpace, steps: int) -> list[int]:
     """The steps at which weak trials are stopped.
 
-    >>> from tuning.options import Scheduler
-    >>> from tuning.space import SearchSpace, weak_rung
+    >>> from tuning.space.options import Scheduler
+    >>> from tuning.space.space import SearchSpace, weak_rung
     >>> rung_steps(SearchSpace("shapes", (), scheduler=Scheduler("asha", 100, 3)), 1000)
     [100, 300, 900]
     """

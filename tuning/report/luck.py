@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from tuning.noise import ROUNDING, Measure, Noise, has_metric, measure, noise_of
-from tuning.record import Run, ranked
+from tuning.ledger.noise import ROUNDING, Measure, Noise, has_metric, measure, noise_of
 from tuning.report.read import Findings, once
+from tuning.study.record import Run, ranked
 
 # Draws of what seeds alone would give.
 DRAWS = 4000

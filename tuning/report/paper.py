@@ -18,13 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tuning.formatting import short
-from tuning.noise import Gap, Measure, difference, measure, show
-from tuning.record import Run, TrialRow, label, ranked
+from tuning.ledger.noise import Gap, Measure, difference, measure, show
 from tuning.report.drawing import BEST, COLORS, SHADES, STYLE, save
 from tuning.report.findings import PAPER
 from tuning.report.luck import by_luck, seed_noise
 from tuning.report.read import Findings
 from tuning.report.sentences import plural
+from tuning.study.record import Run, TrialRow, label, ranked
 from ugrl.secrets import masked
 from ugrl.text import markdown
 

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tuning.axis import Axis
 from tuning.formatting import short
-from tuning.noise import show
-from tuning.record import TrialRow, label, pareto, ranked
+from tuning.ledger.noise import show
 from tuning.report.findings import (
     BEST,
     PAPER,
@@ -43,6 +41,8 @@ from tuning.report.sentences import (
     states,
     verdict,
 )
+from tuning.space.axis import Axis
+from tuning.study.record import TrialRow, label, pareto, ranked
 from ugrl import config as configs
 from ugrl.secrets import public
 from ugrl.text import line

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tuning.options import warm_steps
-from tuning.search import Search
-from tuning.space import SearchSpace
+from tuning.space.options import warm_steps
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
 from ugrl.config import Config
 from ugrl.data.shards import Manifest
 from ugrl.eval.selection import why_no_masks

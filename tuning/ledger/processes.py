@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from tuning.job import Job
+from tuning.ledger.job import Job
 
 # A trial that has not got its resources after so many seconds is put back into the queue.
 PLACE_S = 30.0
@@ -18,7 +18,7 @@ IDLE_S, REST_S = 0.5, 5.0
 
 
 class Room(Protocol):
-    """What the cluster has free; see :class:`tuning.placement.Room`."""
+    """What the cluster has free; see :class:`tuning.run.placement.Room`."""
 
     def trials(self) -> int:
         """Trials that what is free now would take."""

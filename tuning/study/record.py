@@ -36,7 +36,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.options import COSTS, METRICS, Objective
+from tuning.space.options import COSTS, METRICS, Objective
 
 # What a validation has beside its metrics: the scores of predictors that have learned nothing (background everywhere;
 # tags by how often each class occurs), and 1 where the run's own score is no better.

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuning.ledger import FINISHED, Ledger
+from tuning.ledger.ledger import FINISHED, Ledger
 from ugrl import config as configs
 from ugrl.errors import ConfigError, UgrlError
 
@@ -258,7 +258,7 @@ def _trainable(ledger: Ledger, groups: int) -> Callable[[dict[str, Any]], None]:
     }
 
     def trial(task: dict[str, Any], shared: dict[str, Any]) -> None:
-        from tuning.trial import run_trial
+        from tuning.run.trial import run_trial
 
         # Read by Tune in this process: a trial that is stopped ends its step and closes its files before the process
         # takes the next one. After the two seconds of the default, Tune would drop the next one instead.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from tuning.record import Run, TrialRow, label, percent
+from tuning.study.record import Run, TrialRow, label, percent
 
 # Of Student's t: a difference beyond it would be luck in one of twenty cases.
 QUANTILE = 0.975

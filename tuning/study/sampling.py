@@ -9,8 +9,8 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FixedTrial, Trial
 
-from tuning.axis import Axis
-from tuning.space import SearchSpace
+from tuning.space.axis import Axis
+from tuning.space.space import SearchSpace
 
 
 def suggest_point(trial: Trial | FixedTrial, axes: Sequence[Axis]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A search space: the axes, how they are searched, and the points in it. One typed and frozen object.
 
 The keys under ``search`` are the dotted paths of the configuration tree. So an axis of the search, a command-line
-override and a line of ``best.yaml`` have the same name. :mod:`tuning.space_file` reads a space from YAML.
+override and a line of ``best.yaml`` have the same name. :mod:`tuning.space.space_file` reads a space from YAML.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tuning.axis import Axis
-from tuning.options import (
+from tuning.space.axis import Axis
+from tuning.space.options import (
     MOST_TRIALS,
     Budget,
     Constraint,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuning.options import Objective
-from tuning.space import SearchSpace
+from tuning.space.options import Objective
+from tuning.space.space import SearchSpace
 from ugrl.config import Config
 from ugrl.storage import Place
 

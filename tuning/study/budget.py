@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import TrialState
 
-from tuning.options import Budget
-from tuning.record import HELD, Session, read_sessions
+from tuning.space.options import Budget
+from tuning.study.record import HELD, Session, read_sessions
 
 
 @dataclass(frozen=True)

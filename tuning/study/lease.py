@@ -30,8 +30,8 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuning.record import DRIVER, SESSION
-from tuning.store import begin_trial, id_of, read_frozen
+from tuning.study.record import DRIVER, SESSION
+from tuning.study.store import begin_trial, id_of, read_frozen
 from ugrl.errors import BusyError
 from ugrl.ownership import LostError, Ownership, own
 from ugrl.storage import place

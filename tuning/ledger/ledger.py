@@ -1,6 +1,6 @@
 """The ledger of one driver: it takes trials from the study, judges what they report, and tells how they ended.
 
-It decides, and runs nothing: :mod:`tuning.tune_adapter` lets Ray Tune run what the ledger hands out, a test or a
+It decides, and runs nothing: :mod:`tuning.run.tune_adapter` lets Ray Tune run what the ledger hands out, a test or a
 benchmark plays the trials itself. All that it knows is in the storage, so that a driver may be killed at any moment.
 
 Ray's ``OptunaSearch`` does less: to it a trial that was stopped early is complete with the score of its early steps, a
@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 from optuna.trial import Trial, TrialState
 
-from tuning.job import LEAVE, Job, why_failed
-from tuning.processes import Processes
-from tuning.record import DEATHS, ERROR, NOTE, VIOLATION
-from tuning.stopping import Failures, judge_end, judge_report, mark_kept
-from tuning.store import put_back, read_frozen, retry_storage
-from tuning.trial_queue import TrialQueue
+from tuning.ledger.job import LEAVE, Job, why_failed
+from tuning.ledger.processes import Processes
+from tuning.ledger.stopping import Failures, judge_end, judge_report, mark_kept
+from tuning.ledger.trial_queue import TrialQueue
+from tuning.study.record import DEATHS, ERROR, NOTE, VIOLATION
+from tuning.study.store import put_back, read_frozen, retry_storage
 from ugrl.errors import ConfigError
 from ugrl.storage import StorageError, place
 
@@ -76,8 +76,8 @@ class Ledger:
             key: What the trial is called from now on.
 
         Returns:
-            What :func:`tuning.trial.run_trial` takes; ``None`` while nothing can be begun but trials run here, which
-            may come back; :data:`FINISHED` when this driver has nothing to do.
+            What :func:`tuning.run.trial.run_trial` takes; ``None`` while nothing can be begun but trials run here,
+            which may come back; :data:`FINISHED` when this driver has nothing to do.
         """
         return self._retry(lambda: self._take(key))
 

@@ -2,7 +2,7 @@
 
 A trial ends where its score is not a number, where it breaks a constraint, where the pruner finds it weak, and where
 further seeds would change nothing. A search ends where all its first trials fail for the same reason; what its budget
-allows is in :mod:`tuning.budget`.
+allows is in :mod:`tuning.study.budget`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from tuning.job import Job, Verdict
-from tuning.noise import ROUNDING, Measure, difference, noise_of
-from tuning.options import Constraint
-from tuning.record import STEP, VIOLATION, Run, finite, read_trials
-from tuning.search import Search
+from tuning.ledger.job import Job, Verdict
+from tuning.ledger.noise import ROUNDING, Measure, difference, noise_of
+from tuning.space.options import Constraint
+from tuning.space.search import Search
+from tuning.study.record import STEP, VIOLATION, Run, finite, read_trials
 
 # A search whose first trials all fail for one reason is stopped after so many.
 ALIKE = 3

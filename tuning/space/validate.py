@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning.options import warm_steps
-from tuning.space import SearchSpace
+from tuning.space.options import warm_steps
+from tuning.space.space import SearchSpace
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import ConfigError

@@ -10,16 +10,16 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuning.budget import spent
-from tuning.commit import code_commit
-from tuning.job import Job
-from tuning.lease import Lease
-from tuning.record import COMMIT, CONFIG, HELD, HOST, OUT, RUNS, SEEDS
-from tuning.sampling import make_sampler, suggest_point
-from tuning.search import Search
-from tuning.space import trial_config
-from tuning.store import read_frozen
-from tuning.study import queue
+from tuning.ledger.job import Job
+from tuning.space.search import Search
+from tuning.space.space import trial_config
+from tuning.study.budget import spent
+from tuning.study.commit import code_commit
+from tuning.study.lease import Lease
+from tuning.study.record import COMMIT, CONFIG, HELD, HOST, OUT, RUNS, SEEDS
+from tuning.study.sampling import make_sampler, suggest_point
+from tuning.study.store import read_frozen
+from tuning.study.study import queue
 from ugrl import config as configs
 from ugrl.ownership import owned
 from ugrl.storage import place
@@ -29,7 +29,7 @@ class TrialQueue:
     """The trials of a study that this driver may begin.
 
     Args:
-        study: From :func:`tuning.study.open_study`.
+        study: From :func:`tuning.study.study.open_study`.
         search: The search.
         lease: Says which trials this driver owns.
     """
@@ -97,7 +97,7 @@ class TrialQueue:
         return job
 
     def task(self, job: Job) -> dict[str, Any]:
-        """What the trial's process is told; see :func:`tuning.trial.run_trial`."""
+        """What the trial's process is told; see :func:`tuning.run.trial.run_trial`."""
         return {
             "number": job.number,
             "point": job.point,

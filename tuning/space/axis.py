@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuning.options import MOST_TRIALS, as_float, mapping
+from tuning.space.options import MOST_TRIALS, as_float, mapping
 from ugrl import config as configs
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuning.job import ERROR_FILE, LEAVE
-from tuning.record import STEP
-from tuning.space import trial_config
+from tuning.ledger.job import ERROR_FILE, LEAVE
+from tuning.space.space import trial_config
+from tuning.study.record import STEP
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full
@@ -45,7 +45,7 @@ def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report
     starts a trial again only if its process died.
 
     Args:
-        task: From :meth:`tuning.trial_queue.TrialQueue.task`.
+        task: From :meth:`tuning.ledger.trial_queue.TrialQueue.task`.
         shared: What all trials share: ``base`` (a plain configuration), ``split``, ``shards``, ``workers``, ``cpus``,
             ``gpus``, ``groups`` (trials side by side), ``flops`` (whether to count them).
         report: Where reports go.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from cluster.capacity import Capacity, check_fits, worker_resources
-from tuning.search import Search
+from tuning.space.search import Search
 from ugrl.config import Config
 from ugrl.errors import ConfigError
 
@@ -83,7 +83,7 @@ class Room:
     Args:
         search: The search.
         have: What the cluster has.
-        free: Says what each node has free now, as :func:`tuning.tune_adapter.free_resources`.
+        free: Says what each node has free now, as :func:`tuning.run.tune_adapter.free_resources`.
     """
 
     def __init__(self, search: Search, have: Capacity, free: Callable[[], Mapping[str, Mapping[str, float]]]) -> None:

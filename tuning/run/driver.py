@@ -1,7 +1,7 @@
 """One driver of a search: lets Ray Tune run what its ledger hands out, waits where there is no room, hears signals.
 
 A search has two parts. The first spends the budget. The second, where ``final.best`` asks for it, is a study of its own
-beside it; see :mod:`tuning.finals`.
+beside it; see :mod:`tuning.ledger.finals`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import optuna
 from optuna.trial import TrialState
 
 from cluster.capacity import Capacity
-from tuning.finals import FinalQueue, finals_planned, plan_finals
-from tuning.lease import Lease, once
-from tuning.ledger import Ledger
-from tuning.placement import Room, concurrent_trials, held
-from tuning.processes import IDLE_S
-from tuning.search import Search
-from tuning.store import retry_storage
-from tuning.trial_queue import TrialQueue
+from tuning.ledger.finals import FinalQueue, finals_planned, plan_finals
+from tuning.ledger.ledger import Ledger
+from tuning.ledger.processes import IDLE_S
+from tuning.ledger.trial_queue import TrialQueue
+from tuning.run.placement import Room, concurrent_trials, held
+from tuning.space.search import Search
+from tuning.study.lease import Lease, once
+from tuning.study.store import retry_storage
 from ugrl.errors import NoRoomError, UgrlError
 from ugrl.hear import SIGNALS
 from ugrl.ownership import FOLDER, own
@@ -47,7 +47,7 @@ def run_search(search: Search, study: optuna.Study, have: Capacity, lease: Lease
 
     Args:
         search: The search.
-        study: From :func:`tuning.study.open_study`.
+        study: From :func:`tuning.study.study.open_study`.
         have: What the cluster has.
         lease: Says which trials this driver owns.
         **more: As of :func:`run`.
@@ -94,7 +94,7 @@ def run(
     Args:
         ledger: Hands out this driver's trials.
         have: What the cluster has.
-        observers: As :class:`tuning.tune_adapter.Observer`; one with an attribute ``ledger`` is given the ledger.
+        observers: As :class:`tuning.run.tune_adapter.Observer`; one with an attribute ``ledger`` is given the ledger.
         reuse: Whether a process is used again for the next trial.
         patience_s: Of :func:`wait_for_work`.
         say: Told in one line what is waited for.
@@ -104,7 +104,7 @@ def run(
         Interrupted: It was; trials that were running are still the ledger's.
         NoRoomError: A disk has been full for longer than its trials wait; they are in the queue again.
     """
-    from tuning.tune_adapter import free_resources, run_session  # brings Ray, which the ledger does not need
+    from tuning.run.tune_adapter import free_resources, run_session  # brings Ray, which the ledger does not need
 
     search, patience = ledger.search, ledger.search.base.data.storage_patience_s
     side_by_side = concurrent_trials(search, have)

@@ -14,8 +14,8 @@ WAITING    not begun, or put back by a driver that was asked to leave: goes on f
 =========  =================================================================================
 
 Every trial of the budget is in the storage from the beginning, WAITING: starting points and grid points with their
-values, the others empty. To begin one, a driver owns its folder and moves it to RUNNING (:mod:`tuning.lease`). So any
-number of drivers, killed at any moment, run exactly the planned trials.
+values, the others empty. To begin one, a driver owns its folder and moves it to RUNNING
+(:mod:`tuning.study.lease`). So any number of drivers, killed at any moment, run exactly the planned trials.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.options import Objective
-from tuning.record import FROM
-from tuning.sampling import make_pruner, make_sampler
-from tuning.space import SearchSpace
-from tuning.store import check_internals, open_storage
+from tuning.space.options import Objective
+from tuning.space.space import SearchSpace
+from tuning.study.record import FROM
+from tuning.study.sampling import make_pruner, make_sampler
+from tuning.study.store import check_internals, open_storage
 from ugrl.errors import UgrlError
 from ugrl.secrets import public_database as public
 
@@ -70,7 +70,7 @@ def open_study(
         steps: Steps of a whole run.
         storage: Already open.
         planned: Whether to put the trials that the budget lacks into it at once; of drivers that may start together
-            one does (:func:`tuning.lease.once`).
+            one does (:func:`tuning.study.lease.once`).
 
     Raises:
         UgrlError: The name is taken, or the study has other objectives.

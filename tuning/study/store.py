@@ -26,8 +26,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
-from tuning.journal import ends_whole, mend_journal, spoiled
-from tuning.record import DRIVER
+from tuning.study.journal import ends_whole, mend_journal, spoiled
+from tuning.study.record import DRIVER
 from ugrl.command import complain
 from ugrl.errors import AwayError, ConfigError, UgrlError
 from ugrl.secrets import HIDDEN

@@ -14,13 +14,13 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuning.lease import Lease
-from tuning.options import Repeats, Scheduler
-from tuning.record import TrialRow, ranked, read_trials
-from tuning.search import Search
-from tuning.store import fixed_params, storage_of
-from tuning.study import PLANNED, is_spent, queue, study_name
-from tuning.trial_queue import TrialQueue
+from tuning.ledger.trial_queue import TrialQueue
+from tuning.space.options import Repeats, Scheduler
+from tuning.space.search import Search
+from tuning.study.lease import Lease
+from tuning.study.record import TrialRow, ranked, read_trials
+from tuning.study.store import fixed_params, storage_of
+from tuning.study.study import PLANNED, is_spent, queue, study_name
 from ugrl.errors import ConfigError
 
 # What the name of the study of the final runs ends with.

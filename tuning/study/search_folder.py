@@ -11,14 +11,14 @@ from typing import Any
 
 import optuna
 
-from tuning.lease import PLAN_S
-from tuning.options import Objective
-from tuning.record import ranked, read_trials
-from tuning.search import Search
-from tuning.space import SearchSpace, complete_point, differences
-from tuning.space_file import load_space
-from tuning.store import open_storage, storage_of
-from tuning.study import OBJECTIVES, WHERE, open_study, study_name
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace, complete_point, differences
+from tuning.space.space_file import load_space
+from tuning.study.lease import PLAN_S
+from tuning.study.record import ranked, read_trials
+from tuning.study.store import open_storage, storage_of
+from tuning.study.study import OBJECTIVES, WHERE, open_study, study_name
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.ownership import FOLDER, own

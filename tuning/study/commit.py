@@ -23,6 +23,6 @@ def code_commit() -> str:
 
     # The code may lie within somebody's own repository, be it installed there or kept in a folder of it.
     top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != here.parents[1] or git("ls-files", "--error-unmatch", here.name) is None:
+    if top is None or Path(top).resolve() != here.parents[2] or git("ls-files", "--error-unmatch", here.name) is None:
         return ""
     return git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*") or ""

@@ -14,7 +14,7 @@ a command-line override and a line of ``best.yaml`` have the same name::
     first:                               # tried before anything is sampled; missing keys from the base
       - {method.contrast.keep: 0.35}
 
-What else a file may say is in :mod:`tuning.options`.
+What else a file may say is in :mod:`tuning.space.options`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tuning.axis import read_axes
-from tuning.options import build_options, mapping, text
-from tuning.space import SearchSpace, complete_point
-from tuning.validate import check_space
+from tuning.space.axis import read_axes
+from tuning.space.options import build_options, mapping, text
+from tuning.space.space import SearchSpace, complete_point
+from tuning.space.validate import check_space
 from ugrl import config as configs
 from ugrl.config import nearest
 from ugrl.errors import ConfigError

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning.formatting import clock, score_text, short, span
-from tuning.ledger import Ledger
-from tuning.options import Objective
-from tuning.record import STEP, TrialRow, best_trial, read_trials
+from tuning.ledger.ledger import Ledger
+from tuning.space.options import Objective
+from tuning.study.record import STEP, TrialRow, best_trial, read_trials
 
 # Off a terminal, the search is heard of at least so often; the trials' logs are looked at so often.
 EVERY_S, LOOK_S = 30.0, 2.0
@@ -56,7 +56,7 @@ class _Shown:
 
 
 class TrialProgress:
-    """An observer of the trials (:class:`tuning.tune_adapter.Observer`) that shows what happens.
+    """An observer of the trials (:class:`tuning.run.tune_adapter.Observer`) that shows what happens.
 
     Args:
         objectives: What is optimised; the first one is shown.
@@ -238,7 +238,7 @@ def logged_step(log: Path) -> int:
 def line(row: TrialRow, best: TrialRow | None, objective: str, word: str = "trial") -> str:
     """One trial that ended, in one line.
 
-    >>> from tuning.record import Run
+    >>> from tuning.study.record import Run
     >>> line(TrialRow(3, "PRUNED", (0.25,), (Run(0, 200),), seconds=12.3, note="by asha"), None, "seg_miou")
     'trial 3  PRUNED    step 200  seg_miou 25.0 %  12 s  by asha'
     """

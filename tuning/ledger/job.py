@@ -12,9 +12,9 @@ from typing import Any
 
 from optuna.trial import Trial, TrialState
 
-from tuning.options import COSTS, METRICS
-from tuning.record import BESIDE, HELD, RUNS, STEP, finite
-from tuning.search import Search
+from tuning.space.options import COSTS, METRICS
+from tuning.space.search import Search
+from tuning.study.record import BESIDE, HELD, RUNS, STEP, finite
 
 # In a trial's folder: why its process ended, and which driver wants the process to leave with a checkpoint.
 ERROR_FILE, LEAVE = "error.txt", "leave"
@@ -34,7 +34,7 @@ class Job:
         point: Dotted path of the configuration → value.
         seeds: One for each run, in the order in which they run.
         folder: Where the runs are written, one folder a seed.
-        runs: Seed → what is known of that run, as in :mod:`tuning.record`.
+        runs: Seed → what is known of that run, as in :mod:`tuning.study.record`.
         verdict: How it ends, once that is known.
         left: Whether its process was asked to leave, and did, with a checkpoint.
         unplaced: Why its workers found no place; empty if they did.
