@@ -39,8 +39,8 @@ def refused(action, kind=DataError):
     try:
         action()
     except kind as error:
-        text = str(error)
-        assert text.isprintable() and 0 < len(text) <= 400, text
+        for text in error.problems:
+            assert text.isprintable() and 0 < len(text) <= 400, text
 
 
 @st.composite

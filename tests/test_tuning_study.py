@@ -130,9 +130,9 @@ def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             task = play(found, f"{seed}-{done}", lambda point, *_: -abs(math.log(point["train.lr"] / 1e-3)))
             time.sleep(0.3)  # so that no driver is too late for its share
-            if task == "FINISHED":
+            if task == "FINISHED" and found.outlook() == (0, 0):  # nor may another driver's trial come back
                 return
-            if task is None:
+            if task is None or task == "FINISHED":
                 time.sleep(0.1)
             else:
                 done += 1
