@@ -115,7 +115,7 @@ def test_who_leaves_gives_back_what_it_owns_and_ends_what_it_began(number: int) 
     mark = uuid.uuid4().hex
     process = begin(["-c", LEAVES], mark)
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    assert len(processes(mark)) == 2
+    wait_for(lambda: len(processes(mark)) == 2)
     process.send_signal(number)
     said, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + number and sorted(said.splitlines()) == ["a word", "given back"]

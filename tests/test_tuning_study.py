@@ -317,15 +317,15 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
 ) -> None:
     from tuning.study import commit as module
 
-    file = tmp_path / "site-packages" / "commit.py"
-    file.parent.mkdir()
+    file = tmp_path / "tuning" / "study" / "commit.py"
+    file.parent.mkdir(parents=True)
     file.write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "around"]):
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(module, "__file__", str(file))
     assert module.code_commit() == ""
-    vendored = tmp_path / "vendor" / "tuning" / "commit.py"
+    vendored = tmp_path / "vendor" / "tuning" / "study" / "commit.py"
     vendored.parent.mkdir(parents=True)
     vendored.write_text("")
     for words in (["add", "."], ["commit", "-q", "-m", "within"]):

@@ -140,7 +140,7 @@ def rung_steps(space: SearchSpace, steps: int) -> list[int]:
     """The steps at which weak trials are stopped.
 
     >>> from tuning.space.options import Scheduler
-    >>> from tuning.space.space import SearchSpace, weak_rung
+    >>> from tuning.space.space import SearchSpace
     >>> rung_steps(SearchSpace("shapes", (), scheduler=Scheduler("asha", 100, 3)), 1000)
     [100, 300, 900]
     """
