@@ -33,24 +33,24 @@ class BackboneContract:
     name: str
 
     def network(self, **model: Any) -> UGRLNet:
-        tree = {"data": {"crop": 256}, "model": {"backbone": self.name, "decoder_dim": 16, **model}}
+        tree = {"data": {"crop": 224}, "model": {"backbone": self.name, "decoder_dim": 16, **model}}
         return build_net(build(tree), 3, pretrained=False).eval()
 
     @pytest.mark.parametrize("more", [0, 1, 13])
     def test_any_size_from_the_least_on(self, more):
         encoder = self.network().encoder
-        side = encoder.spec.min_size + more
+        side = encoder.info.min_size + more
         features, pairs = encoder(torch.randn(1, 3, side, side + 5))
         assert len(features) == 4 and all(torch.isfinite(f).all() for f in features)
         cells = features[3].shape[-2] * features[3].shape[-1]
         assert all(t.shape[1] == cells for pair in pairs for t in pair)
         with pytest.raises(UgrlError, match="too small"):
-            encoder(torch.randn(1, 3, encoder.spec.min_size - 1, side))
+            encoder(torch.randn(1, 3, encoder.info.min_size - 1, side))
 
     @torch.no_grad()
     def test_an_image_is_the_same_in_any_batch(self):
         encoder = self.network().encoder
-        side = encoder.spec.min_size * 2
+        side = encoder.info.min_size * 2
         images = torch.randn(3, 3, side, side)
         together, alone = encoder(images)[0][3], encoder(images[1:2])[0][3]
         torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
@@ -61,7 +61,7 @@ class BackboneContract:
 
     def test_every_parameter_of_the_encoder_learns(self):
         net = self.network().train()
-        side = net.encoder.spec.min_size * 2
+        side = net.encoder.info.min_size * 2
         features, pairs = net.encoder(torch.randn(2, 3, side, side))
         total = sum((f**2).mean() for f in features) + sum((t**2).mean() for pair in pairs for t in pair)
         total.backward()

