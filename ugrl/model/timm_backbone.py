@@ -266,7 +266,7 @@ def _body(name: str, family: str, drop_path: float, output_stride: int | None) -
         body.prune_intermediate_layers([len(body.blocks) - 1], prune_norm=False, prune_head=True)
     for parent in list(body.modules()):
         for child, module in list(parent.named_children()):
-            if isinstance(module, DropPath):
+            if isinstance(module, DropPath) and getattr(parent, "has_skip", True):
                 setattr(parent, child, SampleDropPath(float(module.drop_prob or 0.0)))
     return body
 
