@@ -33,7 +33,7 @@ def private_cluster(*, cpus: int = 2, store_bytes: int | None = None) -> Iterato
     """A cluster of this machine alone; yields the mark that all its processes carry in their environment."""
     import ray
 
-    from cluster.launch import ENVIRONMENT
+    from cluster.connect import ENVIRONMENT
 
     before = dict(os.environ)
     mark = os.environ[MARK] = uuid.uuid4().hex

@@ -330,7 +330,7 @@ def tiny_search(out: Path, shards: Any) -> Search:
 
 def session(out: Path, shards: Any, *, reuse: bool) -> list[TrialRow]:
     """One search on the cluster that is running; its trials."""
-    from cluster.preflight import capacity
+    from cluster.capacity import capacity
     from tuning.driver import run_search
     from tuning.lease import Lease
     from tuning.record import read_trials

@@ -109,7 +109,7 @@ def rates(make: Make, spec: LoaderSpec, images: int, mark: str | None) -> tuple[
 
 def against_local(ctx: Context, shards: Path, mark: str, on_device: OnDevice, data: str) -> Iterator[Entry]:
     """Ray Data and the local loader, in interleaved rounds."""
-    from cluster.data import ray_loader
+    from cluster.ray_data import ray_loader
 
     name = {"none": "stream/floats", "normalize": "stream/pixels"}[on_device]
     images, rounds = (512, 3) if ctx.quick else (2048, 7)
@@ -208,7 +208,7 @@ def waits(ctx: Context, make: Make, shards: Path) -> tuple[float, float]:
 
 def waiting(ctx: Context) -> Entry:
     """The same training step fed by either loader."""
-    from cluster.data import ray_loader
+    from cluster.ray_data import ray_loader
 
     ctx.log("stream/wait")
     os.environ.setdefault("UGRL_DATA", str(ctx.tmp / "data"))
@@ -266,7 +266,7 @@ def bucket(ctx: Context) -> Iterator[str]:
 
 def read_rate(spec: LoaderSpec, images: int, stream: str) -> float:
     """Rows per second by the clock, as a task of Ray Data reads them."""
-    from cluster.reading import fetch
+    from cluster.read_tasks import fetch
 
     manifest = Manifest.load(spec.shards)
     start = time.perf_counter()
@@ -295,7 +295,7 @@ def remote(ctx: Context, shards: Path) -> Entry | Skipped:
         for k in range(rounds):
             ours.append(read_rate(replace(spec, shards=there), images, f"s3-{k}"))
             baseline.append(read_rate(spec, images, f"disk-{k}"))
-    from cluster.reading import REQUESTS
+    from cluster.read_tasks import REQUESTS
 
     note = f"rows of a bucket (moto on this machine, {REQUESTS} requests at a time, each of 8 rows); of the disk"
     return entry("stream/s3", ours, baseline, unit="images/s", note=note)
@@ -306,7 +306,8 @@ def remote(ctx: Context, shards: Path) -> Entry | Skipped:
 
 def bounded(ctx: Context, tmp: Path) -> Iterator[Entry]:
     """A stream of several times the object store, by a consumer that is sometimes fast and sometimes not there."""
-    from cluster.data import mean_row_bytes, ray_loader, store_part, stream_bytes
+    from cluster.blocks import mean_row_bytes, store_part, stream_bytes
+    from cluster.ray_data import ray_loader
 
     times = 2.3 if ctx.quick else 6.0
     noise = ray_use.write_noise(tmp / "noise", int(times * STORE / 1e6))

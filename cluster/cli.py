@@ -20,7 +20,7 @@ from ugrl.errors import ConfigError, UgrlError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.stop import Talk
+    from cluster.stop import RayWork
     from ugrl.ownership import Ownership
     from ugrl.train.run import RunPlan
 
@@ -64,16 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_place(name: str) -> dict[str, Any]:
-    """A file that says where a run runs, as overrides of the configuration.
+    """Read a file that says where a run runs, as overrides of the configuration.
 
     Args:
-        name: A shipped one, or a YAML file whose keys are those of the section ``cluster``.
+        name: A shipped file's name, or a YAML file whose keys are those of the section ``cluster``.
 
     Returns:
         ``{"cluster.workers": 2, …}``.
 
     Raises:
-        ConfigError: No such file, no keys and values, or an unknown key, with the nearest one.
+        ConfigError: There is no such file, it does not hold keys and values, or a key is unknown; the message names
+            the nearest key.
     """
     known = shipped("cluster.places")
     if name in known:
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def load_config(args: argparse.Namespace) -> configs.Config:
-    """What is trained and where: the configuration, then ``--cluster``, then the command line's own words."""
+    """The configuration: first ``--config``, then ``--cluster``, then the values on the command line."""
     where = load_place(args.cluster) if args.cluster else {}
     words = configs.parse_overrides(args.overrides)
     if args.workers is not None:
@@ -153,22 +154,21 @@ def load_config(args: argparse.Namespace) -> configs.Config:
 
 
 def _stored(args: argparse.Namespace, words: dict[str, Any]) -> configs.Config | None:
-    """The configuration of the run that is continued, if it has begun."""
+    """The configuration of the run in ``--out``; ``None`` if no run has begun there."""
     from ugrl.storage import place
     from ugrl.train.run import stored_config
 
     out = place(args.out)
     if not (out / "config.yaml").exists():
         return None
-    if args.workers is None and not args.cluster:  # a run is continued where one says, not where it was
+    if args.workers is None and not args.cluster:  # the command line says where a run is continued, not its past
         words = {"cluster.workers": 0, **words}
     return configs.build(configs.override(configs.to_dict(stored_config(out)), words))
 
 
 def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> int:
-    from cluster.connect import check
-    from cluster.launch import stop_ray
-    from cluster.stop import Talk, patiently
+    from cluster.connect import check, stop_ray
+    from cluster.stop import RayWork, run_stoppable
     from ugrl.ownership import own
     from ugrl.train.interrupt import StopRequest
     from ugrl.train.run import plan_run
@@ -180,16 +180,16 @@ def _on_ray(args: argparse.Namespace, cfg: configs.Config, console: Console) -> 
         if not args.quiet:
             console.print(text, soft_wrap=True)
 
-    talk = Talk()
+    state = RayWork()
     with ExitStack() as stack:
         held = stack.enter_context(own(plan.out))
         stack.enter_context(ugrl.hear.owning(held.give_back))
         stop = stack.enter_context(StopRequest())
         try:
-            patiently(lambda: _launch(args, plan, held, console, talk, say), stop, talk, say)
+            run_stoppable(lambda: _launch(args, plan, held, console, state, say), stop, state, say)
         except KeyboardInterrupt:
             status = _interrupted(args, plan, console, stop.number)
-            if talk.left_behind:  # a thread that waits for Ray would keep this process
+            if state.abandoned:  # a thread that waits for Ray would keep this process
                 console.file.flush()
                 ugrl.hear.leave(status)
             stop_ray()
@@ -207,15 +207,22 @@ def _origin(args: argparse.Namespace) -> str:
 
 
 def _launch(
-    args: argparse.Namespace, plan: RunPlan, held: Ownership, console: Console, talk: Talk, say: Callable[[str], None]
+    args: argparse.Namespace,
+    plan: RunPlan,
+    held: Ownership,
+    console: Console,
+    state: RayWork,
+    say: Callable[[str], None],
 ) -> None:
-    """Everything that needs Ray; not in the main thread, which hears signals meanwhile."""
-    from cluster.connect import head_watched
-    from cluster.launch import launch, start_ray
-    from cluster.line import Line
-    from cluster.preflight import check_fits, check_store, on_what, wait_until_free, worker_resources
-    from cluster.sweep import check_visible, sweep_placement_groups
-    from cluster.watch import watch
+    """Everything that needs Ray. It runs in a second thread, so that the main thread can hear signals."""
+    from cluster.capacity import check_fits, on_what, worker_resources
+    from cluster.channel import DriverChannel
+    from cluster.connect import start_ray
+    from cluster.launch import launch
+    from cluster.live import watch
+    from cluster.placement_groups import sweep_placement_groups
+    from cluster.preflight import check_store, check_visible, wait_until_free
+    from cluster.watchdog import head_watched
     from ugrl.data.shards import Manifest
 
     workers = plan.cfg.cluster.workers or 1
@@ -229,9 +236,9 @@ def _launch(
         check_store(plan.cfg, Manifest.load(plan.shards), first, have)
         check_visible(plan.out, plan.shards, plan.cfg.cluster.start_timeout_s, say)
         say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 10 s")
-        talk.line = line = Line.open()
-        with watch(line, plan.cfg.train.steps, console=console, enabled=not args.quiet):
-            launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, line=line, say=say, owner=held.id)
+        state.channel = channel = DriverChannel.open()
+        with watch(channel, plan.cfg.train.steps, console=console, enabled=not args.quiet):
+            launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, channel=channel, say=say, owner=held.id)
 
 
 def _ended(plan: RunPlan, console: Console) -> None:

@@ -1,75 +1,84 @@
-"""Before Ray is asked: is there a cluster at the address, and can one be started here?
+"""Connect to a Ray cluster or start a private one, and disconnect. An address and this machine are checked first.
 
-Left to itself, Ray tries for ten minutes to reach a cluster that is gone, and shows tracebacks of its processes where
-this machine does not let them start.
+Without the check, Ray tries for ten minutes to reach a cluster that is gone. Where this machine does not let Ray's
+processes start, Ray shows their tracebacks.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
 import resource
 import secrets
 import socket
-import sys
+import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ugrl.command import complain
-from ugrl.errors import ClusterError, ConfigError
+from cluster.capacity import Capacity, capacity
+from ugrl.errors import ConfigError
+from ugrl.hear import descendants, end
 from ugrl.secrets import masked
-from ugrl.storage import StorageError
 from ugrl.text import line
 
+# An address has this long to answer.
 ANSWER_S = 10.0
-# How often a driver looks whether its cluster's head still answers.
-LOOK_S = 5.0
-# Workers that take longer to begin are told of.
-BEGIN_S = 60.0
-# Fewer let a private cluster's processes die one by one; it is the hard limit that counts, Ray raises the other one.
+# A killed process of a private cluster has this long to end.
+END_S = 5.0
+# With fewer open files, the processes of a private cluster die one by one. The hard limit counts: Ray raises the other.
 LEAST_FILES = 256
-# A Unix socket's path, and what Ray puts behind the folder for temporary files: ray/session_…/sockets/plasma_store.
+# The longest path of a Unix socket, and what Ray appends to its folder: ray/session_…/sockets/plasma_store.
 SOCKET_BYTES, SESSION_BYTES = 107, 68
-# HTTP/2's first words, with an empty frame of settings: whatever speaks gRPC answers with a frame of its own.
+# How an HTTP/2 connection begins, with an empty frame of settings. A gRPC server answers with such a frame.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 SETTINGS = 4
-# Of ray://HOST.
+# The port of ray://HOST.
 CLIENT_PORT = 10001
+
+ENVIRONMENT = {
+    # The controller asks workers for news this often. At the default of 2 s, every report waits for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # In every process, a relative path counts from the folder where the command was started.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Do not set CUDA_VISIBLE_DEVICES in processes without a GPU. This will be Ray's default.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A reading process may rest for a second between two blocks. Ray must not end it and start another one. This
+    # counts on nodes that this process starts.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def check(address: str | None = None, origin: str = "--address") -> None:
-    """Refuse what :func:`connect` could not do, within seconds and before any work is paid for.
+    """Refuse within seconds what :func:`start_ray` could not do.
 
     Args:
-        address: Of a cluster; without it ``RAY_ADDRESS`` counts, and without both a cluster is to be started here.
-        origin: What gave ``address``.
+        address: A cluster's address. Without it ``RAY_ADDRESS`` counts. Without both, Ray will be started here.
+        origin: The option or key that gave ``address``, for messages.
 
     Raises:
         ConfigError: Nothing answers at the address, or something that is not Ray; or this machine cannot start Ray.
     """
-    address, shown = wanted(address, origin)
+    address, shown = _choose_address(address, origin)
     if address is None:
         _check_machine()
     elif address == "auto":
-        found = _running(shown)
-        _check_port(found, f"{shown} ({found})")
+        found = _find_cluster(shown)
+        if found is not None:
+            _check_port(found, f"{shown} ({found})")
     else:
         _check_port(address, shown)
 
 
-def wanted(address: str | None, origin: str) -> tuple[str | None, str]:
-    """The address of the cluster to take, and a name for it that says who gave it.
-
-    Returns:
-        ``None`` in place of the address: one is to be started here, for this process alone.
-    """
+def _choose_address(address: str | None, origin: str) -> tuple[str | None, str]:
+    """The address to connect to (``None``: start Ray here), and how messages call it."""
     given = os.environ.get("RAY_ADDRESS", "").strip()
     if given and (not address or address == "auto"):  # as Ray has it
         address, origin = given, "RAY_ADDRESS"
@@ -78,24 +87,63 @@ def wanted(address: str | None, origin: str) -> tuple[str | None, str]:
     return address, f"{origin}{' ' if origin.startswith('-') else '='}{masked(line(address))}"
 
 
-def connect(address: str | None = None, origin: str = "--address", *, cpus: int | None = None) -> None:
-    """Connect to a cluster, or start a private one; as :func:`check`, and with its errors."""
+def start_ray(address: str | None = None, origin: str = "--address", *, cpus: int | None = None) -> Capacity:
+    """Connect to a cluster, or start a private one on this machine.
+
+    Args:
+        address: The address of a running cluster. ``None`` takes ``RAY_ADDRESS`` where it is set, as in
+            ``ray job submit``; otherwise Ray is started here, for this process alone.
+        origin: The option or key that gave the address, for messages.
+        cpus: Logical CPUs of a private cluster; by default all of the machine's.
+
+    Returns:
+        What the cluster has.
+
+    Raises:
+        ConfigError: Nothing answers at ``address``, or Ray cannot start here.
+    """
+    import ray
+
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if not ray.is_initialized():
+        _connect(address, origin, cpus)
+    # An error comes back as an exception. Tune would also print it with its traceback.
+    for name in ("ray.train", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return capacity()
+
+
+def stop_ray() -> None:
+    """Disconnect, and end a private cluster.
+
+    Nobody else uses the processes of a private cluster, so they are killed. Ray would ask one after the other to
+    leave, and wait up to a second for each.
+    """
+    import ray
+
+    from cluster.ray_internals import disconnect_private, is_private
+
+    if not is_private():
+        ray.shutdown()
+        return
+    started = disconnect_private()
+    roots = [process.pid for process in started if process.poll() is None]
+    end([*roots, *descendants(roots)])
+    for process in started:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+
+
+def _connect(address: str | None, origin: str, cpus: int | None) -> None:
     import ray
 
     check(address, origin)
-    address, shown = wanted(address, origin)
+    address, shown = _choose_address(address, origin)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address is None:
-            _own_token()
-            # Nobody is told the address of a private cluster's dashboard: ten processes less to start.
-            private: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False, **quiet}
-            with _any_port():
-                try:
-                    ray.init(**private)
-                except Exception:  # a machine under load may not have Ray's processes ready in time
-                    ray.shutdown()
-                    ray.init(**private)
+            _start_private(cpus, quiet)
         else:
             with _one_try():
                 ray.init(address=address, **quiet)
@@ -104,30 +152,25 @@ def connect(address: str | None = None, origin: str = "--address", *, cpus: int 
         raise ConfigError(f"{shown}: {reason(error)}{_hint(error)}") from None
 
 
-@contextmanager
-def _any_port() -> Iterator[None]:
-    """Have the agent of a private cluster take a free port.
+def _start_private(cpus: int | None, quiet: dict[str, Any]) -> None:
+    import ray
 
-    Beside another Ray of this machine it would try the usual one for 3.5 s, and everything waits for it.
-    """
-    from ray._private.parameter import RayParams
+    from cluster.ray_internals import free_agent_port
 
-    plain = RayParams.__init__
-
-    @functools.wraps(plain)
-    def made(self: Any, *args: Any, **more: Any) -> None:
-        plain(self, *args, **{"dashboard_agent_listen_port": 0, **more})
-
-    RayParams.__init__ = made
-    try:
-        yield
-    finally:
-        RayParams.__init__ = plain
+    _make_token()
+    # Nobody is told the address of a private cluster's dashboard. Without it, ten processes less are started.
+    private: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False, **quiet}
+    with free_agent_port():
+        try:
+            ray.init(**private)
+        except Exception:  # on a busy machine, Ray's processes may not be ready in time
+            ray.shutdown()
+            ray.init(**private)
 
 
 @contextmanager
 def _one_try() -> Iterator[None]:
-    """Have Ray ask a cluster once, where it asks twenty times by itself."""
+    """Let Ray ask a cluster once; its default is twenty times."""
     name, tries = "RAY_gcs_server_port_wait_time_s", "1"
     if name in os.environ:
         yield
@@ -139,131 +182,32 @@ def _one_try() -> Iterator[None]:
         del os.environ[name]
 
 
-@contextmanager
-def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Leave when the connected cluster's head has not answered for a while.
-
-    A driver whose head is gone hangs in Ray, which ends it a minute later with words of its own. The process is left
-    from a thread, since the main one may be in there.
-
-    Args:
-        patience_s: How long a head may be away.
-        say: Told in one line that it is, and that it is back.
-    """
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    host, _, port = address.rpartition(":")
-    ended = threading.Event()
-
-    def watch() -> None:
-        since: float | None = None
-        while not ended.wait(LOOK_S):
-            if not _answers(host.strip("[]"), int(port)):
-                now = time.monotonic()
-                if since is None:
-                    since = now
-                    say(f"the cluster's head at {address} does not answer; waiting up to {patience_s:g} s for it")
-                elif now - since > patience_s:
-                    leave(
-                        f"the cluster was lost: its head at {address} has not answered for {patience_s:g} s "
-                        "(cluster.head_s); continue with --resume on one that runs"
-                    )
-                continue
-            if since is not None:
-                since = None
-                say("the cluster's head answers again")
-
-    thread = threading.Thread(target=watch, name="head", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=LOOK_S)
-
-
-def leave(text: str) -> None:
-    """Leave the process from a thread, with one line: the main one waits in Ray, which has no deadline there."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
-    complain(text)
-    os._exit(ClusterError.status)
-
-
-@contextmanager
-def begin_watched(begun: Callable[[], bool], patience_s: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Leave when workers have not begun to train for a while.
-
-    Ray Train waits for their place (``cluster.start_timeout_s``), but without end for their processes: on a mount that
-    hangs, none gets to its first line.
-
-    Args:
-        begun: Whether they have.
-        patience_s: How long they may take.
-        say: Told in one line that they take long.
-    """
-    ended = threading.Event()
-
-    def watch() -> None:
-        since, told = time.monotonic(), False
-        while not ended.wait(min(LOOK_S, patience_s)):
-            waited = time.monotonic() - since
-            try:
-                if begun():
-                    return
-            except StorageError:
-                continue
-            if waited > patience_s:
-                leave(f"the cluster was lost: its workers have not begun for {patience_s:g} s; continue with --resume")
-            if waited > BEGIN_S and not told:
-                say(f"the workers have not begun for {BEGIN_S:g} s; waiting up to {patience_s:g} s for them")
-                told = True
-
-    thread = threading.Thread(target=watch, name="begin", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=LOOK_S)
-
-
-def _answers(host: str, port: int) -> bool:
-    """Whether a head answers; the kernel takes connections for one that is stopped."""
-    try:
-        with socket.create_connection((host, port), timeout=LOOK_S) as talk:
-            return _encrypted() or _speaks_grpc(talk)
-    except OSError:
-        return False
-
-
 def _encrypted() -> bool:
     return os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false")
 
 
-def _running(shown: str) -> str:
-    """The cluster that Ray finds on this machine."""
-    from ray._private import services
+def _find_cluster(shown: str) -> str | None:
+    """The address of the cluster that runs on this machine; ``None`` where Ray cannot be asked."""
+    from cluster.ray_internals import find_cluster
 
     try:
-        return str(services.canonicalize_bootstrap_address("auto"))
+        return find_cluster()
     except (ConnectionError, ValueError, OSError):
         raise ConfigError(f"{shown}: no Ray cluster runs on this machine; {_way_out(shown)}") from None
 
 
 def _check_port(address: str, shown: str) -> None:
-    """Whether Ray answers at an address, which a message calls ``shown``."""
+    """Refuse an address where Ray does not answer; messages call it ``shown``."""
     if re.match(r"(?i)https?://", address):
         raise ConfigError(f"{shown}: that is a dashboard's address, for `ray job submit`; a driver needs HOST:6379")
     found = re.fullmatch(r"(ray://)?\[?([^\s\[\]/@]+?)\]?(?::(\d{1,5}))?/?", address)
     port = int((found[3] or CLIENT_PORT if found[1] else found[3]) or 0) if found else 0
     if found is None or not 0 < port < 65536:
         raise ConfigError(f"{shown}: expected HOST:PORT of a running Ray cluster (its head's port is 6379), or auto")
-    host = found[2] if found[1] else _as_ray(found[2])
+    host = found[2] if found[1] else _outer(found[2])
     try:
-        with socket.create_connection((host, port), timeout=ANSWER_S) as talk:
-            is_ray = _encrypted() or _speaks_grpc(talk)
+        with socket.create_connection((host, port), timeout=ANSWER_S) as peer:
+            is_ray = _encrypted() or _speaks_grpc(peer)
     except (OSError, UnicodeError) as error:
         why = line(getattr(error, "strerror", None) or error).lower()
         raise ConfigError(f"{shown}: no Ray cluster answers there ({why}); {_way_out(shown)}") from None
@@ -271,21 +215,29 @@ def _check_port(address: str, shown: str) -> None:
         raise ConfigError(f"{shown}: what listens there does not answer as Ray does; {_way_out(shown)}")
 
 
-def _as_ray(host: str) -> str:
-    """Ray takes this machine's outer address for the inner one."""
+def _outer(host: str) -> str:
     if host not in ("localhost", "127.0.0.1", "::1"):
         return host
-    from ray._private import services
+    from cluster.ray_internals import host_for_ray
 
-    return str(services.resolve_ip_for_localhost(host))
+    return host_for_ray(host)
 
 
-def _speaks_grpc(talk: socket.socket) -> bool:
-    talk.settimeout(ANSWER_S)
+def answers(host: str, port: int, timeout_s: float) -> bool:
+    """Whether a cluster's head answers. A connection alone says little: the kernel accepts it for a stopped process."""
     try:
-        talk.sendall(PREFACE)
+        with socket.create_connection((host, port), timeout=timeout_s) as peer:
+            return _encrypted() or _speaks_grpc(peer)
+    except OSError:
+        return False
+
+
+def _speaks_grpc(peer: socket.socket) -> bool:
+    peer.settimeout(ANSWER_S)
+    try:
+        peer.sendall(PREFACE)
         head = b""
-        while len(head) < 9 and (more := talk.recv(9 - len(head))):
+        while len(head) < 9 and (more := peer.recv(9 - len(head))):
             head += more
     except OSError:
         return False
@@ -298,7 +250,7 @@ def _way_out(shown: str) -> str:
 
 
 def _check_machine() -> None:
-    """Whether Ray can start here."""
+    """Refuse a machine where Ray cannot start."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
         raise ConfigError(
@@ -320,8 +272,8 @@ def _check_machine() -> None:
         raise ConfigError(f"{name} is {line(folder)}: {why}; Ray needs a folder that can be written") from None
 
 
-def _own_token() -> None:
-    """A private cluster's token stays with its processes, unless there is one: Ray would write one under the home."""
+def _make_token() -> None:
+    """Give a private cluster a token in the environment, unless there is a token. Ray would write one to the home."""
     if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
     try:
@@ -333,7 +285,7 @@ def _own_token() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what Ray says, without the traceback that it may quote."""
+    """The first line of Ray's message, without a traceback."""
     text = str(error).partition("Traceback (most recent call last)")[0].strip()
     return line(text.splitlines()[0]).rstrip(".") if text else type(error).__name__
 

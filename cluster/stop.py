@@ -1,4 +1,7 @@
-"""How a driver leaves its workers: they are asked for a checkpoint, but nobody waits for who cannot answer."""
+"""Signals while Ray works: the first one asks the workers for a checkpoint, and nobody waits for workers that are gone.
+
+Ray's own code does not let the main thread hear a signal. So Ray works in a second thread.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,39 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ugrl.hear import hear_again
 from ugrl.train.interrupt import Interrupted, StopRequest
 
 if TYPE_CHECKING:
-    from cluster.line import Line
+    from cluster.channel import DriverChannel
 
 T = TypeVar("T")
+# Pause between two looks.
 LOOK_S = 0.1
-# Workers talk once a second, whatever they do; after so long without a word there are none that could save anything.
+# Workers call once a second, whatever they do. After so long without a call, none is left that could save anything.
 SILENT_S = 5.0
 
 
-class Talk:
-    """What the main thread knows of the one that works with Ray.
+@dataclass(slots=True)
+class RayWork:
+    """What the main thread knows of the thread that works with Ray.
 
     Attributes:
-        line: To the workers, once there is one.
-        left_behind: Whether that thread still runs, in something that nobody waits for.
+        channel: The channel to the workers, when it is open.
+        abandoned: Whether that thread still runs, in a call that nobody waits for.
     """
 
-    def __init__(self) -> None:
-        self.line: Line | None = None
-        self.left_behind = False
+    channel: DriverChannel | None = None
+    abandoned: bool = False
 
 
-def aside(work: Callable[[], T]) -> T:
-    """Do the work in a thread, and let signals be heard here while it runs: in Ray's own code none is."""
+def run_in_thread(work: Callable[[], T]) -> T:
+    """Do the work in a second thread, and let this one hear signals meanwhile."""
     made: list[T] = []
-    done, raised = _begin(lambda: made.append(work()))
+    done, raised = _start(lambda: made.append(work()))
     while not done.wait(LOOK_S):
         hear_again()
     hear_again()
@@ -46,46 +51,52 @@ def aside(work: Callable[[], T]) -> T:
     return made[0]
 
 
-def patiently(work: Callable[[], object], stop: StopRequest, talk: Talk, say: Callable[[str], None]) -> None:
-    """Do the work in a thread, so that the first Ctrl-C or SIGTERM can ask its workers to save and leave.
+def run_stoppable(work: Callable[[], object], stop: StopRequest, state: RayWork, say: Callable[[str], None]) -> None:
+    """Do the work in a second thread. The first Ctrl-C or SIGTERM asks its workers to save and leave.
 
-    Where no workers train, there is nothing to save: then it returns at once, and the thread is left behind.
+    Where no workers train, there is nothing to save: this returns at once, and the thread is abandoned.
+
+    Args:
+        work: Starts workers, and sets ``state.channel``.
+        stop: Tells whether a signal came.
+        state: Shared with ``work``.
+        say: Gets one line when the workers are asked.
 
     Raises:
-        Interrupted: It was stopped.
+        Interrupted: A signal came.
         BaseException: Whatever the work raised.
     """
-    done, raised = _begin(work)
+    done, raised = _start(work)
     asked = 0.0
     while not done.wait(LOOK_S):
         if not stop.requested:
             hear_again()
             continue
         signal.alarm(0)  # Ray's handler, where it came before ours, ends the process after three seconds
-        line = talk.line
-        if not asked and line is not None and line.training:
+        channel = state.channel
+        if not asked and channel is not None and channel.training:
             asked = time.monotonic()
             say("stopping after a checkpoint; once more to stop at once")
-            line.stop()
-        elif not asked or line is None or _gone(line, asked):
-            talk.left_behind = True
+            channel.request_stop()
+        elif not asked or channel is None or _gone(channel, asked):
+            state.abandoned = True
             if sys.stderr.isatty():
-                sys.stderr.write("\x1b[?25h")  # the cursor, which a live table has hidden
+                sys.stderr.write("\x1b[?25h")  # a live display has hidden the cursor
             break
     if raised:
         raise raised[0]
-    if talk.left_behind:
+    if state.abandoned:
         raise Interrupted(0, stop.number)
 
 
-def _gone(line: Line, asked: float) -> bool:
-    """Whether no worker has anything left to save; Ray takes a second more to find that out, and to tidy up."""
-    from cluster.launch import is_private
+def _gone(channel: DriverChannel, asked: float) -> bool:
+    """Whether no worker has anything left to save. Ray needs a second more to find that out and to clean up."""
+    from cluster.ray_internals import is_private
 
-    return (line.left and is_private()) or time.monotonic() - max(asked, line.heard) > SILENT_S
+    return (channel.left and is_private()) or time.monotonic() - max(asked, channel.last_call) > SILENT_S
 
 
-def _begin(work: Callable[[], object]) -> tuple[threading.Event, list[BaseException]]:
+def _start(work: Callable[[], object]) -> tuple[threading.Event, list[BaseException]]:
     done = threading.Event()
     raised: list[BaseException] = []
 

@@ -32,7 +32,7 @@ def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.launch import ENVIRONMENT, start_ray, stop_ray
+    from cluster.connect import ENVIRONMENT, start_ray, stop_ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cluster import cli
+from cluster.capacity import Capacity
 from cluster.launch import launch
-from cluster.preflight import Capacity
 from tests.raycluster import check_same, training_workers, when_saved
 from ugrl import config as configs
 from ugrl.config import DataConfig
@@ -60,7 +60,7 @@ def shards(cfg: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Capacity]:
     """A private cluster."""
-    from cluster.launch import start_ray, stop_ray
+    from cluster.connect import start_ray, stop_ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -87,7 +87,7 @@ def spec(cfg: configs.Config, shards: Path, rank: int, start: int) -> LoaderSpec
 def test_batches_of_ray_data_are_those_of_the_local_loader(
     cfg: configs.Config, shards: Path, cluster: Capacity
 ) -> None:
-    from cluster.data import ray_loader
+    from cluster.ray_data import ray_loader
 
     for rank, start in ((0, 0), (1, 13)):
         asked = spec(cfg, shards, rank, start)
@@ -107,7 +107,7 @@ def test_what_the_workers_of_a_killed_run_hold_is_given_back(cluster: Capacity, 
     import ray
     from ray.util.placement_group import placement_group, placement_group_table
 
-    from cluster.worker import PLACEMENT, free_placement
+    from cluster.placement_groups import PLACEMENT, free_placement
 
     group = placement_group([{"CPU": 0.5}] * 2)
     ray.get(group.ready())

@@ -79,7 +79,7 @@ def test_something_else_at_the_port_is_not_waited_for(
     answer: bytes | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connect, "ANSWER_S", 0.3 if answer is None else 10)
-    monkeypatch.setattr(connect, "_as_ray", lambda host: host)  # this one listens on the inner address alone
+    monkeypatch.setattr(connect, "_outer", lambda host: host)  # this one listens on the inner address alone
     with listening(answer) as port:
         assert "what listens there does not answer as Ray does; start" in refused(f"{kind}127.0.0.1:{port}")
 
@@ -159,7 +159,7 @@ def test_another_servers_grpc_is_not_taken_for_ray_and_a_home_is_not_needed(tmp_
     code = """\
 from concurrent import futures
 import grpc, ray
-from cluster.launch import start_ray, stop_ray
+from cluster.connect import start_ray, stop_ray
 from ugrl.errors import ConfigError
 server = grpc.server(futures.ThreadPoolExecutor(1))
 port = server.add_insecure_port("0.0.0.0:0")

@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed")
 
 from bench.ray_use import StoreWatch, private_cluster, processes, write_noise
-from cluster import data as ray_data
-from cluster.pace import Pace
+from cluster import blocks, ray_data
+from cluster.ray_internals import SchedulerPause
 from tests.loaders import changed
 from ugrl.config import DataConfig
 from ugrl.data.make import Loaded
@@ -123,8 +123,8 @@ def test_a_stream_larger_than_the_object_store_is_bounded_and_whole(noise: Path,
     spec = asked(noise, manifest.rows("train") // 8)
     size = sum(s.bytes for s in manifest.split("train").shards)
     assert size >= 2 * STORE
-    part = ray_data.store_part(1)
-    bound = ray_data.stream_bytes(ray_data.mean_row_bytes(manifest, "train"), tasks=2, store_bytes=part)
+    part = blocks.store_part(1)
+    bound = blocks.stream_bytes(blocks.mean_row_bytes(manifest, "train"), tasks=2, store_bytes=part)
     assert bound <= part <= 0.5 * STORE * 1.01
     with StoreWatch() as watch:
         seen = [ids_of(b) for b in ray_data.ray_loader(spec, tasks=2)]
@@ -137,16 +137,16 @@ def test_a_stream_larger_than_the_object_store_is_bounded_and_whole(noise: Path,
 
 def test_a_consumer_that_waits_holds_the_tasks_back(noise: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers' streams side by side; and Ray Data's scheduler rests meanwhile."""
-    looks, step = [], Pace.on_execution_step
+    looks, step = [], SchedulerPause.on_execution_step
 
     def counted(self: Any, executor: object) -> None:
         step(self, executor)
         looks.append(time.perf_counter())
 
-    monkeypatch.setattr(Pace, "on_execution_step", counted)
+    monkeypatch.setattr(SchedulerPause, "on_execution_step", counted)
     specs = [asked(noise, Manifest.load(noise).rows("train") // 8, rank=rank, world=2) for rank in range(2)]
-    row_bytes = ray_data.mean_row_bytes(Manifest.load(noise), "train")
-    bound = 2 * ray_data.stream_bytes(row_bytes, tasks=2, store_bytes=ray_data.store_part(2))
+    row_bytes = blocks.mean_row_bytes(Manifest.load(noise), "train")
+    bound = 2 * blocks.stream_bytes(row_bytes, tasks=2, store_bytes=blocks.store_part(2))
     with StoreWatch() as watch:
         streams = [ray_data.ray_loader(spec, tasks=2) for spec in specs]
         first = [ids_of(next(stream)) for stream in streams]
@@ -159,7 +159,7 @@ def test_a_consumer_that_waits_holds_the_tasks_back(noise: Path, mark: str, monk
         begin = time.perf_counter()
         time.sleep(1)
         rested = [t for t in looks if begin <= t < begin + 1]
-        assert len(rested) <= 2 * (1 / Pace.PAUSE_S + 1)
+        assert len(rested) <= 2 * (1 / SchedulerPause.PAUSE_S + 1)
         assert 0.2 * bound < watch.pinned <= bound
         more = [[ids_of(next(stream)) for _ in range(4)] for stream in streams]
         for spec, one, some in zip(specs, first, more, strict=True):

@@ -189,6 +189,7 @@ def test_many_kills_at_random_moments(small: configs.Config, small_shards: Path,
 def test_a_node_that_comes_back_is_used_again(
     small: configs.Config, small_shards: Path, alone: Path, tmp_path: Path
 ) -> None:
+    import cluster.elastic as elastic
     import cluster.launch as launching
 
     out, said = tmp_path / "run", []
@@ -198,8 +199,8 @@ def test_a_node_that_comes_back_is_used_again(
         train=replace(small.train, checkpoint_every=1),
     )
     with raylets(2) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "GROW_EVERY_S", 0.5)
-        patch.setattr(launching, "GROW_LOOKS", 1)
+        patch.setattr(elastic, "GROW_EVERY_S", 0.5)
+        patch.setattr(elastic, "GROW_LOOKS", 1)
 
         def change() -> None:
             kill_raylet(made.nodes[-1])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
+from cluster.capacity import Capacity, Node, check_fits, data_tasks, on_what, sizes
 from cluster.cli import load_config, load_place, shipped
-from cluster.preflight import Capacity, Node, check_fits, data_tasks, on_what, sizes
 from tests.raycluster import raylets
 from ugrl import config as configs
 from ugrl.errors import ConfigError, NoRoomError
@@ -156,8 +156,8 @@ def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
+    from cluster.placement_groups import sweep_placement_groups
     from cluster.preflight import wait_until_free
-    from cluster.sweep import sweep_placement_groups
 
     with raylets(1, cpus=2):
         group = placement_group([{"CPU": 1.5}])

@@ -34,8 +34,10 @@ def server() -> Iterator[Server]:
 def test_two_workers_on_a_bucket_of_which_one_is_killed_are_one_process_on_a_disk(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cluster.launch import launch, start_ray, stop_ray
-    from cluster.preflight import capacity, check_store
+    from cluster.capacity import capacity
+    from cluster.connect import start_ray, stop_ray
+    from cluster.launch import launch
+    from cluster.preflight import check_store
     from ugrl.data.shards import Manifest
 
     monkeypatch.setenv("UGRL_DATA", str(tmp_path / "data"))

@@ -97,8 +97,8 @@ def test_four_workers_and_a_batch_of_six_are_refused_before_the_start(
 def test_two_workers_then_one_then_two_again(
     small: configs.Config, small_shards: Path, alone: Path, cluster: object, tmp_path: Path
 ) -> None:
+    from cluster.channel import DriverChannel
     from cluster.launch import launch
-    from cluster.line import Line
     from ugrl.train.interrupt import Interrupted
 
     out = tmp_path / "run"
@@ -109,18 +109,18 @@ def test_two_workers_then_one_then_two_again(
 
         from tests.raycluster import wait_for
 
-        line = Line.open()
+        channel = DriverChannel.open()
 
         def ask() -> None:
             wait_for(lambda: (found := checkpoint.latest(out)) is not None and checkpoint.step_of(found.name) >= step)
-            line.stop()
+            channel.request_stop()
 
         asker = threading.Thread(target=ask, daemon=True)
         asker.start()
         with pytest.raises(Interrupted) as stopped:
-            launch(slow, shards=small_shards, out=out, workers=workers, line=line)
+            launch(slow, shards=small_shards, out=out, workers=workers, channel=channel)
         asker.join()
-        line.close()
+        channel.close()
         assert step <= stopped.value.step < 20
         assert checkpoint.step_of(checkpoint.latest(out).name) == stopped.value.step
 

@@ -20,8 +20,9 @@ from ugrl.errors import DataError
 from ugrl.storage import StorageError
 from ugrl.train.batches import local_loader
 
-ray_data = pytest.importorskip("cluster.data", exc_type=ImportError)
-reading = pytest.importorskip("cluster.reading")
+ray_data = pytest.importorskip("cluster.ray_data", exc_type=ImportError)
+reading = pytest.importorskip("cluster.read_tasks")
+plans = pytest.importorskip("cluster.blocks")
 
 
 def asked(shards: Path, **changes: Any) -> LoaderSpec:
@@ -128,12 +129,12 @@ def test_blocks_end_at_their_size_and_lose_nothing(shards):
 @pytest.mark.parametrize("row_bytes", [100.0, 60_000.0, 5e6])
 @pytest.mark.parametrize("store", [1e6, 40e6, 2e9])
 def test_a_cut_stays_within_its_part_of_the_store(tasks, row_bytes, store):
-    made = ray_data.cut(row_bytes, tasks=tasks, store_bytes=store)
+    made = plans.plan_blocks(row_bytes, tasks=tasks, store_bytes=store)
     spans = made.spans(total := 10_000, 8)
     assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])] and spans[-1][1] == total
     assert spans[0][1] <= 8 and max(b - a for a, b in spans) == min(made.rows, total)
     assert 1 <= made.tasks <= tasks
     assert made.block_bytes >= row_bytes and made.rows * row_bytes <= max(made.block_bytes, row_bytes)
-    bound = ray_data.stream_bytes(row_bytes, tasks=tasks, store_bytes=store)
-    few = (2 + ray_data.WAITING + ray_data.TAKEN) * row_bytes
+    bound = plans.stream_bytes(row_bytes, tasks=tasks, store_bytes=store)
+    few = (2 + plans.WAITING + plans.TAKEN) * row_bytes
     assert bound <= max(store, few * 1.01)

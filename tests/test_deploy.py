@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster import cli
-from cluster.preflight import Capacity, check_fits
+from cluster.capacity import Capacity, check_fits
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"

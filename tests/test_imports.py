@@ -116,7 +116,7 @@ def test_reading_processes_need_no_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'timm', 'cv2', 'torchvision'): sys.modules[name] = None\n"
-        "import cluster.reading, cluster.pace\n"
+        "import cluster.read_tasks, cluster.ray_internals\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

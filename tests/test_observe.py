@@ -17,8 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cluster.line import checkpoint_record, event_record, log_record, start_record, val_record
-from cluster.watch import Screen, View, watch
+from cluster.channel import checkpoint_record, event_record, log_record, start_record, val_record
+from cluster.live import Display, RunState, watch
 from ugrl.errors import ConfigError
 from ugrl.eval.evaluate import EvalResult
 from ugrl.train.background import MOST, BackgroundWriter
@@ -340,9 +340,9 @@ def test_records_are_taken_though_nothing_is_shown() -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_live_display_is_tidy(width: int) -> None:
     console = Console(record=True, force_terminal=True, width=width, file=io.StringIO())
-    screen = Screen(View(20000), console)
+    display = Display(RunState(20000), console)
     for record in STORY:
-        screen.show(record)
+        display.show(record)
     above = console.export_text().splitlines()
     assert above == [
         "started: 2 workers on 1 node",
@@ -350,7 +350,7 @@ def test_the_live_display_is_tidy(width: int) -> None:
         "waiting for storage: 10 s",
         "restarted from the checkpoint of step 40: 3 workers on 2 nodes",
     ]
-    console.print(screen.render())
+    console.print(display.render())
     rows = [row.rstrip() for row in console.export_text().splitlines()]
     assert rows[0].startswith("step 100/20000  ━") and rows[0].endswith(" left")
     assert rows[1:] == [

@@ -143,10 +143,10 @@ def test_nobody_waits_for_workers_that_are_not_there() -> None:
     pytest.importorskip("ray")
     import threading
 
-    from cluster.stop import Talk, patiently
+    from cluster.stop import RayWork, run_stoppable
     from ugrl.train.interrupt import Interrupted, StopRequest
 
-    begun, talk, stop = threading.Event(), Talk(), StopRequest()
+    begun, state, stop = threading.Event(), RayWork(), StopRequest()
 
     def work() -> None:
         begun.set()
@@ -158,5 +158,5 @@ def test_nobody_waits_for_workers_that_are_not_there() -> None:
 
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
-        patiently(work, stop, talk, lambda text: None)
-    assert talk.left_behind and stopped.value.number == signal.SIGTERM
+        run_stoppable(work, stop, state, lambda text: None)
+    assert state.abandoned and stopped.value.number == signal.SIGTERM

@@ -24,7 +24,7 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
-from cluster.preflight import Capacity, Node
+from cluster.capacity import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import ENDED, SOUND, SPACE, check_whole, count, search_of, study_of, write_space
 from tuning import cli
@@ -92,7 +92,8 @@ def test_a_search_whose_driver_was_killed_is_resumed_to_its_budget(
     study = check_whole(out, 5, storage, failed=hopeless)
     assert hopeless >= 1
     for number, point in points.items():  # what was running went on with the same parameters
-        assert not point or study.get_trials()[number].params == point
+        # It may have been killed between two of them.
+        assert point.items() <= study.get_trials()[number].params.items()
     failed = study.get_trials(states=(TrialState.FAIL,))
     assert all("do not fill one global batch of 4096" in t.user_attrs["error"] for t in failed)
     assert "do not fill one global batch of 4096" in shown
@@ -115,7 +116,7 @@ def test_a_search_whose_driver_was_killed_is_resumed_to_its_budget(
         assert (out / name).stat().st_size > 1000
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.launch.start_ray", None)  # nothing is left to run: nobody needs a cluster
+        patch.setattr("cluster.connect.start_ray", None)  # nothing is left to run: nobody needs a cluster
         assert cli.main(["--out", str(out), "--resume", "--quiet"]) == 0
     check_whole(out, 5, storage, failed=len(failed))
 

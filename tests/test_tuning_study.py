@@ -22,7 +22,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, load, play, report, search_of, searcher, states
 from tuning.driver import open_finals, plan_finals, sweep_stopped
 from tuning.lease import Lease

@@ -86,13 +86,13 @@ def test_a_storage_that_stays_away_is_told_from_bad_input() -> None:
 
 def test_the_difference_survives_a_reading_task() -> None:
     pytest.importorskip("ray")
-    from cluster.data import _ours
-    from cluster.reading import ERRORS
+    from cluster.ray_data import _own_error
+    from cluster.read_tasks import ERRORS
 
     assert ERRORS["StorageError"]("away").status == 4 and ERRORS["lasting"]("gone").status == 2
     wrapped = UgrlError("outside")
     wrapped.__cause__ = StorageError("gone", lasting=True)
-    assert _ours(wrapped) is wrapped
+    assert _own_error(wrapped) is wrapped
     assert isinstance(ERRORS["DataError"]("row"), DataError)
 
 
@@ -127,16 +127,16 @@ def test_a_head_that_is_stopped_does_not_answer(monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("ray")
     from cluster import connect
 
-    monkeypatch.setattr(connect, "LOOK_S", 0.3)
+    monkeypatch.setattr(connect, "ANSWER_S", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        assert not connect._answers(*silent.getsockname())
+        assert not connect.answers(*silent.getsockname(), timeout_s=0.3)
 
 
 def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    from cluster.launch import _plain
+    from cluster.failures import as_ours
     from ugrl.storage import place
 
     class Failed(Exception):
@@ -144,7 +144,7 @@ def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
             self.worker_failures = dict(enumerate(failures))
 
     def told(*failures: Exception) -> UgrlError:
-        return _plain(Failed(*failures), place(tmp_path / "run"))
+        return as_ours(Failed(*failures), place(tmp_path / "run"))
 
     gloo = RuntimeError("[/pytorch/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 50000ms for recv")
     for lost in (ray.exceptions.WorkerCrashedError(), gloo):
@@ -192,7 +192,7 @@ def test_a_studys_storage_that_is_away_is_told_of_once(
 
 @pytest.mark.long
 def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("ray")
     import optuna
@@ -203,18 +203,17 @@ def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     storage = open_storage("journal", tmp_path)
     os.symlink(tmp_path / "study.journal", tmp_path / "study.journal.lock")
     optuna.create_study(storage=storage, study_name="one")
-    err = capfd.readouterr().err
-    assert "It is taking longer than 10.0 seconds to acquire the lock file" in err
-    assert "Forcibly releasing the lock file" in err
+    assert "It is taking longer than 10.0 seconds to acquire the lock file" in caplog.text
+    assert "Forcibly releasing the lock file" in caplog.text
     assert optuna.get_all_study_names(open_storage("journal", tmp_path)) == ["one"]
 
 
 # The main thread waits as Ray does for a process that does not start.
 WAITS = """
 import sys, time
-from cluster import connect
-connect.LOOK_S = connect.BEGIN_S = 0.2
-with connect.begin_watched(lambda: False, 1.0, lambda text: print(text, file=sys.stderr)):
+from cluster import watchdog
+watchdog.LOOK_S = watchdog.BEGIN_S = 0.2
+with watchdog.startup_watched(lambda: False, 1.0, lambda text: print(text, file=sys.stderr)):
     time.sleep(3600)
 """
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from rich.console import Console
 
-    from cluster.preflight import Capacity
+    from cluster.capacity import Capacity
     from tuning.search import Search
     from tuning.space import SearchSpace
 
@@ -304,12 +304,12 @@ def _run_on_ray(
     Returns:
         The study, the signal that interrupted it (0 for none), and why it stopped early, if it did.
     """
-    from cluster.launch import start_ray, stop_ray
-    from cluster.stop import aside
+    from cluster.connect import start_ray, stop_ray
+    from cluster.stop import run_in_thread
     from tuning.placement import concurrent_trials
 
     try:
-        have = aside(lambda: start_ray(args.address))
+        have = run_in_thread(lambda: start_ray(args.address))
         side_by_side = concurrent_trials(search, have)
         study = begin(search, resume=args.resume, storage=known._storage if known is not None else None)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
@@ -377,7 +377,7 @@ def _run_parts(
     console: Console,
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
-    from cluster.connect import head_watched
+    from cluster.watchdog import head_watched
     from tuning.driver import open_finals, run_finals, run_search
     from tuning.lease import Lease, once
     from tuning.progress import TrialProgress
@@ -489,7 +489,7 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
         here = "this machine; --address asks a cluster"
         dry_run(search, machine(), console, step_s=args.step_s, where=here, data=bool(args.data))
         return 0
-    from cluster.launch import start_ray, stop_ray
+    from cluster.connect import start_ray, stop_ray
 
     try:
         dry_run(search, start_ray(args.address), console, step_s=args.step_s, data=bool(args.data))

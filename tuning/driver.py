@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 from ray import tune
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tuning.lease import Lease, once
 from tuning.options import Repeats, Scheduler
 from tuning.placement import Room, concurrent_trials, held
@@ -285,7 +285,7 @@ class _Free(tune.Callback):
         self._free(trial.trial_id)
 
     def _free(self, trial_id: str) -> None:
-        from cluster.worker import free_placement
+        from cluster.placement_groups import free_placement
 
         number = self._searcher.number(trial_id)
         if number is not None:

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.preflight import Capacity
+from cluster.capacity import Capacity
 from tuning.options import Objective
 from tuning.placement import concurrent_trials, held
 from tuning.plain import few, hours, short, span

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cluster.preflight import Capacity, check_fits, worker_resources
+from cluster.capacity import Capacity, check_fits, worker_resources
 from tuning.search import Search
 from ugrl.config import Config
 from ugrl.errors import ConfigError
@@ -91,7 +91,7 @@ class Room:
 
     def trials(self) -> int:
         """Trials that what is free now would take."""
-        from ray._private.state import available_resources_per_node
+        from cluster.ray_internals import available_resources_per_node
 
         free = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in available_resources_per_node().values()]
         if self.count > 1 and sum(cpus for cpus, _ in free) < self.count * self.cpus + self.spare - 1e-6:

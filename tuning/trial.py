@@ -239,11 +239,11 @@ def train_on_workers(
     cfg: Config, shards: Place, out: Path, shared: Mapping[str, Any], reports: Reports, report: Report
 ) -> None:
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
+    from cluster.channel import DriverChannel
     from cluster.launch import launch
-    from cluster.line import Line
     from tuning.relay import Relay
 
-    relay, line, ended = Relay(reports), Line.open(), threading.Event()
+    relay, channel, ended = Relay(reports), DriverChannel.open(), threading.Event()
 
     def lost() -> bool:
         try:
@@ -255,7 +255,7 @@ def train_on_workers(
     def watch() -> None:
         while not ended.wait(LOOK_S):
             if shared["leave"]() or lost():
-                line.stop()
+                channel.request_stop()
                 return
 
     thread = threading.Thread(target=watch, name="leave", daemon=True)
@@ -268,13 +268,13 @@ def train_on_workers(
             workers=shared["workers"],
             callbacks=[relay],
             groups=shared["groups"],
-            line=line,
+            channel=channel,
             owner=shared["owner"],
         )
     finally:
         ended.set()
         thread.join()
-        line.close()
+        channel.close()
 
 
 def logged_costs(values: Mapping[str, float]) -> dict[str, float]:
@@ -307,7 +307,7 @@ def measure(cfg: Config, shards: Place, out: Path, split: str, shared: Mapping[s
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from cluster.preflight import capacity, worker_resources
+    from cluster.capacity import capacity, worker_resources
 
     each = worker_resources(cfg, capacity())
     # Apart from Tune's own group, in which this driver runs; a task alone that finds no room would wait without end.

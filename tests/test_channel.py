@@ -1,4 +1,4 @@
-"""What workers tell: their line to the driver and their gauges, on a real private cluster with real deaths."""
+"""What workers tell: their channel to the driver and their gauges, on a real private cluster with real deaths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
 
-from cluster.line import Line, Outbox, WorkerEnd, event_record, log_record, start_record, val_record
-from cluster.metrics import RayGauges
-from cluster.watch import watch
+from cluster.channel import (
+    DriverChannel,
+    RecordQueue,
+    WorkerChannel,
+    event_record,
+    log_record,
+    start_record,
+    val_record,
+)
+from cluster.live import RayGauges, watch
 
 pytestmark = pytest.mark.ray
 
@@ -64,15 +71,15 @@ def until(seen: Callable[[], bool], seconds: float = 300) -> bool:
 
 @ray.remote(num_cpus=0)
 class Teller:
-    """A worker process with one end of a line."""
+    """A worker process with one end of a channel."""
 
     def __init__(self, handle: object) -> None:
-        self.end, self.errors, self.told = WorkerEnd(handle), [], 0
+        self.end, self.errors, self.told = WorkerChannel(handle), [], 0
         self.going = False
 
     def tell(self, records: list[dict]) -> None:
         for record in records:
-            self.end.tell(record)
+            self.end.send(record)
 
     def start(self) -> int:
         """Tell without an end, as a run does; the process id."""
@@ -83,8 +90,8 @@ class Teller:
     def _run(self) -> None:
         while self.going:
             try:
-                self.end.tell(log_record(self.told, {"total": 1.0}))
-                self.end.stopping()
+                self.end.send(log_record(self.told, {"total": 1.0}))
+                self.end.stop_requested()
             except Exception as error:
                 self.errors.append(repr(error))
             self.told += 1
@@ -94,54 +101,54 @@ class Teller:
         return {
             "told": self.told,
             "errors": self.errors,
-            "alive": self.end.alive,
-            "waiting": len(self.end._box.kept),
-            "stopping": self.end.stopping(),
+            "alive": self.end.connected,
+            "waiting": len(self.end._queue.kept),
+            "stopping": self.end.stop_requested(),
             "threads": [t.name for t in threading.enumerate()],
         }
 
     def close(self) -> list[str]:
         self.going = False
         self.end.close()
-        self.end.tell(event_record("too late"))
+        self.end.send(event_record("too late"))
         return [t.name for t in threading.enumerate()]
 
 
-def test_records_arrive_in_order_and_the_wish_to_stop_reaches_the_worker(cluster: str) -> None:
-    line = Line.open()
-    worker = Teller.remote(line.handle)
+def test_records_arrive_in_order_and_the_request_to_stop_reaches_the_worker(cluster: str) -> None:
+    channel = DriverChannel.open()
+    worker = Teller.remote(channel.actor)
     sent = [log_record(k, {"total": float(k)}) for k in range(30)] + [val_record(30, {"mIoU": 0.5})]
-    assert line.records() == []
+    assert channel.records() == []
     ray.get(worker.tell.remote(sent))
     found: list[dict] = []
-    assert until(lambda: found.extend(line.records()) or len(found) >= 31)
+    assert until(lambda: found.extend(channel.records()) or len(found) >= 31)
     assert found == sent
-    assert line.records() == []
+    assert channel.records() == []
     assert not ray.get(worker.state.remote())["stopping"]
-    line.stop()
+    channel.request_stop()
     assert until(lambda: ray.get(worker.state.remote())["stopping"])
     ray.get(worker.tell.remote([event_record("the last word")]))
-    assert "line" not in ray.get(worker.close.remote())  # the thread has ended, with nothing left unsent
-    assert until(lambda: found.extend(line.records()) or len(found) >= 32)
+    assert "channel" not in ray.get(worker.close.remote())  # the thread has ended, with nothing left unsent
+    assert until(lambda: found.extend(channel.records()) or len(found) >= 32)
     assert found[31:] == [event_record("the last word")]
-    line.close()
-    assert line.records() == []
+    channel.close()
+    assert channel.records() == []
 
 
 @ray.remote(num_cpus=1)
 def as_in_a_trial() -> tuple[list[dict], str, str]:
-    """Open a line where the caller holds all CPUs: what arrived, and the nodes of both ends."""
-    line = Line.open()
-    end = WorkerEnd(line.handle)
-    end.tell(event_record("here"))
+    """Open a channel where the caller holds all CPUs: what arrived, and the nodes of both ends."""
+    channel = DriverChannel.open()
+    end = WorkerChannel(channel.actor)
+    end.send(event_record("here"))
     end.close()
-    there = ray.get(line.handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
-    found = line.records()
-    line.close()
+    there = ray.get(channel.actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+    found = channel.records()
+    channel.close()
     return found, there, ray.get_runtime_context().get_node_id()
 
 
-def test_a_line_needs_no_cpu_and_ends_on_the_drivers_node_also_in_a_trial(cluster: str) -> None:
+def test_a_channel_needs_no_cpu_and_ends_on_the_drivers_node_also_in_a_trial(cluster: str) -> None:
     group = placement_group([{"CPU": 1}])  # Tune gives a trial one, and its children share it
     captures = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
     found, there, here = ray.get(as_in_a_trial.options(scheduling_strategy=captures).remote(), timeout=120)
@@ -151,11 +158,11 @@ def test_a_line_needs_no_cpu_and_ends_on_the_drivers_node_also_in_a_trial(cluste
 
 
 def test_a_killed_actor_leaves_worker_and_driver_as_they_are(cluster: str) -> None:
-    line = Line.open()
-    worker = Teller.remote(line.handle)
+    channel = DriverChannel.open()
+    worker = Teller.remote(channel.actor)
     ray.get(worker.start.remote())
-    assert until(lambda: bool(line.records()))
-    os.kill(ray.get(line.handle.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    assert until(lambda: bool(channel.records()))
+    os.kill(ray.get(channel.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     assert until(lambda: not ray.get(worker.state.remote())["alive"])
     before = ray.get(worker.state.remote())
     assert until(lambda: ray.get(worker.state.remote())["told"] > before["told"] + 20)
@@ -163,20 +170,20 @@ def test_a_killed_actor_leaves_worker_and_driver_as_they_are(cluster: str) -> No
     assert after["errors"] == []
     assert not after["stopping"]
     assert after["waiting"] == before["waiting"]  # nothing is kept for nobody
-    assert line.records() == []
-    line.stop()
-    line.close()
+    assert channel.records() == []
+    channel.request_stop()
+    channel.close()
 
 
 DRIVER = """
 import sys, time, ray
-from cluster.line import Line
-from tests.test_line import Teller
+from cluster.channel import DriverChannel
+from tests.test_channel import Teller
 ray.init(address=sys.argv[1], namespace="apart", log_to_driver=False)
-line = Line.open()
-worker = Teller.options(name="teller", lifetime="detached").remote(line.handle)
+channel = DriverChannel.open()
+worker = Teller.options(name="teller", lifetime="detached").remote(channel.actor)
 ray.get(worker.start.remote())
-while not line.records():
+while not channel.records():
     time.sleep(0.05)
 print("heard", flush=True)
 time.sleep(600)
@@ -198,25 +205,25 @@ def test_a_killed_driver_leaves_a_worker_that_outlives_it_as_it_is(cluster: str)
     ray.kill(worker)
 
 
-def test_a_full_box_drops_old_training_lines_and_nothing_else() -> None:
-    box = Outbox(most_lines=3)
-    box.add([val_record(0, {}), log_record(1, {}), event_record("a"), log_record(2, {})])
-    box.add([log_record(k, {}) for k in (3, 4)] + [val_record(4, {})])
-    kept = box.take()
+def test_a_full_queue_drops_old_training_lines_and_nothing_else() -> None:
+    queue = RecordQueue(most_logs=3)
+    queue.add([val_record(0, {}), log_record(1, {}), event_record("a"), log_record(2, {})])
+    queue.add([log_record(k, {}) for k in (3, 4)] + [val_record(4, {})])
+    kept = queue.take()
     assert [r["kind"] for r in kept] == ["val", "event", "log", "log", "log", "val"]
     assert [r["step"] for r in kept if r["kind"] == "log"] == [2, 3, 4]
-    assert box.take() == []
-    box.add([log_record(5, {})])
-    assert len(box.take()) == 1
+    assert queue.take() == []
+    queue.add([log_record(5, {})])
+    assert len(queue.take()) == 1
 
 
-def test_a_watched_line_is_read_to_its_end(cluster: str) -> None:
-    line, file = Line.open(), io.StringIO()
-    with watch(line, 30, console=Console(file=file, width=80)):
-        worker = Teller.remote(line.handle)
+def test_a_watched_channel_is_read_to_its_end(cluster: str) -> None:
+    channel, file = DriverChannel.open(), io.StringIO()
+    with watch(channel, 30, console=Console(file=file, width=80)):
+        worker = Teller.remote(channel.actor)
         ray.get(worker.tell.remote([start_record(0, 1, 1), *(log_record(k, {"total": 1.0}) for k in range(1, 31))]))
         ray.get(worker.close.remote())
-    line.close()
+    channel.close()
     lines = file.getvalue().splitlines()
     assert lines[0] == "started: 1 worker on 1 node"
     assert lines[-1].startswith("step 30/30  total 1.0000")

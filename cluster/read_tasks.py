@@ -1,7 +1,7 @@
-"""What runs in Ray Data's tasks: the bytes of a rank's rows, in its order.
+"""Ray Data's reading tasks: they fetch the bytes of a rank's rows, in its order.
 
-Apart from the consumer, and without torch: such a process starts in half a second and stays small, and there may be
-one for each CPU of a cluster.
+This module does not import torch. So a reading process starts in half a second and stays small; there may be one for
+each CPU of a cluster.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
 from ugrl.storage import StorageError, place
 
-# Streams whose readers a process of Ray's pool keeps.
+# A process of Ray's pool keeps the readers of this many streams.
 OPEN_STREAMS = 4
-# Rows that a task asks for at a time where each is a request over a network.
+# Requests of a task at a time, where each row is a request over a network.
 REQUESTS = 8
 
-# What a carried row has besides the shards' columns: its place, and what is wrong with it.
+# The columns of a block besides those of the shards: the row's place, and the error that it met.
 ERRORS: dict[str, Callable[[str], UgrlError]] = {
     "DataError": DataError,
     "StorageError": StorageError,
@@ -48,12 +48,12 @@ class Carried:
     """A row of a stream.
 
     Attributes:
-        row: Without contents where something is wrong with it.
-        position: In the stream, counted from 0.
-        epoch: Decides the crop, with the seed and the row's id.
-        shard: Where it lies, for messages.
-        kind: Of what is wrong: a key of :data:`ERRORS`.
-        error: What is wrong.
+        row: The row; empty where it could not be read.
+        position: Its place in the stream, counted from 0.
+        epoch: The epoch, which decides the crop together with the seed and the row's id.
+        shard: The name of its shard, for messages.
+        kind: The kind of the error, a key of :data:`ERRORS`; ``None`` without an error.
+        error: The error's message.
     """
 
     row: Row
@@ -65,23 +65,23 @@ class Carried:
 
     @property
     def bytes(self) -> int:
-        """Of the row's files."""
+        """Size of the row's image and mask files."""
         return len(self.row.image) + len(self.row.mask or b"")
 
 
 def fetch(
     batch: dict[str, Any], *, spec: LoaderSpec, manifest: Manifest, block_bytes: int, stream: str
 ) -> Iterator[pa.Table]:
-    """Bytes of the rows at some positions of a rank's stream.
+    """Fetch the bytes of the rows at some positions of a rank's stream.
 
-    What is wrong with a row travels in its place, so that it is heard of at its step and not before.
+    An error travels in the place of its row. So it is raised at the row's step and not before.
 
     Args:
         batch: ``start`` and ``stop`` (1,): a span of the stream's rows, counted from its first.
-        spec: Whose rows.
-        manifest: Of its shards.
-        block_bytes: See :class:`Cut`.
-        stream: Names the stream.
+        spec: Says which rows the stream has.
+        manifest: The manifest of the shards.
+        block_bytes: See :class:`cluster.blocks.BlockPlan`.
+        stream: A name for the stream, unique in the cluster.
 
     Yields:
         Blocks of :data:`CARRIED`; usually one.
@@ -102,7 +102,7 @@ def fetch(
 
 
 def _read_ahead(positions: range, spec: LoaderSpec, reader: ShardReader) -> Iterator[Carried]:
-    """Rows in order; those of a remote storage several at a time."""
+    """The rows in order. Rows of a remote storage are requested several at a time."""
     read = partial(_read, spec=spec, reader=reader)
     if place(spec.shards).local is not None:
         yield from map(read, positions)
@@ -138,7 +138,7 @@ _opened: dict[str, ShardReader] = {}
 
 
 def _open(stream: str, manifest: Manifest, spec: LoaderSpec) -> ShardReader:
-    """One reader per process and stream: later tasks find shards open, and a new run looks anew."""
+    """Make a reader for a stream. A process keeps it, so that later tasks find the shards open."""
     while len(_opened) >= OPEN_STREAMS:
         del _opened[next(iter(_opened))]
     _opened[stream] = ShardReader(manifest, spec.split, spec.data)
@@ -158,10 +158,10 @@ def unpack(table: pa.Table) -> list[Carried]:
     return [Carried(row, *place) for row, place in zip(from_table(table), places, strict=True)]
 
 
-def begin_process() -> None:
-    """Have Ray start a process for the first reading task on this node; it is there once batches are asked for.
+def start_reading_process() -> None:
+    """Let Ray start the process for the first reading task on this node, before a batch is needed.
 
-    Returns at once. Nothing depends on it: without it Ray Data has the process started.
+    Returns at once. It only saves time: Ray Data would start the process later.
     """
     import ray
 

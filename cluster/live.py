@@ -1,4 +1,8 @@
-"""A run that goes on elsewhere, shown where it was started: live on a terminal, sparse lines elsewhere."""
+"""What can be seen of a run on workers: the driver's display, and each worker's metrics for Prometheus.
+
+On a terminal the display is live; elsewhere it is a line every few seconds. Ray prefixes the names of metrics
+(``ray_ugrl_images_per_second``) and serves them from every node's metrics port.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from ray.util.metrics import Gauge
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from ugrl.train.progress import bar_line, left_text, losses_text, scores_text, speed_text, tell
+from ugrl.train.progress import LOSSES, bar_line, left_text, losses_text, scores_text, speed_text, tell
+
+GAUGES = {
+    "images_per_s": ("ugrl_images_per_second", "Training images a second, of all workers together."),
+    "step_s": ("ugrl_step_seconds", "Mean seconds a training step."),
+    "data_wait": ("ugrl_data_wait_share", "Share of the time spent waiting for the next batch, 0 to 1."),
+    "device_memory_mb": ("ugrl_device_memory_mb", "Most memory that tensors took on the device, in 2**20 bytes."),
+}
 
 
-class Source(Protocol):
-    """Whatever hands out new records (see :mod:`cluster.line` for their kinds)."""
+class RecordSource(Protocol):
+    """Hands out new records; :mod:`cluster.channel` lists their kinds."""
 
     def records(self) -> list[dict[str, Any]]:
-        """Those since the last call; never raises."""
+        """The records since the last call; never raises."""
         ...
 
 
-class View:
-    """What is known of a run, from its records.
+class RunState:
+    """What the records tell about a run.
 
     Attributes:
+        steps: Steps of the whole run.
         step: Steps done.
-        values: Those of the last training line.
+        values: Values of the last training record.
         starts: How often workers have begun.
+        world: Number of workers.
+        nodes: Number of nodes with workers.
+        saved: Step of the last checkpoint.
+        score: The last validation, as text.
+        began: Time and step of the last start.
     """
 
     def __init__(self, steps: int) -> None:
@@ -41,7 +59,7 @@ class View:
         self.began: tuple[float, int] | None = None
 
     def take(self, record: Mapping[str, Any]) -> str | None:
-        """Note a record; returns the line it is worth, ``None`` for a training line."""
+        """Take in a record; returns the line to print for it, ``None`` for a training record."""
         kind = record.get("kind")
         if kind == "event":
             return str(record["text"])
@@ -66,22 +84,22 @@ class View:
         return None
 
     def workers(self) -> str:
-        """How many workers on how many nodes."""
+        """Numbers of workers and nodes, as text."""
         return f"{_count(self.world, 'worker')} on {_count(self.nodes, 'node')}"
 
     def left_s(self) -> float | None:
-        """Seconds to go at the pace since the last start, all waits included."""
+        """Seconds that remain at the pace since the last start, with all waits."""
         if self.began is None or self.step <= self.began[1]:
             return None
         return (time.monotonic() - self.began[0]) / (self.step - self.began[1]) * (self.steps - self.step)
 
     def line(self) -> str:
-        """The last training line as plain text."""
+        """The last training record as a line."""
         words = [f"step {self.step}/{self.steps}", left_text(self.left_s()) if self.step < self.steps else ""]
         words += [speed_text(self.values), losses_text(self.values)]
         return "  ".join(w for w in words if w)
 
-    def state(self) -> str:
+    def status(self) -> str:
         """Workers, last checkpoint and restarts, for the live display."""
         words = [self.workers()] if self.starts else ["waiting for the workers"]
         words += [] if self.saved is None else [f"checkpoint of step {self.saved}"]
@@ -89,22 +107,22 @@ class View:
         return " · ".join(words)
 
 
-class Screen:
-    """Puts a :class:`View` on a console."""
+class Display:
+    """Shows a :class:`RunState` on a console."""
 
-    def __init__(self, view: View, console: Console, *, every_s: float = 10.0) -> None:
-        self.view, self.console, self.every_s = view, console, every_s
+    def __init__(self, state: RunState, console: Console, *, every_s: float = 10.0) -> None:
+        self.state, self.console, self.every_s = state, console, every_s
         self.last_line = -every_s
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=4, transient=False)
 
     def render(self) -> Group:
-        """The live display: the bar, losses, speed, state."""
-        view, options = self.view, self.console.options
+        """The live display: progress bar, losses, speed, status and validation."""
+        state, options = self.state, self.console.options
         bar = bar_line(
-            options.max_width, view.step, view.steps, left_text(view.left_s()), ascii_only=options.ascii_only
+            options.max_width, state.step, state.steps, left_text(state.left_s()), ascii_only=options.ascii_only
         )
-        score = f"validation  {view.score}" if view.score else ""
-        rows = [losses_text(view.values), speed_text(view.values), view.state(), score]
+        score = f"validation  {state.score}" if state.score else ""
+        rows = [losses_text(state.values), speed_text(state.values), state.status(), score]
         return Group(bar, *(Text(row, style="dim", overflow="ellipsis", no_wrap=True) for row in rows if row))
 
     def start(self) -> None:
@@ -113,39 +131,39 @@ class Screen:
             self.live.start()
 
     def stop(self) -> None:
-        """End it; the last state stays."""
+        """End the live display; its last state stays on the terminal."""
         if self.console.is_terminal:
             self.live.stop()
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Take a record and print what is due."""
-        text = self.view.take(record)
+        """Take in a record and print its line, if it is time for one."""
+        text = self.state.take(record)
         if self.console.is_terminal:
-            if text is None or record.get("kind") == "checkpoint":  # in the live rows
+            if text is None or record.get("kind") == "checkpoint":  # the live display has it
                 return
         elif text is None:
             now = time.monotonic()
-            if now - self.last_line < self.every_s and self.view.step < self.view.steps:
+            if now - self.last_line < self.every_s and self.state.step < self.state.steps:
                 return
-            self.last_line, text = now, self.view.line()
+            self.last_line, text = now, self.state.line()
         tell(self.console, text)
 
 
 @contextmanager
 def watch(
-    source: Source, steps: int, *, console: Console, enabled: bool = True, every_s: float = 0.5
+    source: RecordSource, steps: int, *, console: Console, enabled: bool = True, every_s: float = 0.5
 ) -> Iterator[None]:
     """Show a run while the block runs.
 
     Args:
-        source: Where records come from: a :class:`cluster.line.Line`.
-        steps: Of the whole run.
+        source: Hands out the records: a :class:`cluster.channel.DriverChannel`.
+        steps: Steps of the whole run.
         console: Where to print.
-        enabled: Whether to print at all; the records are taken in any case.
+        enabled: Whether to print. The records are taken in any case.
         every_s: Seconds between two looks.
     """
     ended = threading.Event()
-    screen = Screen(View(steps), console)
+    display = Display(RunState(steps), console)
 
     def follow() -> None:
         last = False
@@ -154,13 +172,13 @@ def watch(
             for record in source.records():
                 if enabled:
                     try:
-                        screen.show(record)
+                        display.show(record)
                     except (OSError, ValueError):  # a closed pipe or terminal: the run goes on unseen
                         continue
 
     thread = threading.Thread(target=follow, name="watch", daemon=True)
     if enabled:
-        screen.start()
+        display.start()
     thread.start()
     try:
         yield
@@ -168,8 +186,39 @@ def watch(
         ended.set()
         thread.join(timeout=5)
         if enabled:
-            screen.stop()
+            display.stop()
 
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+class RayGauges:
+    """Sets this worker's metrics in Ray; called with each training record.
+
+    Args:
+        run: The run's name, for the tag ``run``.
+        rank: The worker's rank, for the tag ``rank``.
+    """
+
+    def __init__(self, run: str, rank: int) -> None:
+        tags = {"run": run, "rank": str(rank)}
+
+        def gauge(name: str, text: str, *more: str) -> Gauge:
+            made = Gauge(name, description=text, tag_keys=(*tags, *more))
+            made.set_default_tags(tags)
+            return made
+
+        self._gauges = {key: gauge(name, text) for key, (name, text) in GAUGES.items()}
+        self._step = gauge("ugrl_step", "Training steps done.")
+        self._loss = gauge("ugrl_loss", "Losses of the global batch, one series a term.", "term")
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Set the gauges to the number of steps done and to the values that have a gauge."""
+        self._step.set(step)
+        for key, gauge in self._gauges.items():
+            if key in values:
+                gauge.set(values[key])
+        for term in LOSSES:
+            if term in values:
+                self._loss.set(values[term], tags={"term": term})
