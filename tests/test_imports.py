@@ -193,8 +193,10 @@ sys.meta_path.insert(0, Absent())
 import bench, ugrl
 for package in (ugrl, bench):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        # These two are imported on CUDA, and only where Triton is.
-        if module.name not in ("ugrl.method.contrast_kernels", "ugrl.method.contrast_triton"):
+        # The first two are imported on CUDA, and only where Triton is; the others where a backbone of timm is named
+        # (timm loads torch's compiler, which looks for everything).
+        if module.name not in ("ugrl.method.contrast_kernels", "ugrl.method.contrast_triton",
+                               "ugrl.model.timm_backbone", "ugrl.model.timm_weights"):
             importlib.import_module(module.name)
 print("all imported")
 """
