@@ -38,7 +38,7 @@ class TimmContract(BackboneContract):
 
     options: dict = {}
     drop_model = ""
-    size = 64
+    images = (64, 96)
 
     def own(self, encoder: Backbone) -> torch.nn.Module:
         """The model as timm builds it, with the same weights."""
@@ -56,7 +56,7 @@ class TimmContract(BackboneContract):
     @torch.no_grad()
     def test_features_are_those_of_timm(self):
         encoder = self.network().encoder.double()
-        x = torch.randn(2, 3, self.size, 3 * self.size // 2, dtype=torch.float64)
+        x = torch.randn(2, 3, *self.images, dtype=torch.float64)
         found = encoder(x)[0][3]
         expected = self.f4(self.own(encoder), renormalised(x, encoder.info))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -138,6 +138,39 @@ class TestPvtV2(TimmContract):
     name = "timm/pvt_v2_b0"
 
 
+class TestSwin(TimmContract):
+    name = "timm/swin_tiny_patch4_window7_224"
+    options = {"strict_img_size": False}
+
+    def f4(self, model: torch.nn.Module, images: Tensor) -> Tensor:
+        return model.forward_features(images).permute(0, 3, 1, 2)
+
+
+class TestHiera(TimmContract):
+    """Timm's own takes one size, so the features are compared at that one."""
+
+    name = "timm/hiera_tiny_224"
+    images = (224, 224)
+    difference = 1e-5
+
+    def f4(self, model: torch.nn.Module, images: Tensor) -> Tensor:
+        return model.forward_intermediates(images, intermediates_only=True)[-1]
+
+    @torch.no_grad()
+    def test_windows_are_where_timm_has_them_at_another_size(self):
+        """A model that timm builds for that size, with the position embedding resampled, gives the same."""
+        encoder = self.network().encoder.double()
+        x = torch.randn(1, 3, 64, 128, dtype=torch.float64)
+        model = timm.create_model("hiera_tiny_224", num_classes=0, img_size=(64, 128)).double().eval()
+        state = encoder.body.state_dict()
+        grid = state["pos_embed"].transpose(1, 2).unflatten(2, (56, 56))
+        grid = F.interpolate(grid, size=(16, 32), mode="bicubic", antialias=True)
+        model.load_state_dict({**state, "pos_embed": grid.flatten(2).transpose(1, 2)}, strict=False)
+        found, expected = encoder(x)[0], model.forward_intermediates(x, intermediates_only=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 class PlainViT(TimmContract):
     options = {"dynamic_img_size": True}
     difference = 1e-3  # position embeddings are resampled in float32
@@ -208,12 +241,13 @@ class TestDinoV2(PlainViT):
     """Patches of 14 pixels."""
 
     name = "timm/vit_small_patch14_dinov2"
-    mirror_size = size = 84
+    mirror_size = 84
+    images = (84, 56)
     crop = 70
 
 
 NAMES = """tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2 resnet50 convnext_tiny
-mobilenetv3_small_100 mobilenetv3_large_100 pvt_v2_b1 swin_tiny_patch4_window7_224 vit_small_patch16_224
+mobilenetv3_small_100 mobilenetv3_large_100 pvt_v2_b1 swin_tiny_patch4_window7_224 hiera_tiny_224 vit_small_patch16_224
 vit_base_patch16_224 deit_tiny_patch16_224 deit_small_patch16_224 deit_base_patch16_224 vit_small_patch14_dinov2
 vit_small_patch16_dinov3"""
 
@@ -311,3 +345,16 @@ def test_own_projections_learn_from_the_affinity_loss_alone() -> None:
     assert net.g_cls.query.weight.grad is None and net.g_cls.key.weight.grad is None
     net(torch.randn(2, 3, 64, 64)).affinity_BNN.sum().backward()
     assert net.g_cls.query.weight.grad.any() and net.g_cls.key.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_the_encoder_is_one_graph_for_the_compiler(name: str) -> None:
+    """Drop-path that is told what to drop, and caught queries and keys, are seen by ``train.compile``."""
+    encoder = make_backbone(f"timm/{name}", drop_path=0.5)
+    noise = sample_noise(0, 1, ["a", "b"], layers=encoder.layers, channels=4, device="cpu")
+    images = torch.randn(2, 3, 64, 64)
+    expected, pairs = encoder(images, noise)
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=False)
+    found, caught = compiled(images, noise)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(caught, pairs)

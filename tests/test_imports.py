@@ -196,7 +196,7 @@ for package in (ugrl, bench):
         # The first two are imported on CUDA, and only where Triton is; the others where a backbone of timm is named
         # (timm loads torch's compiler, which looks for everything).
         if module.name not in ("ugrl.method.contrast_kernels", "ugrl.method.contrast_triton",
-                               "ugrl.model.timm_backbone", "ugrl.model.timm_weights"):
+                               "ugrl.model.timm_backbone", "ugrl.model.timm_hiera", "ugrl.model.timm_weights"):
             importlib.import_module(module.name)
 print("all imported")
 """

@@ -25,6 +25,7 @@ from ugrl.errors import ConfigError
 from ugrl.model.backbone import MEAN, STD, Backbone, BackboneInfo, Features, Pairs
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.specs import TIMM, TIMM_LEAST, crop_multiple, fitted
+from ugrl.model.timm_hiera import fit_hiera, prepare_hiera
 from ugrl.text import nearest
 
 CONVOLUTIONAL, HIERARCHICAL, PLAIN = "convolutional", "hierarchical", "plain ViT"
@@ -37,6 +38,7 @@ FAMILIES = {
     "convnext": CONVOLUTIONAL,
     "pvt_v2": HIERARCHICAL,
     "swin_transformer": HIERARCHICAL,
+    "hiera": HIERARCHICAL,
     "vision_transformer": PLAIN,
     "deit": PLAIN,
     "eva": PLAIN,
@@ -147,7 +149,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, *, drop_path: float = 0.0, output_stride: int | None = None) -> None:
         super().__init__()
         family = family_of(name)
-        self.kind = FAMILIES[family]
+        self.family, self.kind = family, FAMILIES[family]
         self.body: Any = _body(name, family, drop_path, output_stride)
         self.prefix = int(getattr(self.body, "num_prefix_tokens", 0)) if self.kind == PLAIN else 0
         self.taken, dims, reductions = _maps(self.body, name, self.kind)
@@ -168,6 +170,13 @@ class TimmBackbone(Backbone):
             std=tuple(cfg.get("std") or STD),
             licence=cfg.get("license"),
         )
+        mean, std, own_mean, own_std = (
+            torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD, self.info.mean, self.info.std)
+        )
+        self.factor_311: Tensor
+        self.offset_311: Tensor
+        self.register_buffer("factor_311", std / own_std, persistent=False)
+        self.register_buffer("offset_311", (mean - own_mean) / own_std, persistent=False)
         self.drops = [m for m in self.body.modules() if isinstance(m, SampleDropPath)]
         self.layers = len(self.drops)
         self.body.eval()
@@ -199,14 +208,14 @@ class TimmBackbone(Backbone):
         if (height, width) != tuple(x.shape[-2:]):
             x = resize(x, (height, width))
         if (info.mean, info.std) != (MEAN, STD):
-            scale = [a / b for a, b in zip(STD, info.std, strict=True)]
-            shift = [(m - n) / b for m, n, b in zip(MEAN, info.mean, info.std, strict=True)]
-            x = x * x.new_tensor(scale)[:, None, None] + x.new_tensor(shift)[:, None, None]
+            x = x * self.factor_311.to(x.dtype) + self.offset_311.to(x.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.kind == CONVOLUTIONAL else x
 
     def _features(self, x: Tensor) -> Sequence[Tensor]:
         if self.kind != CONVOLUTIONAL:
-            options = {} if self.body.__class__.__name__ == "PyramidVisionTransformerV2" else {"norm": True}
+            if self.family == "hiera":
+                fit_hiera(self.body, x.shape[-2], x.shape[-1])
+            options = {} if self.family in ("pvt_v2", "hiera") else {"norm": True}  # these two have no last norm
             maps = self.body.forward_intermediates(x, indices=self.taken, intermediates_only=True, **options)
             return cast("Sequence[Tensor]", maps)
         if not hasattr(self.body, "forward_intermediates"):
@@ -264,6 +273,8 @@ def _body(name: str, family: str, drop_path: float, output_stride: int | None) -
         body.prune_intermediate_layers(4, prune_norm=False, prune_head=not final)
     elif kind == PLAIN:
         body.prune_intermediate_layers([len(body.blocks) - 1], prune_norm=False, prune_head=True)
+    if family == "hiera":
+        prepare_hiera(body)
     for parent in list(body.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, DropPath) and getattr(parent, "has_skip", True):
