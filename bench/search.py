@@ -1,7 +1,7 @@
 """What a search finds for what it spends, and what it wastes.
 
 ``search/…``: a sampler and a scheduler against random search without early stopping, through the project's own study,
-searcher and pruners. Trials are not trained: their learning curves come from :mod:`bench.surrogate`, with noise as
+ledger and pruners. Trials are not trained: their learning curves come from :mod:`bench.surrogate`, with noise as
 large as measured. Compute is counted in training steps of all slots. Random search spends a fixed number of whole
 trials; the target is the highest true value (the surrogate's, without noise) among them; ours is the compute after
 which the other search has finished a trial that is, in truth, as good. A search that is not there after
@@ -29,9 +29,9 @@ from bench.measure import Context, Different, Entry, Skipped, entry
 
 if TYPE_CHECKING:
     from bench.surrogate import Surrogate
-    from tuning.record import TrialRow
-    from tuning.search import Search
-    from tuning.searcher import StudySearch
+    from tuning.ledger.ledger import Ledger
+    from tuning.space.search import Search
+    from tuning.study.record import TrialRow
 
 # --- sample efficiency --------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ class Found:
 
 
 def play(
-    searcher: StudySearch,
+    ledger: Ledger,
     curves: Curves,
     steps: Sequence[int],
     *,
@@ -79,7 +79,7 @@ def play(
     """Run a search as Tune would, in simulated time: reports of several slots arrive by turns, and each is judged.
 
     Args:
-        searcher: Over the study.
+        ledger: Over the study.
         curves: (point, number of the trial) → the objective at each validation.
         steps: Of the validations.
         slots: Trials side by side.
@@ -89,7 +89,7 @@ def play(
         The trials that were not stopped, by time.
     """
     found: list[Found] = []
-    name = searcher.search.objective
+    name = ledger.search.objective
     running: dict[int, tuple[str, Point, int, Sequence[float], int]] = {}
     clock: list[tuple[int, int]] = []
     begun = 0
@@ -97,7 +97,7 @@ def play(
     def begin(slot: int, now: int) -> None:
         nonlocal begun
         begun += 1
-        task = searcher.suggest(f"t{begun}")
+        task = ledger.take(f"t{begun}")
         if isinstance(task, dict):
             curve = curves(task["point"], task["number"])
             running[slot] = f"t{begun}", task["point"], task["seeds"][0], curve, 0
@@ -109,12 +109,12 @@ def play(
         now, slot = heapq.heappop(clock)
         trial, point, seed, curve, k = running[slot]
         report = {name: float(curve[k]), "step": steps[k], "seed": seed, "seconds": float(steps[k])}
-        stopped, last = searcher.judge(trial, report), k + 1 == len(steps)
+        stopped, last = ledger.judge(trial, report), k + 1 == len(steps)
         if last and not stopped:
-            searcher.judge(trial, report | {"ended": True})
+            ledger.judge(trial, report | {"ended": True})
             found.append(Found(slots * now, point, float(curve[k])))
         if last or stopped:
-            searcher.on_trial_complete(trial, {"done": True})
+            ledger.end(trial)
             begin(slot, now)
         else:
             running[slot] = trial, point, seed, curve, k + 1
@@ -122,7 +122,7 @@ def play(
         # Another slot may report at the same moment.
         if not (clock and clock[0][0] == now) and until(slots * now, found):
             break
-    searcher.leave()
+    ledger.leave()
     return found
 
 
@@ -170,12 +170,14 @@ class World:
         import optuna
 
         from bench.surrogate import SPACE
-        from tuning.lease import Lease
-        from tuning.options import Objective
-        from tuning.search import Search
-        from tuning.searcher import StudySearch
-        from tuning.space import build_space
-        from tuning.study import open_study, quiet_optuna
+        from tuning.ledger.ledger import Ledger
+        from tuning.ledger.trial_queue import TrialQueue
+        from tuning.space.options import Objective
+        from tuning.space.search import Search
+        from tuning.space.space_file import build_space
+        from tuning.study.lease import Lease
+        from tuning.study.store import quiet_optuna
+        from tuning.study.study import open_study
         from ugrl.storage import place
 
         quiet_optuna()
@@ -198,7 +200,9 @@ class World:
             return self.truth(point) + self.surrogate.noise(self.final(point), rng)
 
         with Lease(study, slots=SLOTS) as lease:
-            return play(StudySearch(study, search, lease), curves, self.surrogate.steps, slots=SLOTS, until=until)
+            return play(
+                Ledger(TrialQueue(study, search, lease)), curves, self.surrogate.steps, slots=SLOTS, until=until
+            )
 
 
 def efficiency(ctx: Context) -> Iterator[Entry]:
@@ -252,7 +256,7 @@ def _words(ours: Sequence[int], ahead: Sequence[float], whole: int, surrogate: S
 
 def entries(ctx: Context) -> Iterator[Entry | Skipped]:
     """The entries of sample efficiency."""
-    missing = [name for name in ("optuna", "scipy", "ray") if find_spec(name) is None]
+    missing = [name for name in ("optuna", "scipy") if find_spec(name) is None]
     if missing:
         yield from (Skipped(n, f"{missing[0]} is not installed") for n in NAMES if ctx.wants(n))
         return
@@ -320,9 +324,9 @@ def costs(rows: Sequence[TrialRow], slots: int) -> Cost:
 
 def tiny_search(out: Path, shards: Any) -> Search:
     """A search of trainings of a second."""
-    from tuning.options import Objective
-    from tuning.search import Search
-    from tuning.space import build_space
+    from tuning.space.options import Objective
+    from tuning.space.search import Search
+    from tuning.space.space_file import build_space
 
     space = build_space(TINY)
     return Search(space, space.base(), shards, (Objective("seg_miou"),), out)
@@ -331,10 +335,10 @@ def tiny_search(out: Path, shards: Any) -> Search:
 def session(out: Path, shards: Any, *, reuse: bool) -> list[TrialRow]:
     """One search on the cluster that is running; its trials."""
     from cluster.capacity import capacity
-    from tuning.driver import run_search
-    from tuning.lease import Lease
-    from tuning.record import read_trials
-    from tuning.study import open_study
+    from tuning.run.driver import run_search
+    from tuning.study.lease import Lease
+    from tuning.study.record import read_trials
+    from tuning.study.study import open_study
 
     search = tiny_search(out, shards)
     out.mkdir(parents=True)
@@ -359,7 +363,7 @@ class overhead:  # noqa: N801
             yield from (Skipped(n, "Ray or Optuna is not installed") for n in overhead.NAMES if ctx.wants(n))
             return
         from bench import ray_use
-        from tuning.study import quiet_optuna
+        from tuning.study.store import quiet_optuna
         from ugrl.train.run import ensure_shards
 
         quiet_optuna()

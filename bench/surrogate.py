@@ -31,7 +31,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tuning.space import Axis, SearchSpace, build_space
+from tuning.space.axis import Axis
+from tuning.space.space import SearchSpace
+from tuning.space.space_file import build_space
 
 DATA = Path(__file__).resolve().parent / "data" / "shapes.json"
 
@@ -172,8 +174,8 @@ def unit(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> np.ndarra
 
 def collect(folders: Sequence[Path]) -> Measured:
     """The curves of all runs that came to their end, of searches of one space."""
-    from tuning.cli import stored_search
-    from tuning.record import read_trials
+    from tuning.study.record import read_trials
+    from tuning.study.search_folder import stored_search
 
     curves, found = [], None
     for folder in folders:

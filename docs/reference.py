@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tuning import options, space
+from tuning.space import axis, options, space
 from ugrl import config
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -178,8 +178,8 @@ def space_row(key: str, hint: Any, default: Any, text: str) -> tuple[str, ...]:
 
 def page() -> str:
     """The whole page."""
-    kinds = [f"| `{name}` | {text} |" for name, text in space.KINDS.items()]
-    fixed = [f"| `{path}` | {why} |" for path, why in space.FIXED.items()]
+    kinds = [f"| `{name}` | {text} |" for name, text in axis.KINDS.items()]
+    fixed = [f"| `{path}` | {why} |" for path, why in axis.FIXED.items()]
     costs = [f"| `{name}` | {text} |" for name, text in options.COSTS.items()]
     parts = [
         "# Configuration",

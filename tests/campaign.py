@@ -58,6 +58,7 @@ from tests.raycluster import own_head, raylets, started_head
 from tests.s3server import bucket_server
 from tests.searches import SOUND, check_whole, study_of, write_space
 from tests.small import TINY
+from tuning.study.store import storage_of
 from ugrl.ownership import FOLDER, STALE_S, read_claims
 from ugrl.storage import Place, StorageError, place
 from ugrl.text import line
@@ -212,7 +213,7 @@ def search_stage(
     def once_each() -> None:
         study = study_of(out, storage)
         assert study is not None
-        found = optuna.load_study(study_name=study.study_name + ":final", storage=study._storage).get_trials()
+        found = optuna.load_study(study_name=study.study_name + ":final", storage=storage_of(study)).get_trials()
         assert [t.state.name for t in found] == ["COMPLETE"] * finals["best"] * finals["seeds"]
         assert len({(t.params["candidate"], t.params["seed"]) for t in found}) == len(found)
 

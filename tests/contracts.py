@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.backbone_kit import batch, network
 from tests.backbone_kit import config as backbone_config
 from tests.reference import numeric_gradient
-from tuning.options import SAMPLERS
-from tuning.space import build_space
-from tuning.study import make_sampler, suggest_point
+from tuning.space.options import SAMPLERS
+from tuning.space.space_file import build_space
+from tuning.study.sampling import make_sampler, suggest_point
 from ugrl.config import Config
 from ugrl.data.images import decode_labels, decode_rgb
 from ugrl.data.prepare import prepare

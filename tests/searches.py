@@ -1,4 +1,4 @@
-"""A search of seconds, and a stand-in for Tune that hands its trials' reports to the searcher."""
+"""A search of seconds, and a stand-in for Tune that hands its trials' reports to the ledger."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import optuna
 import yaml
 from optuna.trial import TrialState
 
-from tuning.lease import Lease
-from tuning.options import Objective
-from tuning.search import Search
-from tuning.searcher import StudySearch
-from tuning.space import build_space
-from tuning.study import open_storage, open_study, study_name
+from tuning.ledger.ledger import Ledger
+from tuning.ledger.trial_queue import TrialQueue
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space_file import build_space
+from tuning.study.lease import Lease
+from tuning.study.store import open_storage
+from tuning.study.study import open_study, study_name
 from ugrl.errors import ConfigError
 from ugrl.storage import place
 from ugrl.train import checkpoint
@@ -77,14 +79,14 @@ def search_of(tree: Mapping[str, Any], out: Path, **changes: Any) -> Search:
 
 
 @contextmanager
-def searcher(search: Search, *, create: bool = True, **more: Any) -> Any:
-    """An open searcher with a lease of its own."""
+def ledger(search: Search, *, create: bool = True, **more: Any) -> Any:
+    """An open ledger with a lease of its own."""
     study = open_study(search.space, search.out, create=create, objectives=search.objectives, steps=search.steps)
     with Lease(study, **more) as lease:
-        yield StudySearch(study, search, lease)
+        yield Ledger(TrialQueue(study, search, lease))
 
 
-def fall_asleep(found: StudySearch) -> None:
+def fall_asleep(found: Ledger) -> None:
     """Have a driver not renew what it owns, for longer than that counts."""
     for _, held in found.lease._held.values():
         held._leave.set()
@@ -101,21 +103,19 @@ def report(step: int, score: float | dict[str, float], seed: int = 0, **more: An
     return {**scores, "step": step, "seed": seed, "seconds": float(step), **more}
 
 
-def play(
-    found: StudySearch, name: str, score: Score, *, steps: tuple[int, ...] = (3, 6, 9)
-) -> dict[str, Any] | str | None:
+def play(found: Ledger, name: str, score: Score, *, steps: tuple[int, ...] = (3, 6, 9)) -> dict[str, Any] | str | None:
     """Run one trial as Tune would: every report is judged, and the end is told.
 
     Args:
-        found: The searcher.
+        found: The ledger.
         name: Of Tune's trial.
         score: (point, seed, step) → the objective, or all that is reported.
         steps: Of validations.
 
     Returns:
-        What the searcher suggested.
+        What the ledger handed out.
     """
-    task = found.suggest(name)
+    task = found.take(name)
     if not isinstance(task, dict):
         return task
     stopped = False
@@ -128,7 +128,7 @@ def play(
             stopped = found.judge(name, report(steps[-1], score(task["point"], seed, steps[-1]), seed, ended=True))
         if stopped:
             break
-    found.on_trial_complete(name, {"done": True})
+    found.end(name)
     return task
 
 

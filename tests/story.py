@@ -15,13 +15,14 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 
-from tuning.options import Objective
-from tuning.record import Run, read_trials
 from tuning.report.files import write_report
 from tuning.report.read import Finalist, Findings
-from tuning.search import Search, Session
-from tuning.space import SearchSpace, build_space
-from tuning.study import distribution
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
+from tuning.space.space_file import build_space
+from tuning.study.record import Run, Session, read_trials
+from tuning.study.sampling import suggest_point
 from ugrl.storage import Place
 
 STEPS, EVERY = 320, 40
@@ -121,11 +122,13 @@ class Story:
         told = values
         if told is None and state in ("COMPLETE", "PRUNED"):
             told = [statistics.fmean(r["metrics"][o.name] for r in runs.values()) for o in self.objectives]
+        fixed = optuna.trial.FixedTrial(point)  # knows the ranges once it has been asked
+        suggest_point(fixed, self.space.search)
         trial = optuna.trial.create_trial(
             state=TrialState[state],
             values=told,
             params=point,
-            distributions={a.path: distribution(a) for a in self.space.search if a.path in point},
+            distributions=fixed.distributions,
             user_attrs={
                 "runs": runs,
                 "held": {"seconds": held, "cpus": 1.0, "gpus": 0.5},

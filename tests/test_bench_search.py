@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("ray")
 pytest.importorskip("optuna")
 
 from bench import __main__ as program
@@ -15,12 +14,12 @@ from bench import search as bench_search
 from bench.measure import matches
 from bench.search import Found, World, costs, named, play, reached
 from bench.surrogate import DATA, SPACE, Curve, Measured, Surrogate, collect, main, repeats_space, unit
-from tests.searches import searcher
-from tuning.options import Objective
-from tuning.record import Run, TrialRow
-from tuning.search import Search
-from tuning.searcher import StudySearch
-from tuning.space import build_space
+from tests.searches import ledger
+from tuning.ledger.ledger import Ledger
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space_file import build_space
+from tuning.study.record import Run, TrialRow
 from ugrl.storage import place
 
 STEPS = (60, 120, 180, 240)
@@ -133,7 +132,7 @@ def test_curves_are_collected_from_a_study(tmp_path: Path, capsys: pytest.Captur
     search = _search(tmp_path, {"budget": {"trials": 3}})
     (tmp_path / "space.yaml").write_text(search.space.to_yaml())
     (tmp_path / "base.yaml").write_text("name: shapes\n" + _base(search))
-    with searcher(search) as found:
+    with ledger(search) as found:
         whole(found, "a", lambda point, seed, step: step / 1000, steps=STEPS)
         whole(found, "b", lambda point, seed, step: step / 500, steps=STEPS[:2])  # ended, but with a hole
     data = collect([tmp_path])
@@ -169,8 +168,8 @@ def simulate(tmp_path: Path, curves: list[tuple[float, ...]], *, slots: int, **c
         points[number] = dict(point)
         return curves[number]
 
-    with searcher(_search(tmp_path, {"budget": {"trials": len(curves)}, **changes})) as made:
-        assert isinstance(made, StudySearch)
+    with ledger(_search(tmp_path, {"budget": {"trials": len(curves)}, **changes})) as made:
+        assert isinstance(made, Ledger)
         found = play(made, run, STEPS, slots=slots, until=lambda *_: False)
         done = [t.number for t in made.study.trials if t.state.name == "COMPLETE"]
     numbers = {tuple(p.items()): k for k, p in points.items()}

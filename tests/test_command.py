@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cluster import cli as train
 from tests.tiny import tiny_tree
-from tuning.study import open_storage
+from tuning.study.store import open_storage
 from ugrl import config
 from ugrl.command import BAD_INPUT, FAULT, folder_for, guarded, pasted
 from ugrl.errors import ConfigError

@@ -23,7 +23,7 @@ import yaml
 
 from cluster import cli as train_cli
 from tuning import cli as tune_cli
-from tuning.space import build_space
+from tuning.space.space_file import build_space
 from ugrl import cli, command, config
 from ugrl.errors import ConfigError
 
@@ -373,8 +373,8 @@ def test_every_key_of_a_run_says_what_it_is(reference: ModuleType) -> None:
 
 
 def test_a_text_under_a_field_is_read(reference: ModuleType) -> None:
-    from tuning.options import Repeats
-    from tuning.space import Axis
+    from tuning.space.axis import Axis
+    from tuning.space.options import Repeats
 
     assert reference.field_texts(Repeats)["seeds"] == "Seeds of each configuration; their mean counts."
     assert reference.field_texts(Axis)["high"] == "Upper end of a range, included."

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning import space as spaces
+from tuning.space import space_file as spaces
 from ugrl import config
 from ugrl.errors import ConfigError
 from ugrl.foreign import parse_yaml

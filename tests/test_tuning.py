@@ -28,10 +28,11 @@ from cluster.capacity import Capacity, Node
 from tests.raycluster import kill_raylet, raylets, wait_for
 from tests.searches import ENDED, SOUND, SPACE, check_whole, count, search_of, study_of, write_space
 from tuning import cli
-from tuning.placement import concurrent_trials, held
-from tuning.record import read_trials
-from tuning.search import Search
-from tuning.study import open_storage
+from tuning.run.placement import concurrent_trials, held
+from tuning.space.search import Search
+from tuning.study.record import read_trials
+from tuning.study.search_folder import stored_search
+from tuning.study.store import open_storage
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
@@ -521,7 +522,7 @@ def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.ray
 def test_what_a_search_was_is_read_back(ended: Path) -> None:
     out = ended
-    search, study = cli.stored_search(out)
+    search, study = stored_search(out)
     assert isinstance(search, Search) and search.objective == "seg_miou"
     rows = read_trials(study, search.objectives)
     assert len(rows) == 5 and yaml.safe_load((out / "space.yaml").read_text())["budget"]["trials"] == 5

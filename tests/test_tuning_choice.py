@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from tests.searches import NO_STOP, SOUND, load, play, report, search_of, searcher, states
-from tuning.lease import Lease
-from tuning.record import collapsed, read_trials
-from tuning.report.noise import noise_of
-from tuning.study import open_study
-
-pytest.importorskip("ray")
+from tests.searches import NO_STOP, SOUND, ledger, load, play, report, search_of, states
+from tuning.ledger.noise import noise_of
+from tuning.study.lease import Lease
+from tuning.study.record import collapsed, read_trials
+from tuning.study.study import open_study
 
 # -- samplers and pruners ----------------------------------------------------------------------------
 
@@ -42,7 +40,7 @@ def test_every_sampler_finds_a_simple_optimum(name: str, trials: int, tmp_path: 
         assert point["method.uncertainty.radius"] % 2 == 0
         return 1 - abs(math.log10(point["train.lr"]) + 3) / 2 - abs(point["method.contrast.keep"] - 0.4)
 
-    with searcher(search) as found:
+    with ledger(search) as found:
         while play(found, "t", score) != "FINISHED":
             pass
         assert Counter(states(found.study)) == {"COMPLETE": trials}
@@ -58,7 +56,7 @@ def test_a_grid_is_run_once_each_and_in_order(tmp_path: Path) -> None:
         "search": {"train.global_batch": {"choice": [4, 8]}, "method.contrast.keep": {"choice": [0.2, 0.4]}},
     }
     search = search_of({k: v for k, v in tree.items() if k != "trials"}, tmp_path, sampler="grid", **NO_STOP)
-    with searcher(search) as found:
+    with ledger(search) as found:
         points = []
         while isinstance(task := play(found, "t", lambda *_: 0.1), dict):
             points.append(tuple(task["point"].values()))
@@ -75,7 +73,7 @@ def test_conditional_axes_are_sampled_where_they_count(tmp_path: Path) -> None:
         },
     }
     search = search_of(tree, tmp_path, trials=16, **NO_STOP)
-    with searcher(search) as found:
+    with ledger(search) as found:
         while play(found, "t", lambda point, *_: point.get(u_min, 0.05)) != "FINISHED":
             pass
         for trial in found.study.get_trials():
@@ -84,7 +82,7 @@ def test_conditional_axes_are_sampled_where_they_count(tmp_path: Path) -> None:
 
 
 def test_several_objectives_have_a_front(tmp_path: Path) -> None:
-    from tuning.record import pareto
+    from tuning.study.record import pareto
 
     search = search_of(SOUND, tmp_path, trials=16, objective=["seg_miou", "step_s"], sampler="nsga2", **NO_STOP)
 
@@ -92,7 +90,7 @@ def test_several_objectives_have_a_front(tmp_path: Path) -> None:
         good = 0.5 - abs(math.log10(point["train.lr"]) + 3) / 4
         return {"seg_miou": good, "step_s": point["train.global_batch"] / 10 + good}
 
-    with searcher(search) as found:
+    with ledger(search) as found:
         while play(found, "t", score) != "FINISHED":
             pass
         assert [d.name for d in found.study.directions] == ["MAXIMIZE", "MINIMIZE"]
@@ -108,7 +106,7 @@ def test_every_scheduler_stops_the_weak_and_remembers_over_drivers(name: str, tm
         return 0.5 + 0.01 * step - abs(math.log10(point["train.lr"]) + 3)
 
     for part in range(3):  # a new driver after every ten trials: rungs are in the storage
-        with searcher(search, create=part == 0) as found:
+        with ledger(search, create=part == 0) as found:
             for k in range(10):
                 play(found, f"{part}-{k}", score)
     study = load(search)
@@ -133,7 +131,7 @@ def test_every_scheduler_stops_the_weak_and_remembers_over_drivers(name: str, tm
 def test_seeds_are_a_mean_and_a_standard_error_and_losers_are_spared(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=4, repeats={"seeds": 3}, **NO_STOP)
     scores = {0: (0.50, 0.52, 0.54), 1: (0.53, 0.51, 0.55), 2: (0.20, 0.2, 0.2), 3: (0.51, 0.53, 0.52)}
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(4):
             play(found, str(k), lambda point, seed, step, k=k: scores[k][seed])
         rows = read_trials(found.study, search.objectives)
@@ -152,7 +150,7 @@ def test_a_seed_that_is_low_for_all_leaves_nobody_out(tmp_path: Path) -> None:
     """Seeds are apart by twenty points; a trial that is behind by one point on its first seed gets its second."""
     search = search_of(SOUND, tmp_path, trials=5, repeats={"seeds": 2}, **NO_STOP)
     scores = {0: (0.30, 0.50), 1: (0.31, 0.52), 2: (0.305, 0.50), 3: (0.30, 0.51), 4: (0.25, 0.45)}
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(5):
             play(found, str(k), lambda point, seed, step, k=k: scores[k][seed])
         rows = read_trials(found.study, search.objectives)
@@ -163,7 +161,7 @@ def test_a_seed_that_is_low_for_all_leaves_nobody_out(tmp_path: Path) -> None:
 def test_what_learning_nothing_gives_is_kept_with_the_scores(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=2, **NO_STOP)
     beside = {"seg_background_miou": 0.12, "tag_prevalence": 0.25}
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k, score in enumerate((0.12, 0.3)):
             told = {"seg_miou": score, "cam_miou": 0.2, **beside, "collapsed": float(score <= 0.12)}
             play(found, str(k), lambda *_, told=told: told)
@@ -174,7 +172,7 @@ def test_what_learning_nothing_gives_is_kept_with_the_scores(tmp_path: Path) -> 
 
 def test_without_skipping_every_seed_runs(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=3, repeats={"seeds": 2, "skip": False}, **NO_STOP)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(3):
             play(found, str(k), lambda point, seed, step, k=k: 0.5 - 0.2 * k + 0.01 * seed)
         assert [len(r.runs) for r in read_trials(found.study, search.objectives)] == [2, 2, 2]
@@ -182,24 +180,24 @@ def test_without_skipping_every_seed_runs(tmp_path: Path) -> None:
 
 def test_an_orphan_repeats_no_seed_that_has_ended(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=1, repeats={"seeds": 2}, **NO_STOP)
-    with searcher(search) as found:
-        found.suggest("a")
+    with ledger(search) as found:
+        found.take("a")
         for step in (3, 6, 9):
             found.judge("a", report(step, 0.4))
         found.judge("a", report(9, 0.4, ended=True))
         found.leave()
-    with searcher(search, create=False) as found:
-        task = found.suggest("b")
+    with ledger(search, create=False) as found:
+        task = found.take("b")
         assert task["before"] == {"0": 9.0}
         found.judge("b", report(9, 0.4, ended=True))  # read from its checkpoint, not trained again
         assert not found.judge("b", report(9, 0.6, seed=1, ended=True))
-        found.on_trial_complete("b", {"done": True})
+        found.end("b")
         (trial,) = found.study.get_trials()
     assert trial.value == pytest.approx(0.5) and trial.intermediate_values == {3: 0.4, 6: 0.4, 9: 0.4}
 
 
 def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> None:
-    from tuning.record import best_trial
+    from tuning.study.record import best_trial
 
     search = search_of(SOUND, tmp_path, trials=12, constraints={"step_s": 0.5}, **NO_STOP)
 
@@ -207,7 +205,7 @@ def test_a_trial_over_a_limit_is_stopped_and_never_the_best(tmp_path: Path) -> N
         slow = point["train.global_batch"] == 8
         return {"seg_miou": 0.9 if slow else 0.4, "step_s": 0.8 if slow else 0.2}
 
-    with searcher(search) as found:
+    with ledger(search) as found:
         while play(found, "t", score) != "FINISHED":
             pass
         rows = read_trials(found.study, search.objectives)
@@ -228,7 +226,7 @@ def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str,
     def score(point: Any, seed: int, step: int) -> dict[str, float]:
         return {"seg_miou": point["method.contrast.keep"], "step_s": 10 * point["train.lr"]}
 
-    with searcher(search) as found:
+    with ledger(search) as found:
         while play(found, "t", score) != "FINISHED":
             pass
         rows = read_trials(found.study, search.objectives)
@@ -241,34 +239,35 @@ def test_samplers_that_learn_from_complete_trials_alone_learn_a_limit(name: str,
 def test_a_spent_budget_starts_nothing_new(limit: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, budget={"trials": 5, limit: 0.5}, **NO_STOP)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    from tuning.searcher import StudySearch
+    from tuning.ledger.ledger import Ledger
+    from tuning.ledger.trial_queue import TrialQueue
 
     with Lease(study) as lease:
-        found = StudySearch(study, search, lease, cpus=2.0, gpus=2.0)
+        found = Ledger(TrialQueue(study, search, lease), cpus=2.0, gpus=2.0)
         play(found, "0", lambda *_: 0.1)
-        running = found.suggest("1")
+        running = found.take("1")
         if limit == "hours":
             study.set_user_attr("session:before", {"id": "before", "started": 1.0, "seen": 1801.0, "ended": True})
         else:
             found.jobs["1"].before = 901.0  # 901 s × 2 of them are half an hour
-            found.hold(found.jobs["1"])
-        assert found.suggest("2") == "FINISHED"
+            found.jobs["1"].hold(2.0, 2.0)
+        assert found.take("2") == "FINISHED"
         assert found.halted.startswith(f"budget.{limit} is spent: 0.50 of 0.5")
         assert not found.judge("1", report(9, 0.2, ended=True))  # what runs is finished
-        found.on_trial_complete("1", {"done": True})
-        assert found.suggest("2") == "FINISHED"
+        found.end("1")
+        assert found.take("2") == "FINISHED"
     assert isinstance(running, dict)
     assert states(load(search)) == ["COMPLETE", "COMPLETE", "WAITING", "WAITING", "WAITING"]
 
 
 def test_a_search_in_which_nothing_works_is_stopped_with_the_reason(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=20)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(3):
-            found.suggest(str(k))
+            found.take(str(k))
             found.judge(str(k), {"error": f"shard /data/{k}/x.parquet: row {k} cannot be decoded"})
-            found.on_trial_complete(str(k), {"done": True})
-        assert found.suggest("3") == "FINISHED"
+            found.end(str(k))
+        assert found.take("3") == "FINISHED"
         assert found.halted == (
             "3 trials in a row failed alike, and none has worked: shard /data/2/x.parquet: row 2 cannot be decoded"
         )
@@ -277,9 +276,9 @@ def test_a_search_in_which_nothing_works_is_stopped_with_the_reason(tmp_path: Pa
 
 def test_failures_of_different_kinds_stop_nothing(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=20)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k, why in enumerate(("out of memory", "not a number", "out of memory", "not a number")):
-            found.suggest(str(k))
+            found.take(str(k))
             found.judge(str(k), {"error": why})
-            found.on_trial_complete(str(k), {"done": True})
-        assert isinstance(found.suggest("4"), dict)
+            found.end(str(k))
+        assert isinstance(found.take("4"), dict)

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 from tests.searches import SOUND
 from tuning import cli
 from tuning.dryrun import cost_of, expected
-from tuning.space import build_space
-from tuning.study import make_pruner
+from tuning.space.space_file import build_space
+from tuning.study.sampling import make_pruner
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.train import flops

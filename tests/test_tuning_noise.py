@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.story import STEPS, Story
-from tuning.record import Run, TrialRow
-from tuning.report.noise import Loss, Measure, Noise, by_luck, difference, expected_best, loss, noise_of, seed_noise
+from tuning.ledger.noise import Measure, Noise, difference, noise_of
+from tuning.report.luck import Loss, by_luck, expected_best, loss, seed_noise
 from tuning.report.read import Finalist, Findings
 from tuning.report.sentences import verdict
+from tuning.study.record import Run, TrialRow
 
 # -- differences ------------------------------------------------------------------------------
 

@@ -14,19 +14,18 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from tests.searches import NO_STOP, SOUND, STORAGES, fall_asleep, load, play, search_of, searcher, states
+from tests.searches import NO_STOP, SOUND, STORAGES, fall_asleep, ledger, load, play, search_of, states
 from tests.starts import ONE_EACH, ROUNDS, Attempt, together
-from tuning.driver import open_finals, plan_finals
-from tuning.lease import Lease, once
-from tuning.options import Final
-from tuning.search import Search
-from tuning.study import plan, put_back, trial_folder
+from tuning.ledger.finals import open_finals, plan_finals
+from tuning.space.options import Final
+from tuning.space.search import Search
+from tuning.study.lease import Lease, once
+from tuning.study.store import id_of, put_back, read_frozen, storage_of
+from tuning.study.study import plan
 from ugrl import ownership
 from ugrl.errors import ConfigError
 from ugrl.ownership import Claim, LostError, fence, process_space
 from ugrl.storage import place
-
-pytest.importorskip("ray")
 
 
 def a_search(out: str | Path, storage: str, **changes: Any) -> Search:
@@ -40,12 +39,12 @@ def taking(out: str, storage: str) -> Attempt:
     """A driver that wants the trial of each round."""
     search = a_search(out, storage)
     study = load(search)
-    lease, ids = Lease(study), [t._trial_id for t in study.get_trials(deepcopy=False)]
+    lease, trials = Lease(study), study.get_trials(deepcopy=False)
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:
-        seen = study._storage.get_trial(ids[k])
-        trial = lease.take(study, seen, trial_folder(search.out, k))
+        seen = read_frozen(study, trials[k])
+        trial = lease.take(study, seen, search.folder(k))
         yield trial is not None and lease.holds(study, trial)
         if trial is not None:
             put_back(study, trial)
@@ -57,7 +56,7 @@ def taking(out: str, storage: str) -> Attempt:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_of_drivers_that_begin_a_trial_at_once_one_does(storage: str, tmp_path: Path) -> None:
     search = a_search(tmp_path, storage)
-    with searcher(search):
+    with ledger(search):
         pass
     # The second time, one of them has had the trial before: a journal would tell that one that it has it again.
     for _ in range(2 if storage == "journal" else 1):
@@ -73,11 +72,11 @@ def test_of_drivers_that_take_an_orphan_over_at_once_one_does(storage: str, tmp_
     gone.join()
     assert gone.pid is not None
     claim = Claim("gone", socket.gethostname(), gone.pid, process_space(), time.time(), number=1, owner=True)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for trial in found.study.get_trials(deepcopy=False):
-            found.study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-            (place(found.folder(trial.number)) / "owner" / "gone.json").write(claim.bytes())
-        assert len(found.orphans()) == ROUNDS
+            storage_of(found.study).set_trial_state_values(id_of(trial), TrialState.RUNNING)
+            (place(found.queue.folder(trial.number)) / "owner" / "gone.json").write(claim.bytes())
+        assert len(found.queue.orphans()) == ROUNDS
     assert together(taking, str(tmp_path), storage) == ONE_EACH
 
 
@@ -86,21 +85,21 @@ def test_a_driver_that_was_cut_off_hears_of_it_before_it_writes(
 ) -> None:
     """Of the trial that another one took, of one whose folder alone it cannot see, and in the trial's processes."""
     search = a_search(tmp_path, "journal")
-    with searcher(search) as found:
-        first, second = found.suggest("first"), found.suggest("second")
+    with ledger(search) as found:
+        first, second = found.take("first"), found.take("second")
         check = fence(place(first["folder"]), first["owner"], every_s=0.0)
         check()
         fall_asleep(found)
-        with searcher(search, create=False) as other:
-            assert other.suggest("first")["number"] == 0
+        with ledger(search, create=False) as other:
+            assert other.take("first")["number"] == 0
             with pytest.raises(LostError, match="another driver has taken it over"):
                 check()
             assert found.judge("first", {"seed": 0, "step": 3, "seg_miou": 0.9})
             assert "first" not in found.jobs
             assert other.lease.holds(other.study, other.jobs["first"].trial)
-            assert other.suggest("second")["number"] == 1
+            assert other.take("second")["number"] == 1
             monkeypatch.setattr(ownership.Ownership, "check", lambda self: None)
-            found.on_trial_complete("second", {"done": True})
+            found.end("second")
             assert states(load(search))[:2] == ["RUNNING"] * 2
             assert second["number"] == 1 and not found.study.get_trials()[0].intermediate_values
 
@@ -112,7 +111,7 @@ def planning(out: str, storage: str, part: str) -> Attempt:
     """A driver that plans more trials, or more final runs, in each round."""
     search = a_search(out, storage)
     study = load(search)
-    finals = open_finals(search, study._storage)
+    finals = open_finals(search, study)
     assert finals is not None
 
     @contextmanager
@@ -142,13 +141,13 @@ def planning(out: str, storage: str, part: str) -> Attempt:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_of_drivers_that_plan_at_once_one_does(storage: str, part: str, tmp_path: Path) -> None:
     search = a_search(tmp_path, storage)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(2):
             play(found, str(k), lambda *_: 0.5)
-        finals = open_finals(search, found.study._storage)
+        finals = open_finals(search, found.study)
     assert together(planning, str(tmp_path), storage, part) == ONE_EACH
     study = load(search)
-    finals = open_finals(search, study._storage)
+    finals = open_finals(search, study)
     assert finals is not None
     grown = [t.system_attrs["fixed_params"] for t in finals.get_trials()] if part != "trials" else study.get_trials()
     assert len(grown) == 2 * ROUNDS + (ROUNDS if part == "trials" else 0)
@@ -157,7 +156,7 @@ def test_of_drivers_that_plan_at_once_one_does(storage: str, part: str, tmp_path
 
 def beginning(out: str) -> Attempt:
     """A command that begins the search of each round."""
-    from tuning.cli import begin
+    from tuning.study.search_folder import begin
 
     @contextmanager
     def attempt(k: int) -> Iterator[bool]:
@@ -178,7 +177,7 @@ def test_of_commands_that_begin_a_search_at_once_one_does(tmp_path: Path) -> Non
 
 def test_who_lost_the_search_plans_no_further(tmp_path: Path) -> None:
     search = a_search(tmp_path, "journal")
-    with searcher(search) as found:
+    with ledger(search) as found:
         more = replace(search.space, budget=replace(search.space.budget, trials=ROUNDS + 3))
         left = [None, None]
 

@@ -6,29 +6,25 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tests.searches import NO_STOP, SOUND, report, search_of, searcher
-
-pytest.importorskip("ray")
-
-from tuning.progress import TrialProgress, logged_step
+from tests.searches import NO_STOP, SOUND, ledger, report, search_of
+from tuning.run.progress import TrialProgress, logged_step
 
 
 @pytest.fixture
 def bar(tmp_path: Path) -> Iterator[TrialProgress]:
     """Of a search of four trials of two seeds and nine steps, of which two run."""
     search = search_of(SOUND, tmp_path, trials=4, repeats={"seeds": 2}, **NO_STOP)
-    with searcher(search) as found:
+    with ledger(search) as found:
         made = TrialProgress(search.objectives, search.steps, Console(file=io.StringIO(), width=80), title="demo")
-        made.searcher = found
+        made.ledger = found
         for name in ("a", "b"):
-            found.suggest(name)
-            made.on_trial_start(0, [], SimpleNamespace(trial_id=name))
+            found.take(name)
+            made.started(name)
         yield made
 
 
@@ -40,11 +36,11 @@ def log(bar: TrialProgress, name: str, seed: int, text: str) -> None:
 
 
 def ended(bar: TrialProgress, name: str) -> None:
-    assert bar.searcher is not None
+    assert bar.ledger is not None
     for seed in (0, 1):
-        assert not bar.searcher.judge(name, report(9, 0.5, seed, ended=True))
-    bar.searcher.on_trial_complete(name, {"done": True})
-    bar.on_trial_complete(0, [], SimpleNamespace(trial_id=name))
+        assert not bar.ledger.judge(name, report(9, 0.5, seed, ended=True))
+    bar.ledger.end(name)
+    bar.ended(name)
 
 
 def test_it_moves_between_validations_and_says_how_long_it_takes(bar: TrialProgress) -> None:
@@ -55,7 +51,7 @@ def test_it_moves_between_validations_and_says_how_long_it_takes(bar: TrialProgr
     assert (bar.running["a"].step, bar.running["b"].step) == (5, 0)
     bar.began -= 40  # five steps in 40 s: of a, 13 are left, of the three others 18 each
     assert bar.headline().startswith("demo: 0 of 4 ended · about 9 min left")
-    bar.on_trial_result(0, [], SimpleNamespace(trial_id="a"), report(6, 0.25))
+    bar.reported("a", report(6, 0.25))
     log(bar, "a", 1, '{"step": 2}\n')
     bar.looked -= 10
     bar.look()
@@ -69,7 +65,7 @@ def test_its_words_do_not_break_at_80_columns(bar: TrialProgress) -> None:
     bar.steps = 80_000
     log(bar, "a", 0, '{"step": 61000}\n')
     bar.looked -= 10
-    bar.on_trial_result(0, [], SimpleNamespace(trial_id="a"), report(60_000, 0.25))
+    bar.reported("a", report(60_000, 0.25))
     with bar.console.capture() as caught:
         bar.console.print(bar.render())
     lines = caught.get().splitlines()
@@ -80,12 +76,12 @@ def test_its_words_do_not_break_at_80_columns(bar: TrialProgress) -> None:
 
 def test_off_a_terminal_the_whole_is_heard_of_now_and_then(bar: TrialProgress) -> None:
     file: Any = bar.console.file
-    bar.on_step_end(0, [])
+    bar.stepped()
     assert "ended" not in file.getvalue()
     log(bar, "b", 0, '{"step": 4}\n')
     bar.said, bar.looked, bar.began = bar.said - 60, bar.looked - 60, bar.began - 60
-    bar.on_step_end(1, [])
-    bar.on_step_end(2, [])
+    bar.stepped()
+    bar.stepped()
     (text,) = [t for t in file.getvalue().splitlines() if "ended" in t]
     assert text.startswith("demo: 0 of 4 ended · about 17 min left")
     assert text.endswith("trial 0 0/9 of seed 1 · trial 1 4/9 of seed 1")

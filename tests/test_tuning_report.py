@@ -20,8 +20,6 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.story import SPACE, STEPS, Story, csv_rows, plots, report
-from tuning.options import Objective
-from tuning.record import TrialRow, pareto
 from tuning.report import drawing, files, sections
 from tuning.report import plots as plots_module
 from tuning.report.files import write_csv
@@ -32,6 +30,8 @@ from tuning.report.plots import draw, importance
 from tuning.report.read import Findings
 from tuning.report.sections import contents
 from tuning.report.sentences import paper_sentence, verdict
+from tuning.space.options import Objective
+from tuning.study.record import TrialRow, pareto
 from ugrl import config as configs
 from ugrl.storage import Place
 from ugrl.text import markdown

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tuning.space import build_space, differences, load_space, trial_config, weak_rung
+from tuning.space.advice import weak_rung
+from tuning.space.space import differences, trial_config
+from tuning.space.space_file import build_space, load_space
 from ugrl import config as configs
 from ugrl.errors import ConfigError
 

@@ -23,19 +23,20 @@ import pytest
 from optuna.trial import TrialState
 
 from cluster.capacity import Capacity
-from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, load, play, report, search_of, searcher, states
-from tuning.driver import open_finals, plan_finals, sweep_stopped
-from tuning.lease import Lease
-from tuning.placement import Room
-from tuning.record import read_trials
-from tuning.study import mend_journal, open_storage, open_study, plan, put_back, queue
-from tuning.trial import asked_to_leave, with_room
+from tests.searches import NO_STOP, SOUND, SPACE, STORAGES, fall_asleep, ledger, load, play, report, search_of, states
+from tuning.ledger.finals import open_finals, plan_finals
+from tuning.run.driver import sweep_stopped
+from tuning.run.placement import Room
+from tuning.run.trial import asked_to_leave, with_room
+from tuning.study.journal import mend_journal
+from tuning.study.lease import Lease
+from tuning.study.record import read_trials
+from tuning.study.store import open_storage, put_back
+from tuning.study.study import open_study, plan, queue
 from ugrl.errors import CheckpointError, ConfigError, UgrlError
 from ugrl.ownership import Claim, process_space
 from ugrl.storage import place
 from ugrl.train.interrupt import Interrupted
-
-pytest.importorskip("ray")
 
 # -- states ----------------------------------------------------------------------------------------
 
@@ -43,9 +44,9 @@ pytest.importorskip("ray")
 @pytest.mark.parametrize("storage", STORAGES)
 def test_states_are_true(storage: str, tmp_path: Path) -> None:
     search = search_of(SPACE, tmp_path, storage=storage, trials=6)
-    with searcher(search) as found:
+    with ledger(search) as found:
         names = ("full", "stopped", "nan", "error", "silent", "died")
-        tasks = {name: found.suggest(name) for name in names}
+        tasks = {name: found.take(name) for name in names}
         assert tasks["full"]["point"] == {"train.global_batch": 4, "train.lr": 1e-3}
         assert states(found.study) == ["RUNNING"] * 6
         assert not found.judge("full", report(3, 0.2))
@@ -56,12 +57,12 @@ def test_states_are_true(storage: str, tmp_path: Path) -> None:
         assert found.judge("nan", report(3, math.nan))
         assert found.judge("error", {"error": "it broke"})
         for name in names:
-            found.on_trial_complete(name, {"done": True}, error=name == "died")
+            found.end(name, died=name == "died")
         for again in range(3):  # goes on, three times
-            assert found.suggest(f"died {again}")["point"] == tasks["died"]["point"]
-            found.on_trial_complete(f"died {again}", None, error=True)
+            assert found.take(f"died {again}")["point"] == tasks["died"]["point"]
+            found.end(f"died {again}", died=True)
         assert found.judge("full", report(9, 0.9))  # late news changes nothing
-        found.on_trial_complete("full", {"done": True})
+        found.end("full")
 
     trials = load(search).get_trials()
     assert states(load(search)) == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "FAIL"]
@@ -83,9 +84,9 @@ def test_states_are_true(storage: str, tmp_path: Path) -> None:
 
 def test_a_study_of_a_taken_name_or_of_other_objectives_is_refused(tmp_path: Path) -> None:
     search = search_of(SPACE, tmp_path)
-    with searcher(search):
+    with ledger(search):
         pass
-    with pytest.raises(UgrlError, match="already holds a study"), searcher(search):
+    with pytest.raises(UgrlError, match="already holds a study"), ledger(search):
         pass
     other = search_of(SPACE, tmp_path, objective="tag_f1")
     with pytest.raises(UgrlError, match="optimises seg_miou, not tag_f1"):
@@ -97,24 +98,24 @@ def test_a_study_of_a_taken_name_or_of_other_objectives_is_refused(tmp_path: Pat
 
 def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> None:
     search = search_of(SPACE, tmp_path)
-    with searcher(search) as found:
+    with ledger(search) as found:
         assert states(found.study) == ["WAITING"] * 5
         plan(found.study, search.space)
         assert len(found.study.get_trials()) == 5
     more = search_of(SPACE, tmp_path, trials=8)
-    with searcher(more, create=False) as found:
+    with ledger(more, create=False) as found:
         assert states(found.study) == ["WAITING"] * 8
-        asked = [found.suggest(str(i)) for i in range(9)]
+        asked = [found.take(str(i)) for i in range(9)]
         assert [t["number"] for t in asked[:8]] == list(range(8))
         # Eight are running here, and nothing waits; but one of them might have to go on elsewhere.
         assert asked[8] is None
     (tmp_path / "few").mkdir()
     few = search_of(SOUND, tmp_path / "few", trials=5)
-    with searcher(few) as found:
+    with ledger(few) as found:
         play(found, "0", lambda *_: 0.5)
         play(found, "1", lambda *_: 0.5)
     fewer = search_of(SOUND, tmp_path / "few", trials=3)
-    with searcher(fewer, create=False) as found:
+    with ledger(fewer, create=False) as found:
         assert isinstance(play(found, "2", lambda *_: 0.5), dict)
         assert play(found, "3", lambda *_: 0.5) == "FINISHED"
         assert len([t for t in found.study.get_trials() if t.state == TrialState.WAITING]) == 2
@@ -122,10 +123,10 @@ def test_all_trials_of_the_budget_wait_from_the_beginning(tmp_path: Path) -> Non
 
 def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
     search = search_of(SOUND, Path(out), storage=storage, trials=24, **NO_STOP)
-    with searcher(search, create=False, beat_s=0.2) as found:
+    with ledger(search, create=False, beat_s=0.2) as found:
         done = 0
         while True:
-            if done == quit_after and isinstance(found.suggest("left behind"), dict):
+            if done == quit_after and isinstance(found.take("left behind"), dict):
                 os.kill(os.getpid(), signal.SIGKILL)
             task = play(found, f"{seed}-{done}", lambda point, *_: -abs(math.log(point["train.lr"] / 1e-3)))
             time.sleep(0.3)  # so that no driver is too late for its share
@@ -140,7 +141,7 @@ def _drive(storage: str, out: str, seed: int, quit_after: int | None) -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, storage=storage, trials=24, **NO_STOP)
-    with searcher(search):
+    with ledger(search):
         pass
     context = multiprocessing.get_context("spawn")
     drivers = [
@@ -159,7 +160,7 @@ def test_three_drivers_of_which_one_is_killed_run_each_trial_once(storage: str, 
 
 
 def _open(folder: str, gate: Any, told: Any) -> None:
-    from tuning.study import open_storage
+    from tuning.study.store import open_storage
 
     gate.wait(60)
     try:
@@ -187,23 +188,24 @@ def test_processes_that_open_a_new_database_at_once_all_get_it(tmp_path: Path) -
 def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage: str, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, storage=storage)
     study = open_study(search.space, search.out, create=True, objectives=search.objectives, steps=search.steps)
-    from tuning.searcher import StudySearch
+    from tuning.ledger.ledger import Ledger
+    from tuning.ledger.trial_queue import TrialQueue
 
-    lost = StudySearch(study, search, Lease(study))
-    task = lost.suggest("lost")
+    lost = Ledger(TrialQueue(study, search, Lease(study)))
+    task = lost.take("lost")
     assert isinstance(task, dict)
     lost.judge("lost", report(3, 0.3))
     fall_asleep(lost)
-    with searcher(search, create=False) as found:
-        again = found.suggest("again")
+    with ledger(search, create=False) as found:
+        again = found.take("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
         assert again["before"] == {"0": 3.0}  # seconds that it has trained already
         assert not found.judge("again", report(6, 0.4))
         assert not found.judge("again", report(9, 0.5, ended=True))
         # The dead one wakes up: what it says counts no more, and it is told to stop.
         assert lost.judge("lost", report(9, 0.9))
-        lost.on_trial_complete("lost", {"done": True})
-        found.on_trial_complete("again", {"done": True})
+        lost.end("lost")
+        found.end("again")
         (trial,) = found.study.get_trials(states=(TrialState.COMPLETE,))
         assert trial.value == 0.5 and trial.intermediate_values == {3: 0.3, 6: 0.4, 9: 0.5}
         assert len(found.study.get_trials()) == 5
@@ -211,98 +213,97 @@ def test_an_orphan_is_continued_with_the_same_parameters_and_counts_once(storage
 
 def test_a_driver_that_is_alive_keeps_its_trials(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as first:
-        task = first.suggest("mine")
-        with searcher(search, create=False) as other:
-            assert other.orphans() == [] and other.outlook() == (4, 1)
+    with ledger(search) as first:
+        task = first.take("mine")
+        with ledger(search, create=False) as other:
+            assert other.queue.orphans() == [] and other.outlook() == (4, 1)
             fall_asleep(first)
-            assert [t.number for t in other.orphans()] == [task["number"]]
+            assert [t.number for t in other.queue.orphans()] == [task["number"]]
             assert other.outlook() == (5, 0)
 
 
 def test_an_orphan_that_lost_its_driver_before_it_had_a_point_is_sampled_as_itself(tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    with searcher(search_of(SOUND, tmp_path / "whole")) as found:
-        points = [found.suggest(name)["point"] for name in "abc"]
+    with ledger(search_of(SOUND, tmp_path / "whole")) as found:
+        points = [found.take(name)["point"] for name in "abc"]
     assert len({str(point) for point in points}) == 3
     search = search_of(SOUND, tmp_path / "cut")
-    with searcher(search) as found:
-        assert found.suggest("a")["point"] == points[0]
+    with ledger(search) as found:
+        assert found.take("a")["point"] == points[0]
         assert Lease(found.study).take(found.study, queue(found.study, 5)[0], tmp_path / "elsewhere") is not None
-        orphan = found.suggest("b")
+        orphan = found.take("b")
         assert (orphan["number"], orphan["point"]) == (1, points[1])
 
 
 def test_what_is_put_back_goes_on_as_it_was(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
-        task = found.suggest("mine")
+    with ledger(search) as found:
+        task = found.take("mine")
         found.judge("mine", report(3, 0.3))
         assert found.leave() == [task["number"]]
         assert states(found.study) == ["WAITING"] * 5
-        assert found.suggest("none") == "FINISHED"
-    with searcher(search, create=False) as found:
-        again = found.suggest("again")
+        assert found.take("none") == "FINISHED"
+    with ledger(search, create=False) as found:
+        again = found.take("again")
         assert (again["number"], again["point"]) == (task["number"], task["point"])
-        assert found.suggest("next")["point"] != task["point"]
+        assert found.take("next")["point"] != task["point"]
 
 
 def test_a_trial_is_begun_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuning.searcher.IDLE_S", 0.0)
+    monkeypatch.setattr("tuning.ledger.processes.IDLE_S", 0.0)
     free = 0
-    with searcher(search_of(SOUND, tmp_path)) as found:
-        found.room = SimpleNamespace(trials=lambda: free)
-        assert found.suggest("a") == "FINISHED"  # and not None, at which Tune would wait and hear no signal
+    with ledger(search_of(SOUND, tmp_path)) as found:
+        found.processes.room = SimpleNamespace(trials=lambda: free)
+        assert found.take("a") == "FINISHED"  # and not None, at which Tune would wait and hear no signal
         free = 1
-        first = found.suggest("a")
-        assert found.suggest("b") is None  # the room is meant for the first one, which has not got it yet
-        found.placed("a")
+        first = found.take("a")
+        assert found.take("b") is None  # the room is meant for the first one, which has not got it yet
+        found.processes.placed("a")
         free = 0
-        assert found.suggest("b") is None
-        found.on_trial_complete("a", {"done": True})
-        second = found.suggest("b")  # in the process of the first one
+        assert found.take("b") is None
+        found.end("a")
+        second = found.take("b")  # in the process of the first one
         assert (first["number"], second["number"]) == (0, 1)
-        assert found.suggest("c") is None
+        assert found.take("c") is None
 
 
 def test_a_trial_that_finds_no_place_is_given_back(tmp_path: Path) -> None:
-    with searcher(search_of(SOUND, tmp_path)) as found:
-        found.room = SimpleNamespace(trials=lambda: 2)
-        found.suggest("a")
-        found.suggest("b")
-        found.placed("b")
-        assert found.unplaced() == []
+    with ledger(search_of(SOUND, tmp_path)) as found:
+        found.processes.room = SimpleNamespace(trials=lambda: 2)
+        found.take("a")
+        found.take("b")
+        found.processes.placed("b")
+        assert found.processes.unplaced() == []
         for job in found.jobs.values():
             job.since -= 31
-        assert found.unplaced() == ["a"]
+        assert found.processes.unplaced() == ["a"]
         found.give_back("a")
         assert states(found.study) == ["WAITING", "RUNNING", "WAITING", "WAITING", "WAITING"]
 
 
 def test_processes_without_work_are_ended_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuning.searcher.IDLE_S", 0.0)
-    monkeypatch.setattr("tuning.searcher.REST_S", 0.0)
-    with searcher(search_of(SOUND, tmp_path, trials=3)) as found:
+    monkeypatch.setattr("tuning.ledger.processes.IDLE_S", 0.0)
+    monkeypatch.setattr("tuning.ledger.processes.REST_S", 0.0)
+    with ledger(search_of(SOUND, tmp_path, trials=3)) as found:
         for name in "abc":
-            found.suggest(name)
-            found.placed(name)
-        found.on_trial_complete("a", {"done": True})
-        assert not found.rests()
-        assert found.suggest("d") is None  # nothing waits
-        assert found.rests()
-        assert not found.rests()
+            found.take(name)
+            found.processes.placed(name)
+        found.end("a")
+        assert not found.processes.end_resting()
+        assert found.take("d") is None  # nothing waits
+        assert found.processes.end_resting()
+        assert not found.processes.end_resting()
 
 
-def test_workers_are_placed_node_by_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray._private.state
-
+def test_workers_are_placed_node_by_node(tmp_path: Path) -> None:
     def trials(workers: int, *nodes: float) -> int:
         free = {str(k): {"CPU": cpus} for k, cpus in enumerate(nodes)}
-        monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: free)
         whole = {"cluster.cpus_per_worker": 1.0, "cluster.data_cpus": 1.0}
         search = search_of(SOUND, tmp_path, overrides={**SOUND["overrides"], **whole})
-        return Room(replace(search, space=replace(search.space, workers=workers)), Capacity(8, 0, 4)).trials()
+        return Room(
+            replace(search, space=replace(search.space, workers=workers)), Capacity(8, 0, 4), lambda: free
+        ).trials()
 
     assert trials(1, 1.0, 1.0) == 2
     assert trials(1, 0.5, 0.5) == 0  # a trial is not split over nodes
@@ -314,9 +315,9 @@ def test_workers_are_placed_node_by_node(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuning import searcher as module
+    from tuning.study import commit as module
 
-    file = tmp_path / "site-packages" / "searcher.py"
+    file = tmp_path / "site-packages" / "commit.py"
     file.parent.mkdir()
     file.write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -324,7 +325,7 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(module, "__file__", str(file))
     assert module.code_commit() == ""
-    vendored = tmp_path / "vendor" / "tuning" / "searcher.py"
+    vendored = tmp_path / "vendor" / "tuning" / "commit.py"
     vendored.parent.mkdir(parents=True)
     vendored.write_text("")
     for words in (["add", "."], ["commit", "-q", "-m", "within"]):
@@ -336,16 +337,16 @@ def test_the_commit_is_of_the_code_and_not_of_what_lies_around_it(
 
 def test_a_takeover_keeps_the_seeds(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=3, first=[{"train.global_batch": 4, "train.lr": 1e-3}] * 2)
-    with searcher(search) as found:
-        first, second = found.suggest("a"), found.suggest("b")
+    with ledger(search) as found:
+        first, second = found.take("a"), found.take("b")
         assert (first["seeds"], second["seeds"]) == ([0], [1])  # the same point tells more with another seed
         found.leave()
-    with searcher(search, create=False) as found:
-        assert found.suggest("a")["seeds"] == [0] and found.suggest("b")["seeds"] == [1]
+    with ledger(search, create=False) as found:
+        assert found.take("a")["seeds"] == [0] and found.take("b")["seeds"] == [1]
 
 
 def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
-    from tuning.trial import Reports
+    from tuning.run.trial import Reports
 
     reports = Reports(0, 0.0, {})
     for step_s, memory in ((9.0, 100.0), (1.0, 300.0), (2.0, 200.0)):  # the first line holds the warm-up
@@ -355,9 +356,9 @@ def test_costs_are_of_the_run_and_not_of_its_last_line() -> None:
 
 def test_a_sampler_goes_on_where_it_was(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=6)
-    with searcher(search) as found:
+    with ledger(search) as found:
         before = [play(found, str(i), lambda *_: 0.5)["point"] for i in range(3)]
-    with searcher(search, create=False) as found:
+    with ledger(search, create=False) as found:
         after = [play(found, str(i), lambda *_: 0.5)["point"] for i in range(3)]
     assert not [p for p in after if p in before]
 
@@ -367,10 +368,10 @@ def test_a_sampler_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=4, final={"best": 2, "seeds": 3}, **NO_STOP)
-    with searcher(search) as found:
+    with ledger(search) as found:
         for k in range(4):
             play(found, str(k), lambda *_, k=k: (0.3, 0.6, 0.1, 0.5)[k])
-        finals = open_finals(search, found.study._storage)
+        finals = open_finals(search, found.study)
         plan_finals(search, found.study, finals)
         plan_finals(search, found.study, finals)
         asked = [t.system_attrs["fixed_params"] for t in finals.get_trials()]
@@ -385,11 +386,11 @@ def test_the_best_are_planned_with_fresh_seeds_once(tmp_path: Path) -> None:
 
 
 def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
-    from tuning.cli import warm_points
+    from tuning.study.search_folder import warm_points
 
     first = search_of(SOUND, tmp_path / "voc", trials=6, **NO_STOP)
     (tmp_path / "voc").mkdir()
-    with searcher(first) as found:
+    with ledger(first) as found:
         for k in range(6):
             play(found, str(k), lambda point, *_: point["train.lr"])
         (tmp_path / "voc" / "space.yaml").write_text(first.space.to_yaml())
@@ -410,10 +411,11 @@ def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
     )
     plan(study, second.space, warm)
     with Lease(study) as lease:
-        from tuning.searcher import StudySearch
+        from tuning.ledger.ledger import Ledger
+        from tuning.ledger.trial_queue import TrialQueue
 
-        found = StudySearch(study, second, lease)
-        tasks = [found.suggest(str(k)) for k in range(3)]
+        found = Ledger(TrialQueue(study, second, lease))
+        tasks = [found.take(str(k)) for k in range(3)]
     assert [t["point"] for t in tasks[:2]] == [p for _, p in warm]
     assert study.get_trials()[0].user_attrs["from"].startswith("warm: voc trial ")
 
@@ -423,12 +425,12 @@ def test_a_search_begins_with_what_was_best_elsewhere(tmp_path: Path) -> None:
 
 def test_a_journal_whose_last_line_was_torn_is_mended(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
+    with ledger(search) as found:
         play(found, "0", lambda *_: 0.5)
     path = tmp_path / "study.journal"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"op_code":8,"worker_id":"x","trial_id":3,"user_at')
-    with searcher(search, create=False) as found:
+    with ledger(search, create=False) as found:
         play(found, "1", lambda *_: 0.6)
         assert states(found.study)[:2] == ["COMPLETE", "COMPLETE"]
     for text in path.read_text().splitlines():
@@ -438,7 +440,7 @@ def test_a_journal_whose_last_line_was_torn_is_mended(tmp_path: Path) -> None:
 
 def test_opening_a_journal_parses_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
+    with ledger(search) as found:
         play(found, "0", lambda *_: 0.5)
     lines = (tmp_path / "study.journal").read_bytes().splitlines()
     parsed: list[bytes] = []
@@ -462,13 +464,13 @@ def test_a_postgresql_server_is_a_storage(tmp_path: Path) -> None:
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
         one = search_of(SOUND, tmp_path / "one", storage=url, trials=4, **NO_STOP)
         two = search_of(SOUND, tmp_path / "two", storage=url, trials=2, **NO_STOP)
-        with searcher(one) as a, searcher(two) as b:  # two searches in one database
-            lost = a.suggest("lost")
+        with ledger(one) as a, ledger(two) as b:  # two searches in one database
+            lost = a.take("lost")
             play(b, "0", lambda *_: 0.5)
-        with searcher(one, create=False) as a:
-            assert a.suggest("again")["point"] == lost["point"]
+        with ledger(one, create=False) as a:
+            assert a.take("again")["point"] == lost["point"]
             a.leave()
-        with searcher(one, create=False) as a:
+        with ledger(one, create=False) as a:
             while play(a, "t", lambda *_: 0.25) != "FINISHED":
                 pass
             assert Counter(states(a.study)) == {"COMPLETE": 4}
@@ -489,7 +491,7 @@ def test_a_database_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
 
 def test_half_a_line_before_a_record_of_another_driver_is_taken_out(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
+    with ledger(search) as found:
         play(found, "0", lambda *_: 0.5)
     path = tmp_path / "study.journal"
     *lines, last = path.read_bytes().splitlines()
@@ -513,7 +515,7 @@ def test_half_a_line_before_a_record_of_another_driver_is_taken_out(tmp_path: Pa
 )
 def test_a_spoiled_line_of_the_journal_is_named(text: bytes, tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path)
-    with searcher(search) as found:
+    with ledger(search) as found:
         play(found, "0", lambda *_: 0.5)
     path = tmp_path / "study.journal"
     lines = path.read_bytes().splitlines()
@@ -530,10 +532,10 @@ def test_what_a_process_of_a_stopped_trial_left_is_taken_away(pid: str, tmp_path
     """Tune ends it while it owns the run, or writes a checkpoint; one that lives on is left alone."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    with searcher(search_of(SOUND, tmp_path)) as found:
+    with ledger(search_of(SOUND, tmp_path)) as found:
         while all(name != "PRUNED" for name in states(found.study)):
             assert play(found, str(len(found.numbers)), lambda *_: 0.5 - len(found.numbers) / 100) != "FINISHED"
-        run = found.folder(states(found.study).index("PRUNED")) / "seed_0"
+        run = found.queue.folder(states(found.study).index("PRUNED")) / "seed_0"
         draft = run / "checkpoints" / ".step_00000003.tmp"
         draft.mkdir(parents=True)
         claim = Claim("other", socket.gethostname(), gone.pid if pid == "gone" else os.getppid(), process_space(), 0.0)
@@ -550,7 +552,7 @@ FILLED = """
 import resource, sys
 from pathlib import Path
 import optuna
-from tuning.study import open_journal
+from tuning.study.store import open_journal
 path, none = Path(sys.argv[1]) / "study.journal", resource.RLIM_INFINITY
 study = optuna.create_study(storage=open_journal(path))
 other = optuna.load_study(storage=open_journal(path), study_name=study.study_name)
@@ -591,13 +593,13 @@ class _Full:
         return self.call(*args, **more)
 
 
-@pytest.mark.parametrize("place_of", ["begin", "task", "_next"])
+@pytest.mark.parametrize("place_of", ["begin", "task", "take"])
 def test_a_trial_that_a_full_disk_interrupts_while_it_is_begun_is_begun_again(
     place_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = search_of(SOUND, tmp_path, trials=2, **NO_STOP)
-    with searcher(search) as found:
-        monkeypatch.setattr(found, place_of, _Full(getattr(found, place_of), 1))
+    with ledger(search) as found:
+        monkeypatch.setattr(found.queue, place_of, _Full(getattr(found.queue, place_of), 1))
         tasks = [play(found, str(k), lambda *_: 0.5) for k in range(2)]
         assert [t["number"] for t in tasks if isinstance(t, dict)] == [0, 1]
         assert play(found, "2", lambda *_: 0.5) == "FINISHED"
@@ -606,12 +608,12 @@ def test_a_trial_that_a_full_disk_interrupts_while_it_is_begun_is_begun_again(
 
 def test_a_disk_that_stays_full_ends_the_search_and_fails_no_trial(tmp_path: Path) -> None:
     search = search_of(SOUND, tmp_path, trials=3, **NO_STOP)
-    with searcher(search) as found:
-        assert isinstance(found.suggest("a"), dict) and isinstance(found.suggest("b"), dict)
+    with ledger(search) as found:
+        assert isinstance(found.take("a"), dict) and isinstance(found.take("b"), dict)
         assert found.judge("a", {"full": "trial 0: No space left on device"})
-        found.on_trial_complete("a", {"done": True})
-        assert found.full and found.suggest("c") == "FINISHED" and found.outlook() == (0, 0)
-        assert asked_to_leave(tmp_path / "trials" / "001", found.task(found.jobs["b"])["owner"])()
+        found.end("a")
+        assert found.full and found.take("c") == "FINISHED" and found.outlook() == (0, 0)
+        assert asked_to_leave(tmp_path / "trials" / "001", found.queue.task(found.jobs["b"])["owner"])()
         assert found.leave() == [1]
     assert states(load(search)) == ["WAITING"] * 3
 

@@ -156,22 +156,22 @@ def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
 
 def test_a_locked_sqlite_file_is_told_from_one_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
-    from tuning import study
+    from tuning.study import store
 
-    monkeypatch.setattr(study, "LOCKED_S", 1)
+    monkeypatch.setattr(store, "LOCKED_S", 1)
     with pytest.raises(ConfigError):
-        study.open_storage("sqlite:///nowhere/study.db", tmp_path)
+        store.open_storage("sqlite:///nowhere/study.db", tmp_path)
     other = sqlite3.connect(tmp_path / "study.db")
     other.execute("CREATE TABLE t (x)")
     other.execute("BEGIN EXCLUSIVE")
     try:
         with pytest.raises(AwayError, match="locked") as caught:
-            study.open_storage("sqlite:///study.db", tmp_path)
+            store.open_storage("sqlite:///study.db", tmp_path)
     finally:
         other.close()
     assert caught.value.status == 4 and "\n" not in str(caught.value)
     with pytest.raises(UgrlError) as caught:
-        study.open_storage("postgresql+psycopg://ann:secret@127.0.0.1:1/ugrl", tmp_path)
+        store.open_storage("postgresql+psycopg://ann:secret@127.0.0.1:1/ugrl", tmp_path)
     assert "secret" not in str(caught.value) and caught.value.status == 4
 
 
@@ -179,13 +179,13 @@ def test_a_studys_storage_that_is_away_is_told_of_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    from tuning import searcher
+    from tuning.study import store
 
     def away() -> None:
         raise OperationalError("SELECT 1", {}, Exception("database is locked"))
 
     with pytest.raises(AwayError, match=r"away for 1 s \(data.storage_patience_s; .*--resume once it") as caught:
-        searcher.patiently(away, 1.0)
+        store.retry_storage(away, 1.0)
     assert caught.value.status == 4
     assert capsys.readouterr().err.count("the study's storage is away (") == 1
 
@@ -197,7 +197,7 @@ def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     pytest.importorskip("ray")
     import optuna
 
-    from tuning.study import open_storage, quiet_optuna
+    from tuning.study.store import open_storage, quiet_optuna
 
     quiet_optuna()
     storage = open_storage("journal", tmp_path)

@@ -19,19 +19,11 @@ from ugrl.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from cluster.capacity import Capacity
-    from tuning.search import Search
-    from tuning.space import SearchSpace
-
-SPACE, BASE = "space.yaml", "base.yaml"
-# A resumed search may get a larger budget or another machine; what it searches stays.
-MAY_CHANGE = (
-    *("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures"),
-    "overrides.train.mlflow",
-)
+    from tuning.space.search import Search
+    from tuning.space.space import SearchSpace
 
 SUMMARY = """\
 examples:
@@ -93,7 +85,7 @@ def build_report_parser() -> argparse.ArgumentParser:
 
 def read_space(args: argparse.Namespace, known: Path | None = None) -> SearchSpace:
     """The space that the command line asks for; with ``known`` that of a search which is resumed without one."""
-    from tuning.space import load_space
+    from tuning.space.space_file import load_space
 
     name = args.space or (known if known is not None else "shapes")
     return load_space(
@@ -113,7 +105,8 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     Raises:
         UgrlError: The space, the name of the run, the shards or the objective cannot be used.
     """
-    from tuning.search import Search
+    from tuning.space.search import Search
+    from tuning.study.search_folder import SPACE, being_written, check_same, exists_already
     from ugrl.train.run import ensure_shards
 
     out = args.out or Path("runs") / f"tune-{Path(args.space or 'shapes').name.removesuffix('.yaml')}"
@@ -121,8 +114,8 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     known = out / SPACE
     if out.is_dir() and any(out.iterdir()):
         if not args.resume:
-            raise _exists(out)
-        if not known.is_file() and not all(_being_written(p) for p in out.iterdir()):
+            raise exists_already(out)
+        if not known.is_file() and not all(being_written(p) for p in out.iterdir()):
             raise ConfigError(f"{out}: holds no search to resume; expected {SPACE} in it")
     resumed = args.resume and known.is_file()
     space = read_space(args, known if resumed else None)
@@ -134,26 +127,13 @@ def plan_search(args: argparse.Namespace, console: Console) -> Search:
     return check_data(Search(space, base, shards, space.objectives, out), fresh=not resumed)
 
 
-def _exists(out: Path) -> ConfigError:
-    return ConfigError(
-        f"search '{out.name}' exists already ({out}); choose another --out, or continue it with --resume"
-    )
-
-
-def _being_written(path: Path) -> bool:
-    """Whether a file is one that comes before the space file: another driver begins this very search."""
-    from ugrl.ownership import FOLDER
-
-    return path.name in (BASE, FOLDER) or path.name.startswith((f".{BASE}.", f".{SPACE}."))
-
-
 def check_data(search: Search, *, fresh: bool = True) -> Search:
     """The search with its objectives by their real names; ``fresh`` as :func:`ugrl.train.check.check_run` has it.
 
     Raises:
         UgrlError: The shards lack a split, or cannot supply an objective.
     """
-    from tuning.options import COSTS, Objective
+    from tuning.space.options import COSTS, Objective
     from ugrl.data.shards import Manifest
     from ugrl.train.check import check_run
 
@@ -167,81 +147,6 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
             check_run(base, manifest, split=space.final.split, objective=real)
         found.append(Objective(real) if name else o)
     return replace(search, objectives=tuple(found))
-
-
-def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
-    """Refuse to continue a search as another one, naming the first difference."""
-    from tuning.space import differences, load_space
-
-    for key, new, old in differences(space, load_space(out / SPACE), ignore=MAY_CHANGE):
-        raise ConfigError(f"{out}: was started with {key} = {old}, not {new}; a search is resumed as it was")
-    stored = configs.build(configs.read_yaml(out / BASE))
-    base = configs.build(configs.public_dict(base))
-    for path in configs.paths():
-        if path != "train.mlflow" and configs.get(stored, path) != configs.get(base, path):
-            raise ConfigError(
-                f"{out}: was started with {path} = {configs.get(stored, path)}, not {configs.get(base, path)}; "
-                "a search is resumed as it was"
-            )
-
-
-def stored_search(out: Path, storage_url: str | None = None) -> tuple[Search, optuna.Study]:
-    """A search and its study from its folder, and from a database whose URL is not wholly written down there.
-
-    Raises:
-        ConfigError: The folder holds none.
-    """
-    import optuna as library
-
-    from tuning.options import Objective
-    from tuning.search import Search
-    from tuning.space import load_space
-    from tuning.study import OBJECTIVES, WHERE, open_storage, study_name
-    from ugrl.storage import place
-
-    out = out.absolute()
-    if not (out / SPACE).is_file() or not (out / BASE).is_file():
-        raise ConfigError(f"{out}: holds no search; expected {SPACE} and {BASE} in it")
-    space = load_space(out / SPACE, storage=storage_url)
-    base = configs.build(configs.read_yaml(out / BASE))
-    storage, name = open_storage(space.storage, out), study_name(space.storage, out)
-    if name not in library.get_all_study_names(storage):
-        raise ConfigError(f"{out}: its storage holds no study '{name}'")
-    study = library.load_study(storage=storage, study_name=name)
-    names = study.user_attrs.get(OBJECTIVES, [o.name for o in space.objectives])
-    shards = place(study.user_attrs.get(WHERE, {}).get("shards") or base.data.shards or "data")
-    return Search(space, base, shards, tuple(Objective(n) for n in names), out), study
-
-
-def warm_points(search: Search, folder: str, best: int) -> list[tuple[str, dict[str, Any]]]:
-    """The best points of another search that fit this one, with where they came from.
-
-    Raises:
-        ConfigError: The folder holds no search, or nothing of it can be used.
-    """
-    from tuning.record import ranked, read_trials
-    from tuning.space import complete_point
-
-    other, study = stored_search(Path(folder))
-    rows = ranked(read_trials(study, other.objectives), other.objectives[0])
-    ours = {a.path for a in search.space.search}
-    found: list[tuple[str, dict[str, Any]]] = []
-    why = "no trial of it is complete"
-    for row in rows:
-        shared = {k: v for k, v in row.params.items() if k in ours}
-        origin = f"warm: {Path(folder).name} trial {row.number}"
-        try:
-            point = complete_point(search.space, origin, shared, search.base)
-        except ConfigError as error:
-            why = str(error)
-            continue
-        if shared and point not in [p for _, p in found]:
-            found.append((origin, point))
-        if len(found) == best:
-            break
-    if not found:
-        raise ConfigError(f"--warm-start {folder}: no point fits this search ({why})")
-    return found
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -262,34 +167,28 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.resume:  # what is resumed may have ended, and then needs no cluster
         check(args.address)
     search = plan_search(args, console)
-    from tuning.steer import remarks
+    from tuning.space.advice import remarks
 
     for text in () if args.quiet else remarks(search):
         console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if args.warm_start and search.space.sampler.name == "grid":
         raise ConfigError("--warm-start: a grid has all of its own points")
+    from tuning.study.search_folder import ended_search, warm_points
+
     warm = warm_points(search, args.warm_start, args.warm_best) if args.warm_start else []
-    from tuning.driver import nothing_left, open_finals
+    from tuning.ledger.finals import nothing_left, open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.study import quiet_optuna
+    from tuning.study.store import quiet_optuna
 
     quiet_optuna()
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
-    if study is None or not nothing_left(search, study, open_finals(search, study._storage, create=False)):
+    if study is None or not nothing_left(search, study, open_finals(search, study, create=False)):
         study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
-    finals = open_finals(search, study._storage, create=False)
+    finals = open_finals(search, study, create=False)
     if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(read_findings(search, study, finals), console)
     return _ended(args, search, study, finals, interrupted, halted, console)
-
-
-def ended_search(search: Search) -> optuna.Study | None:
-    """The study of a search that is resumed, where there is one and it may have ended."""
-    try:
-        return stored_search(search.out, search.space.storage)[1]
-    except ConfigError:
-        return None
 
 
 def _run_on_ray(
@@ -306,65 +205,16 @@ def _run_on_ray(
     """
     from cluster.connect import start_ray, stop_ray
     from cluster.stop import run_in_thread
-    from tuning.placement import concurrent_trials
+    from tuning.run.placement import concurrent_trials
+    from tuning.study.search_folder import begin
 
     try:
         have = run_in_thread(lambda: start_ray(args.address))
         side_by_side = concurrent_trials(search, have)
-        study = begin(search, resume=args.resume, storage=known._storage if known is not None else None)
+        study = begin(search, resume=args.resume, known=known)
         return study, *_run_parts(args, search, study, have, side_by_side, warm, console)
     finally:
         stop_ray()
-
-
-def begin(search: Search, *, resume: bool, storage: BaseStorage | None = None) -> optuna.Study:
-    """The study of a search, and the files that say what the search is.
-
-    The files come first: a search that is killed at any moment can be resumed.
-
-    Args:
-        search: The search.
-        resume: Whether the study may exist already.
-        storage: Already open: replaying a journal twice takes seconds.
-
-    Raises:
-        UgrlError: The storage cannot be opened, or holds another search's study.
-    """
-    import optuna as library
-
-    from tuning.lease import PLAN_S
-    from tuning.study import WHERE, open_storage, open_study, study_name
-    from ugrl.ownership import own
-    from ugrl.secrets import public_database as public
-    from ugrl.storage import place
-
-    space, out = search.space, search.out
-    shared = "://" in space.storage and "sqlite:" not in space.storage  # a file lies in the search's own folder
-    storage = storage or (open_storage(space.storage, out) if shared else None)
-    name = study_name(space.storage, out)
-    if shared and name in library.get_all_study_names(storage):
-        found = library.load_study(storage=storage, study_name=name).user_attrs.get(WHERE, {}).get("out", str(out))
-        if not resume or found != str(out):
-            raise ConfigError(
-                f"storage '{public(space.storage)}' already holds a study named '{name}', of the search in {found}; "
-                "choose another name for --out, or continue that one with --resume"
-            )
-    with own(place(out), patience_s=PLAN_S):
-        if not resume and (out / SPACE).exists():  # of those that begin it at once, one does
-            raise _exists(out)
-        (place(out) / BASE).write(configs.dump(configs.public_dict(search.base)).encode())
-        (place(out) / SPACE).write(space.to_yaml().encode())
-        study = open_study(
-            space,
-            out,
-            create=not resume,
-            objectives=search.objectives,
-            steps=search.steps,
-            storage=storage,
-            planned=False,
-        )
-        study.set_user_attr(WHERE, {"shards": search.shards.public, "out": str(out)})
-    return study
 
 
 def _run_parts(
@@ -378,11 +228,12 @@ def _run_parts(
 ) -> tuple[int, str]:
     """The search and its final runs; the signal that interrupted them (0 for none), and why they stopped early."""
     from cluster.watchdog import head_watched
-    from tuning.driver import open_finals, run_finals, run_search
-    from tuning.lease import Lease, once
-    from tuning.progress import TrialProgress
-    from tuning.searcher import patiently
-    from tuning.study import PLANNED, is_spent, plan
+    from tuning.ledger.finals import open_finals
+    from tuning.run.driver import run_finals, run_search
+    from tuning.run.progress import TrialProgress
+    from tuning.study.lease import Lease, once
+    from tuning.study.store import retry_storage
+    from tuning.study.study import PLANNED, is_spent, plan
 
     ended = sum(is_spent(t) for t in study.get_trials(deepcopy=False))
     shown = "" if args.quiet else f"{search.out.name}: {search.space.trials} trials ({ended} have ended), {slots} at a "
@@ -409,21 +260,21 @@ def _run_parts(
         )
         more: dict[str, Any] = {"say": say, "patience_s": patience_s}
         with TrialProgress(search.objectives, search.steps, console, enabled=enabled, title=search.out.name) as bar:
-            searcher, number = _until_interrupted(
-                lambda: run_search(search, study, have, lease, callbacks=[bar], **more), bar
+            ledger, number = _until_interrupted(
+                lambda: run_search(search, study, have, lease, observers=[bar], **more), bar
             )
         ugrl.hear.say_then("interrupted")
-        if searcher is None or search.space.final.best == 0:
-            return number, searcher.halted if searcher is not None else ""
-        if (halted := searcher.halted) and not halted.startswith("budget."):
+        if ledger is None or search.space.final.best == 0:
+            return number, ledger.halted if ledger is not None else ""
+        if (halted := ledger.halted) and not halted.startswith("budget."):
             return 0, halted
-        finals = patiently(lambda: open_finals(search, study._storage), search.base.data.storage_patience_s)
+        finals = retry_storage(lambda: open_finals(search, study), search.base.data.storage_patience_s)
         assert finals is not None
         with TrialProgress(
             search.objectives, search.steps, console, enabled=enabled, title="final runs", word="final run"
         ) as bar:
             again, number = _until_interrupted(
-                lambda: run_finals(search, study, finals, have, lease, callbacks=[bar], **more), bar
+                lambda: run_finals(search, study, finals, have, lease, observers=[bar], **more), bar
             )
         return number, halted or again.halted if again is not None else halted
 
@@ -433,8 +284,8 @@ def _until_interrupted(work: Callable[[], Any], bar: Any) -> tuple[Any, int]:
     try:
         return work(), 0
     except KeyboardInterrupt as stopped:
-        if bar.searcher is not None:
-            bar.searcher.leave()
+        if bar.ledger is not None:
+            bar.ledger.leave()
         return None, getattr(stopped, "number", None) or signal.SIGINT
 
 
@@ -447,7 +298,7 @@ def _ended(
     halted: str,
     console: Console,
 ) -> int:
-    from tuning.study import is_spent
+    from tuning.study.study import is_spent
 
     if halted and not halted.startswith("budget."):
         raise ConfigError(f"{search.out.name}: {halted}")
@@ -474,8 +325,8 @@ def _ended(
 def run_dry(args: argparse.Namespace, console: Console) -> int:
     """Say what a search would try and cost, and with ``--data`` what steers it; writes nothing."""
     from tuning.dryrun import dry_run, machine
-    from tuning.search import Search
-    from tuning.study import quiet_optuna
+    from tuning.space.search import Search
+    from tuning.study.store import quiet_optuna
     from ugrl.storage import place
 
     if args.step_s is not None and not 0 < args.step_s < float("inf"):
@@ -500,14 +351,15 @@ def run_dry(args: argparse.Namespace, console: Console) -> int:
 
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """``ugrl-tune report``."""
-    from tuning.driver import open_finals
+    from tuning.ledger.finals import open_finals
     from tuning.report.files import write_report
     from tuning.report.read import read_findings
-    from tuning.study import quiet_optuna
+    from tuning.study.search_folder import stored_search
+    from tuning.study.store import quiet_optuna
 
     quiet_optuna()
     search, study = stored_search(args.study, args.storage)
-    write_report(read_findings(search, study, open_finals(search, study._storage, create=False)), console)
+    write_report(read_findings(search, study, open_finals(search, study, create=False)), console)
     return 0
 
 

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.capacity import Capacity
-from tuning.options import Objective
-from tuning.placement import concurrent_trials, held
-from tuning.plain import few, hours, short, span
-from tuning.search import Search
-from tuning.space import SearchSpace, weak_rung
-from tuning.steer import remarks
-from tuning.study import make_pruner, make_sampler, plan, suggest_point
+from tuning.formatting import few, hours, short, span
+from tuning.run.placement import concurrent_trials, held
+from tuning.space.advice import remarks, weak_rung
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
+from tuning.study.sampling import make_pruner, make_sampler, suggest_point
+from tuning.study.study import plan
 from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError
 
@@ -59,7 +60,7 @@ def dry_run(
 
     Args:
         search: The search.
-        have: The cluster.
+        have: What the cluster has.
         console: Where to print.
         step_s: Seconds of a training step; measured here without it.
         where: What ``have`` is, in words.
@@ -138,8 +139,8 @@ def _fidelity(search: Search) -> str:
 def rung_steps(space: SearchSpace, steps: int) -> list[int]:
     """The steps at which weak trials are stopped.
 
-    >>> from tuning.options import Scheduler
-    >>> from tuning.space import SearchSpace, weak_rung
+    >>> from tuning.space.options import Scheduler
+    >>> from tuning.space.space import SearchSpace, weak_rung
     >>> rung_steps(SearchSpace("shapes", (), scheduler=Scheduler("asha", 100, 3)), 1000)
     [100, 300, 900]
     """
@@ -223,7 +224,7 @@ class Cost:
     Attributes:
         share: Of a whole run that a trial takes with its first seed.
         runs: Whole runs of the search itself, in steps.
-        finals: Whole runs afterwards.
+        finals: Whole runs with fresh seeds afterwards.
         seconds: Of all of them, one after the other.
     """
 

@@ -17,10 +17,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from tuning.record import TrialRow, collapsed, label, percent, ranked
 from tuning.report.findings import baseline, paper_trial, paper_values
 from tuning.report.read import Findings
-from tuning.space import Axis, SearchSpace
+from tuning.space.axis import Axis
+from tuning.space.space import SearchSpace
+from tuning.study.record import TrialRow, collapsed, label, percent, ranked
 from ugrl.secrets import masked
 from ugrl.storage import place
 from ugrl.text import line as one_line

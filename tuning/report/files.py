@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuning.options import COSTS, METRICS
-from tuning.plain import short
-from tuning.record import BESIDE, label, pareto
+from tuning.formatting import short
+from tuning.ledger.noise import show
 from tuning.report.findings import BEST, best_tree, contender, metric_names, objective_of, ordered, train_command
-from tuning.report.noise import show
 from tuning.report.paper import PaperSection
 from tuning.report.read import Findings
 from tuning.report.sentences import STAR, dagger, finalist_scores, first_line, plural, remark, verdict
+from tuning.space.options import COSTS, METRICS
+from tuning.study.record import BESIDE, label, pareto
 from ugrl import config as configs
 from ugrl.secrets import masked
 from ugrl.storage import StorageError, place

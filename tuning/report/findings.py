@@ -8,12 +8,12 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuning.budget import covered
-from tuning.options import COSTS, METRICS
-from tuning.record import BASELINES, TrialRow, ranked
-from tuning.report.noise import Measure, measure
+from tuning.ledger.noise import Measure, measure
 from tuning.report.read import Findings, once
-from tuning.space import trial_config
+from tuning.space.options import COSTS, METRICS
+from tuning.space.space import trial_config
+from tuning.study.budget import covered
+from tuning.study.record import BASELINES, TrialRow, ranked
 from ugrl import config as configs
 from ugrl.secrets import public
 

@@ -17,13 +17,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.plain import short
-from tuning.record import Run, TrialRow, label, ranked
+from tuning.formatting import short
+from tuning.ledger.noise import Gap, Measure, difference, measure, show
 from tuning.report.drawing import BEST, COLORS, SHADES, STYLE, save
 from tuning.report.findings import PAPER
-from tuning.report.noise import Gap, Measure, by_luck, difference, measure, seed_noise, show
+from tuning.report.luck import by_luck, seed_noise
 from tuning.report.read import Findings
 from tuning.report.sentences import plural
+from tuning.study.record import Run, TrialRow, label, ranked
 from ugrl.secrets import masked
 from ugrl.text import markdown
 

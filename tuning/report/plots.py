@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from optuna.trial import TrialState
 
-from tuning.record import TrialRow, label, pareto, percent
 from tuning.report.drawing import (
     BEST,
     COLORS,
@@ -51,7 +50,8 @@ from tuning.report.drawing import (
 )
 from tuning.report.findings import paper_values, training_seconds
 from tuning.report.read import Findings, once
-from tuning.space import Axis
+from tuning.space.axis import Axis
+from tuning.study.record import TrialRow, label, pareto, percent
 
 # Measured on synthetic objectives of nine values, one of which matters most: with the best third as
 # target PED-ANOVA ranks it first in 9 of 20 studies of 6 trials, 14 of 10, 20 of 20. (With Optuna's

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tuning.plain import short
-from tuning.record import TrialRow, label, pareto, ranked
+from tuning.formatting import short
+from tuning.ledger.noise import show
 from tuning.report.findings import (
     BEST,
     PAPER,
@@ -25,7 +25,6 @@ from tuning.report.findings import (
     train_command,
     training_seconds,
 )
-from tuning.report.noise import show
 from tuning.report.paper import PaperSection
 from tuning.report.plots import importance
 from tuning.report.read import Findings
@@ -42,7 +41,8 @@ from tuning.report.sentences import (
     states,
     verdict,
 )
-from tuning.space import Axis
+from tuning.space.axis import Axis
+from tuning.study.record import TrialRow, label, pareto, ranked
 from ugrl import config as configs
 from ugrl.secrets import public
 from ugrl.text import line

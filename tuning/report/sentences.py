@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from tuning.record import BASELINES, Run, TrialRow, collapsed, label, ranked
+from tuning.ledger.noise import ROUNDING, Measure, difference, measure, show
 from tuning.report.findings import ORDER, baseline, contender, objective_of, paper_trial, runner_up
-from tuning.report.noise import ROUNDING, Measure, difference, expected_best, loss, measure, seed_noise, show
+from tuning.report.luck import expected_best, loss, seed_noise
 from tuning.report.read import Finalist, Findings, once
-from tuning.space import weak_rung as rung_rule
+from tuning.space.advice import weak_rung as rung_rule
+from tuning.study.record import BASELINES, Run, TrialRow, collapsed, label, ranked
 
 # A score so near to that of a predictor that has learned nothing says nothing (half a point).
 NEAR = 0.005

@@ -1,18 +1,41 @@
-"""Whether a search can be steered by what it looks at, said before anything is paid for."""
+"""Warnings: what makes a search that is allowed a weak one, said before anything is paid for."""
 
 from __future__ import annotations
 
-from tuning.search import Search
-from tuning.space import weak_rung
+import math
+
+from tuning.space.options import warm_steps
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace
+from ugrl.config import Config
 from ugrl.data.shards import Manifest
 from ugrl.eval.selection import why_no_masks
 from ugrl.text import line
 from ugrl.train.check import judged_rows
 
+# Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
+ROOM = 1000
 # Images by whose mean score two configurations can hardly be told apart.
 FEW = 30
 # Classes that a line names.
 NAMED = 5
+
+
+def weak_rung(space: SearchSpace, base: Config) -> str | None:
+    """Why the first rung would compare trials that have learned nothing yet, in one line; ``None`` where it is sound.
+
+    Until the warm-ups end, no segmentation loss is there: every trial scores as a predictor does that sees nothing but
+    background, and for a while after.
+    """
+    steps, warm, grace = base.train.steps, warm_steps(base), space.scheduler.grace_steps
+    least = warm + min(ROOM, (steps - warm) // 2)
+    if space.scheduler.name == "none" or grace >= least:
+        return None
+    return (
+        f"the first rung, at step {grace:g}, is {grace - warm:g} steps after the warm-ups: scores there are hardly "
+        "more than those of a predictor of nothing but background; expected scheduler.grace_steps "
+        f"≥ {least} of {steps}, or a share such as {math.ceil(100 * least / steps) / 100:g}"
+    )
 
 
 def remarks(search: Search) -> list[str]:

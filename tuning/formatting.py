@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.record import percent
+from tuning.study.record import percent
 from ugrl.text import line
 
 # Characters of a value in a table.

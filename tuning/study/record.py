@@ -36,7 +36,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.options import COSTS, METRICS, Objective
+from tuning.space.options import COSTS, METRICS, Objective
 
 # What a validation has beside its metrics: the scores of predictors that have learned nothing (background everywhere;
 # tags by how often each class occurs), and 1 where the run's own score is no better.
@@ -49,6 +49,10 @@ BASELINES = {
 }
 RUNS, SEEDS, HELD, OUT, HOST, DRIVER, COMMIT = "runs", "seeds", "held", "out", "host", "driver", "commit"
 CONFIG, ERROR, NOTE, VIOLATION, FROM, DEATHS = "config", "error", "note", "violation", "from", "deaths"
+# What a report of a trial calls the step that the trainer counts.
+STEP = "step"
+# Attributes of a study that describe a driver's session begin so; their values are rewritten as a heartbeat.
+SESSION = "session:"
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Run:
     """One training of a configuration.
 
     Attributes:
-        seed: Of the configuration.
-        step: Of its last validation.
+        seed: The seed of the training.
+        step: Step of its last validation.
         value: The first objective there; ``None`` without a validation.
         metrics: All metrics and costs of that validation, ratios as fractions.
         curve: (step, first objective) of all validations.
@@ -95,21 +99,21 @@ class TrialRow:
     """One trial, as the report shows it.
 
     Attributes:
-        number: Optuna's.
+        number: The number of the trial in its study.
         state: COMPLETE, PRUNED, FAIL, RUNNING or WAITING.
         values: One for each objective: what the study was told, else means over the runs so far; empty without any.
         runs: One for each seed that was begun.
         params: Dotted path → value; an axis that did not count is missing.
         seconds: How long the trial held its resources.
-        cpus: That it held.
-        gpus: That it held.
+        cpus: CPUs that it held.
+        gpus: GPUs that it held.
         error: Why it failed.
         note: Why it was stopped.
         violation: Cost → value, where a constraint is broken.
         origin: Where the point came from, if nothing sampled it.
         host: Where it ran.
-        commit: Of the code.
-        out: The folder of its runs.
+        commit: Commit of the code that ran.
+        out: Folder of its runs.
         started: Seconds since the epoch, or NaN.
         ended: Seconds since the epoch, or NaN.
     """
@@ -166,8 +170,8 @@ class TrialRow:
         """Mean, standard error and number of the runs that have a metric.
 
         Args:
-            name: Of a metric or cost.
-            final: On the untouched split.
+            name: The metric or cost.
+            final: Whether it is that of the untouched split.
         """
         found = [(r.final if final else r.metrics).get(name) for r in self.runs]
         values = [v for v in found if v is not None and math.isfinite(v)]
@@ -177,6 +181,15 @@ class TrialRow:
 def collapsed(runs: Iterable[Run]) -> bool:
     """Whether any of some runs ended no better than a predictor that has learned nothing."""
     return any(r.ended and r.metrics.get(COLLAPSED, 0.0) >= 0.5 for r in runs)
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a finite number.
+
+    >>> finite(float("nan")), finite(1)
+    (False, True)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean_metrics(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -290,3 +303,41 @@ def label(name: str) -> str:
         return {"step_s": "step, s", "memory_gb": "memory, GB", "gflop": "step, GFLOP"}[name]
     words = {"miou": "mIoU", "map": "mAP", "f1": "F1", "cam": "CAM"}
     return " ".join(words.get(word, word) for word in name.split("_")) + ", %"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One driver's time with a study.
+
+    Attributes:
+        id: Name of the driver.
+        host: Where it ran.
+        pid: Number of its process.
+        slots: Trials that it runs at a time.
+        started: Seconds since the epoch.
+        seen: When it was last heard of.
+        ended: Whether it said goodbye.
+    """
+
+    id: str
+    host: str = ""
+    pid: int = 0
+    slots: int = 1
+    started: float = 0.0
+    seen: float = 0.0
+    ended: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Its length so far."""
+        return max(0.0, self.seen - self.started)
+
+
+def read_sessions(study: optuna.Study) -> tuple[Session, ...]:
+    """The sessions of a study's drivers, by time."""
+    found = [
+        Session(**{k: v for k, v in attrs.items() if k in Session.__dataclass_fields__})
+        for key, attrs in study.user_attrs.items()
+        if key.startswith(SESSION)
+    ]
+    return tuple(sorted(found, key=lambda s: s.started))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import TrialState
 
-from tuning.options import Budget
-from tuning.record import HELD
-from tuning.search import Session, read_sessions
+from tuning.space.options import Budget
+from tuning.study.record import HELD, Session, read_sessions
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,10 @@ class Spent:
     """Costs so far.
 
     Attributes:
-        trials: That were begun.
+        trials: Trials that were begun.
         hours: Of the clock, while at least one driver was there.
-        gpu_hours: That trials held.
-        cpu_hours: That trials held.
+        gpu_hours: Hours of GPUs that trials held.
+        cpu_hours: Hours of CPUs that trials held.
     """
 
     trials: int = 0

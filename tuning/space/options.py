@@ -31,15 +31,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ugrl.config import Config, nearest
 from ugrl.errors import ConfigError
 from ugrl.eval.selection import NEEDS_MASKS, NEEDS_TAGS
 from ugrl.text import brief
-
-if TYPE_CHECKING:
-    from tuning.space import SearchSpace
 
 METRICS = (*NEEDS_MASKS, *NEEDS_TAGS)
 COSTS = {
@@ -186,10 +183,6 @@ def build_options(tree: Mapping[str, Any], base: Config) -> dict[str, Any]:
         )
     if tree.get("paper"):
         made["paper"] = _one_of("paper", tree["paper"], PAPERS)
-    if (made["final"].best or made["final"].every) and made["final"].split == made.get("split", "tune_val"):
-        raise ConfigError(
-            f"space key 'final.split' is '{made['final'].split}', which the search sees; expected an untouched split"
-        )
     return made
 
 
@@ -204,26 +197,13 @@ def first_rung(grace: float, base: Config) -> int:
     Args:
         grace: In steps; as a share of the run (below 1), which is moved on to the next validation; or 0, which is half
             of what follows the warm-ups.
-        base: The run.
+        base: The configuration whose steps are meant.
     """
     if grace >= 1:
         return int(grace)
     steps, every = base.train.steps, base.train.at(base.train.eval_every)
     wanted = grace * steps if grace else (warm_steps(base) + steps) / 2
     return min(steps, math.ceil(wanted / every - 1e-9) * every)
-
-
-def options_dict(space: SearchSpace) -> dict[str, Any]:
-    """The options as they stand in YAML."""
-    names = [o.name for o in space.objectives]
-    tree: dict[str, Any] = {"objective": names[0] if len(names) == 1 else names, "split": space.split}
-    for name in ("budget", "sampler", "scheduler", "repeats", "final", "resources"):
-        part = getattr(space, name)
-        tree[name] = {f.name: getattr(part, f.name) for f in fields(part)}
-    tree["constraints"] = {c.name: c.limit for c in space.constraints}
-    for name in ("seed", "concurrent", "workers", "storage", "max_failures", "paper"):
-        tree[name] = getattr(space, name)
-    return tree
 
 
 def mapping(key: str, value: Any) -> dict[str, Any]:

@@ -28,11 +28,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuning.record import DRIVER
-from tuning.search import SESSION
+from tuning.study.record import DRIVER, SESSION
+from tuning.study.store import begin_trial, id_of, read_frozen
 from ugrl.errors import BusyError
 from ugrl.ownership import LostError, Ownership, own
 from ugrl.storage import place
@@ -47,7 +46,7 @@ class Lease:
 
     Args:
         study: Whose storage holds the sessions.
-        slots: Trials side by side.
+        slots: Trials that the driver runs at a time.
         beat_s: Seconds between two heartbeats.
     """
 
@@ -95,48 +94,40 @@ class Lease:
         """Own a trial that waits, or an orphan, and have it RUNNING under this driver's name.
 
         Args:
-            study: The trial's.
+            study: The study that the trial belongs to.
             seen: The trial as it was found.
-            folder: Of its runs.
+            folder: Where the runs of the trial are written.
 
         Returns:
             ``None`` where another driver has it, or has had it since it was looked at.
         """
-        storage, trial_id = study._storage, seen._trial_id
         with ExitStack() as stack:
             try:
                 held = stack.enter_context(own(place(folder)))
             except BusyError:
                 return None
-            if storage.get_trial(trial_id).state != seen.state:
-                return None
-            try:
-                storage.set_trial_user_attr(trial_id, DRIVER, self.id)
-                if seen.state == TrialState.WAITING:
-                    storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-            except UpdateFinishedTrialError:  # its driver slept between its last look and its last word
-                return None
-            self._held[trial_id] = stack.pop_all(), held
-        return Trial(study, trial_id)
+            if (trial := begin_trial(study, seen, self.id)) is not None:
+                self._held[id_of(seen)] = stack.pop_all(), held
+            return trial
 
     def owner(self, trial: Trial) -> str:
         """Whom the processes of a trial write for (:func:`ugrl.ownership.fence`)."""
-        return self._held[trial._trial_id][1].id
+        return self._held[id_of(trial)][1].id
 
     def holds(self, study: optuna.Study, trial: Trial) -> bool:
         """Whether a trial is still this driver's: not after a silence in which another one took it."""
-        if trial._trial_id not in self._held:
+        if id_of(trial) not in self._held:
             return False
         try:
-            self._held[trial._trial_id][1].check()
+            self._held[id_of(trial)][1].check()
         except LostError:
             return False
-        found = study._storage.get_trial(trial._trial_id)
+        found = read_frozen(study, trial)
         return found.state == TrialState.RUNNING and found.user_attrs.get(DRIVER) == self.id
 
     def release(self, trial: Trial) -> None:
         """Own a trial no more: it has ended, waits again, or is another driver's."""
-        self._release(trial._trial_id)
+        self._release(id_of(trial))
 
     def _release(self, trial_id: int) -> None:
         if trial_id in self._held:

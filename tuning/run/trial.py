@@ -17,11 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
-from tuning.searcher import ERROR_FILE, LEAVE
-from tuning.space import trial_config
-from tuning.study import STEP
+from tuning.ledger.job import ERROR_FILE, LEAVE
+from tuning.space.space import trial_config
+from tuning.study.record import STEP
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.errors import CheckpointError, NoRoomError, UgrlError, free_text, is_full
@@ -40,14 +38,14 @@ OWNER_PATIENCE_S = 600.0
 Report = Callable[[dict[str, Any]], None]
 
 
-def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report = tune.report) -> None:
+def run_trial(task: Mapping[str, Any], shared: Mapping[str, Any], report: Report) -> None:
     """One trial: train at a point with each of its seeds, report each validation.
 
     A training that fails is reported as ``{"error": …}``, and its traceback left in the trial's ``error.txt``: Tune
     starts a trial again only if its process died.
 
     Args:
-        task: From :meth:`tuning.searcher.StudySearch.task`.
+        task: From :meth:`tuning.ledger.trial_queue.TrialQueue.task`.
         shared: What all trials share: ``base`` (a plain configuration), ``split``, ``shards``, ``workers``, ``cpus``,
             ``gpus``, ``groups`` (trials side by side), ``flops`` (whether to count them).
         report: Where reports go.
@@ -241,9 +239,8 @@ def train_on_workers(
     """Train on workers of Ray Train; an inner failure is Train's to repair, and the trial fails when Train gives up."""
     from cluster.channel import DriverChannel
     from cluster.launch import launch
-    from tuning.relay import Relay
 
-    relay, channel, ended = Relay(reports), DriverChannel.open(), threading.Event()
+    channel, ended = DriverChannel.open(), threading.Event()
 
     def lost() -> bool:
         try:
@@ -266,7 +263,7 @@ def train_on_workers(
             shards=shards,
             out=out,
             workers=shared["workers"],
-            callbacks=[relay],
+            callbacks=[_relay(reports)],
             groups=shared["groups"],
             channel=channel,
             owner=shared["owner"],
@@ -275,6 +272,31 @@ def train_on_workers(
         ended.set()
         thread.join()
         channel.close()
+
+
+def _relay(reports: Reports) -> Any:
+    """The callback of Ray Train that passes rank 0's validations on to the trial: one report for each of them.
+
+    A checkpoint alone is no report.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from cluster.worker import EVALUATED  # brings Ray Train, which a trial of one worker does not need
+
+    class Relay(TuneReportCallback):
+        step = -1.0
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            """Called by the controller once all ranks have reported."""
+            found = metrics[0]
+            # A run that was repaired repeats the validations since its checkpoint.
+            if found.get(EVALUATED) and found["step"] > self.step:
+                self.step = found["step"]
+                scores = {k: v for k, v in found.items() if k not in (EVALUATED, *LOGGED)}
+                reports.log(found)
+                super().after_report(run_context, [reports.made(int(found["step"]), scores)], None)
+
+    return Relay()
 
 
 def logged_costs(values: Mapping[str, float]) -> dict[str, float]:

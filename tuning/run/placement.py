@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 from cluster.capacity import Capacity, check_fits, worker_resources
-from tuning.search import Search
+from tuning.space.search import Search
 from ugrl.config import Config
 from ugrl.errors import ConfigError
 
@@ -77,10 +78,16 @@ def held(search: Search, have: Capacity) -> tuple[float, float]:
 
 
 class Room:
-    """Whether the cluster has room for one more trial of a search."""
+    """Whether the cluster has room for one more trial of a search.
 
-    def __init__(self, search: Search, have: Capacity) -> None:
-        cfg = search.base
+    Args:
+        search: The search.
+        have: What the cluster has.
+        free: Says what each node has free now, as :func:`tuning.run.tune_adapter.free_resources`.
+    """
+
+    def __init__(self, search: Search, have: Capacity, free: Callable[[], Mapping[str, Mapping[str, float]]]) -> None:
+        cfg, self._free = search.base, free
         self.count = search.space.workers
         if self.count > 1:
             each = worker_resources(cfg, have)
@@ -91,9 +98,7 @@ class Room:
 
     def trials(self) -> int:
         """Trials that what is free now would take."""
-        from cluster.ray_internals import available_resources_per_node
-
-        free = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in available_resources_per_node().values()]
+        free = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in self._free().values()]
         if self.count > 1 and sum(cpus for cpus, _ in free) < self.count * self.cpus + self.spare - 1e-6:
             return 0
         return sum(_takes(cpus, self.cpus, gpus, self.gpus) for cpus, gpus in free) // self.count

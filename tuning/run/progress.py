@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ray import tune
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,11 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tuning.options import Objective
-from tuning.plain import clock, score_text, short, span
-from tuning.record import TrialRow, best_trial, read_trials
-from tuning.searcher import StudySearch
-from tuning.study import STEP
+from tuning.formatting import clock, score_text, short, span
+from tuning.ledger.ledger import Ledger
+from tuning.space.options import Objective
+from tuning.study.record import STEP, TrialRow, best_trial, read_trials
 
 # Off a terminal, the search is heard of at least so often; the trials' logs are looked at so often.
 EVERY_S, LOOK_S = 30.0, 2.0
@@ -56,15 +55,15 @@ class _Shown:
         return self.seed * steps + self.step
 
 
-class TrialProgress(tune.Callback):
-    """Tune's callback that shows what happens.
+class TrialProgress:
+    """An observer of the trials (:class:`tuning.run.tune_adapter.Observer`) that shows what happens.
 
     Args:
-        objectives: Of the search.
-        steps: Of a whole run.
+        objectives: What is optimised; the first one is shown.
+        steps: Steps of a whole run.
         console: Where to show it.
         enabled: Whether to show anything.
-        title: Of the live table.
+        title: Title of the live table.
         word: What a trial is called.
     """
 
@@ -78,7 +77,7 @@ class TrialProgress(tune.Callback):
         title: str = "search",
         word: str = "trial",
     ) -> None:
-        self.searcher: StudySearch | None = None
+        self.ledger: Ledger | None = None
         self.objectives, self.steps, self.console, self.enabled = objectives, steps, console, enabled
         self.title, self.word = title, word
         self.running: dict[str, _Shown] = {}
@@ -95,10 +94,6 @@ class TrialProgress(tune.Callback):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.live.stop()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing of a terminal goes into Tune's snapshots."""
-        return {}
 
     @property
     def objective(self) -> str:
@@ -168,33 +163,31 @@ class TrialProgress(tune.Callback):
 
     # -- what happens ---------------------------------------------------------------------------
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def started(self, key: str) -> None:
         """A trial has got its resources."""
-        job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
+        job = self.ledger.jobs.get(key) if self.ledger else None
         if job is None:
             return
-        self.planned = max(self.planned, len(self.searcher.study.get_trials(deepcopy=False)) if self.searcher else 0)
-        if self.searcher is not None and not self.rows:  # of a search that was resumed
-            self.rows = read_trials(self.searcher.study, self.objectives)
+        self.planned = max(self.planned, len(self.ledger.study.get_trials(deepcopy=False)) if self.ledger else 0)
+        if self.ledger is not None and not self.rows:  # of a search that was resumed
+            self.rows = read_trials(self.ledger.study, self.objectives)
             self.before = sum(r.step for row in self.rows if row.state in ENDED for r in row.runs)
-        self.running[trial.trial_id] = _Shown(str(job.number), tuple(job.seeds), job.folder)
+        self.running[key] = _Shown(str(job.number), tuple(job.seeds), job.folder)
         if not self.console.is_terminal:
             point = "  ".join(f"{p.rsplit('.', 1)[-1]} {short(v)}" for p, v in job.point.items())
             self._say(f"{self.word} {job.number} starts  {point}")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def reported(self, key: str, result: Mapping[str, Any]) -> None:
         """A trial has validated."""
-        shown = self.running.get(trial.trial_id)
-        job = self.searcher.jobs.get(trial.trial_id) if self.searcher else None
+        shown = self.running.get(key)
+        job = self.ledger.jobs.get(key) if self.ledger else None
         if shown is None or job is None or "seed" not in result:
             return
         seed = int(result["seed"])
         shown.seed = job.seeds.index(seed) if seed in job.seeds else shown.seed
         shown.step, shown.score = int(result.get(STEP, 0)), result.get(self.objective)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def stepped(self) -> None:
         """Tune has looked around once more: off a terminal, the search is heard of now and then."""
         if self.console.is_terminal or time.monotonic() - self.said < EVERY_S:
             return
@@ -207,23 +200,16 @@ class TrialProgress(tune.Callback):
         ]
         self._say(" · ".join([self.headline(), *now]))
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has ended, by itself or stopped by the scheduler."""
-        self._ended(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has lost its process too often."""
-        self._ended(trial)
-
-    def _ended(self, trial: Any) -> None:
-        self.running.pop(trial.trial_id, None)
-        if not self.enabled or self.searcher is None:
+    def ended(self, key: str) -> None:
+        """A trial has ended, by itself, stopped, or because it has lost its process."""
+        self.running.pop(key, None)
+        if not self.enabled or self.ledger is None:
             return
-        self.rows = read_trials(self.searcher.study, self.objectives)
-        number = self.searcher.number(trial.trial_id)
+        self.rows = read_trials(self.ledger.study, self.objectives)
+        number = self.ledger.numbers.get(key)
         row = next((r for r in self.rows if r.number == number), None)
         if row is None or row.state == "WAITING":
-            how = "has left" if self.searcher.closing else "its process died"
+            how = "has left" if self.ledger.closing else "its process died"
             self._say(f"{self.word} {number}: {how}; it goes on from its checkpoint")
         else:
             self._say(line(row, best_trial(self.rows, self.objectives[0]), self.objective, self.word))
@@ -252,7 +238,7 @@ def logged_step(log: Path) -> int:
 def line(row: TrialRow, best: TrialRow | None, objective: str, word: str = "trial") -> str:
     """One trial that ended, in one line.
 
-    >>> from tuning.record import Run
+    >>> from tuning.study.record import Run
     >>> line(TrialRow(3, "PRUNED", (0.25,), (Run(0, 200),), seconds=12.3, note="by asha"), None, "seg_miou")
     'trial 3  PRUNED    step 200  seg_miou 25.0 %  12 s  by asha'
     """

@@ -1,0 +1,1 @@
+"""What runs trials: one driver, Ray Tune, and the process of a trial."""

@@ -1,0 +1,1 @@
+"""What is searched: axes, points, options, and the rules between them."""

@@ -1,0 +1,1 @@
+"""What the storage of a search holds, and who may write to it."""
