@@ -192,7 +192,7 @@ def test_parameter_groups_partition_the_network():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "mit_b6"}, "model.backbone: got 'mit_b6', expected one of mit_b0"),
+        ({"backbone": "mit_b6"}, "model.backbone: got 'mit_b6'; did you mean 'mit_b5'"),
         ({"pooling": "max"}, "model.pooling: got 'max', expected gmp or gap"),
     ],
 )

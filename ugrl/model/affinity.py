@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import ConfigError
+from ugrl.model.backbone import Pairs
 from ugrl.model.encoder import attention_logits, rows
 from ugrl.precision import full_precision
 
@@ -24,12 +25,14 @@ class AffinityHead(nn.Module):
         maps: Number M of attention maps.
         kind: ``linear`` or ``mlp``.
         head_dim: Channels of one attention head, which set the scale of the logits.
+        project: D of F4, where the encoder has no queries and keys of its own: the head makes one block of them then,
+            by two 1×1 projections of F4 (normalised over its channels, since nothing else bounds them).
 
     Raises:
         ConfigError: The kind is unknown.
     """
 
-    def __init__(self, maps: int, kind: str = "linear", *, head_dim: int = 64) -> None:
+    def __init__(self, maps: int, kind: str = "linear", *, head_dim: int = 64, project: int = 0) -> None:
         super().__init__()
         if kind not in ("linear", "mlp"):
             raise ConfigError(f"model.affinity: got '{kind}', expected linear or mlp")
@@ -44,6 +47,19 @@ class AffinityHead(nn.Module):
         self.out = nn.Linear(maps, 1)
         nn.init.constant_(self.out.weight, scale / maps)
         nn.init.zeros_(self.out.bias)
+        self.query = self.key = None
+        if project:
+            self.query, self.key = (nn.Linear(project, maps * head_dim, bias=False) for _ in range(2))
+            for layer in (self.query, self.key):
+                nn.init.normal_(layer.weight, std=1.0 / math.sqrt(project))
+
+    def pairs(self, f4_BDhw: Tensor, pairs: Pairs) -> Pairs:
+        """The encoder's queries and keys, or where it has none the head's own, of F4."""
+        if self.query is None or self.key is None:
+            return pairs
+        x_BND = f4_BDhw.flatten(2).transpose(1, 2)
+        x_BND = F.layer_norm(x_BND, x_BND.shape[-1:])
+        return ((self.query(x_BND), self.key(x_BND)),)
 
     def forward(self, attn_BMNN: Tensor) -> Tensor:
         """Attention logits (B, M, N, N) → affinity logits (B, N, N), symmetric; float32 (float64 stays)."""
@@ -56,9 +72,7 @@ class AffinityHead(nn.Module):
             s = F.relu(s + s.transpose(-1, -2) + self.hidden.bias.to(s.dtype)[:, None, None])
             return torch.einsum("bmij,m->bij", s, self.out.weight[0].to(s.dtype)) + self.out.bias.to(s.dtype)
 
-    def from_pairs(
-        self, pairs: tuple[tuple[Tensor, Tensor], ...], heads: int, tokens_Bn: Tensor | None = None
-    ) -> Tensor:
+    def from_pairs(self, pairs: Pairs, heads: int, tokens_Bn: Tensor | None = None) -> Tensor:
         """The same from queries and keys; the linear kind never builds the M maps.
 
         Σ_m w_m q_m·k_m is one product of all heads' channels, the queries scaled by their head's weight.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ugrl.bilinear import resize
-from ugrl.model.encoder import Features, init_weights, rows
+from ugrl.model.backbone import Features
+from ugrl.model.encoder import init_weights, rows
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.norm import make_norm
 from ugrl.model.specs import Four
@@ -38,6 +39,38 @@ def _init_last(layer: nn.Conv2d, std: float) -> None:
         nn.init.zeros_(layer.bias)
 
 
+class Enlarge(nn.Module):
+    """A level of the simple feature pyramid: every doubling halves the channels (Li et al., ViTDet, ECCV 2022).
+
+    Args:
+        dim: Channels D, a multiple of ``up``.
+        up: Factor of the grid's sides: 1, 2 or 4.
+    """
+
+    def __init__(self, dim: int, up: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        while up > 1:
+            if layers:
+                layers += [ChannelNorm(dim), nn.GELU()]
+            layers.append(nn.ConvTranspose2d(dim, dim // 2, 2, 2))
+            dim, up = dim // 2, up // 2
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x_BDhw: Tensor) -> Tensor:
+        """(B, D, h, w) → (B, D / up, up·h, up·w)."""
+        y: Tensor = self.layers(x_BDhw)
+        return y
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D, h, w) → the same."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Decoder(nn.Module):
     """Project F1…F4 to one width, upsample to F1's grid, concatenate, fuse (1×1, norm, ReLU) → z → class logits.
 
@@ -49,9 +82,23 @@ class Decoder(nn.Module):
         dropout: Rate of channel dropout on z.
     """
 
-    def __init__(self, dims: Four, num_logits: int, *, dim: int = 256, norm: str = "sync_batch", dropout: float = 0.1):
+    def __init__(
+        self,
+        dims: Four,
+        num_logits: int,
+        *,
+        dim: int = 256,
+        norm: str = "sync_batch",
+        dropout: float = 0.1,
+        ups: Four = (1, 1, 1, 1),
+    ) -> None:
         super().__init__()
         self.dropout = dropout
+        # Of a plain ViT, whose four maps have one size.
+        self.pyramid = nn.ModuleList(Enlarge(d, up) for d, up in zip(dims, ups, strict=True)) if max(ups) > 1 else None
+        if max(ups) > 1:
+            d1, d2, d3, d4 = (d // up for d, up in zip(dims, ups, strict=True))
+            dims = (d1, d2, d3, d4)
         self.project = nn.ModuleList(nn.Linear(d, dim) for d in dims)
         # Its input channels are those of F4, F3, F2, F1, in this order (as published).
         self.fuse = nn.Conv2d(4 * dim, dim, 1, bias=False)
@@ -71,7 +118,10 @@ class Decoder(nn.Module):
         return weights, torch.stack(biases).sum(0)
 
     def fused(self, features: Features) -> Tensor:
-        """F1…F4 → z (B, D, h, w) on F1's grid."""
+        """F1…F4 → z (B, D, h, w) on the grid of the (enlarged) F1."""
+        if self.pyramid is not None:
+            f1, f2, f3, f4 = (enlarge(f) for enlarge, f in zip(self.pyramid, features, strict=True))
+            features = (f1, f2, f3, f4)
         weights, bias_D = self.composed()
         full = (features[0].shape[-2], features[0].shape[-1])
         maps: dict[tuple[int, int], Tensor] = {full: per_position(features[0], weights[0], bias_D)}

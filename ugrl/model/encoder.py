@@ -7,13 +7,17 @@ memory, so that going from attention to convolution and back copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugrl.errors import UgrlError
+from ugrl.model.backbone import Backbone, BackboneInfo, Pairs, depth_ids
+from ugrl.model.backbone import Features as Features
 from ugrl.model.linear import linear
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.specs import SPECS as SPECS
@@ -26,7 +30,6 @@ AFFINITY_BLOCKS = 2
 #: pages for every tensor; that took half of the time of the widest layers.
 CPU_BYTES = 2**24
 
-Features = tuple[Tensor, Tensor, Tensor, Tensor]
 #: Drop-path factors (B, 1, 1) of a block's two branches.
 Scales = tuple[Tensor, Tensor]
 
@@ -166,11 +169,12 @@ class Stage(nn.Module):
         return to_grid(self.norm(x_BND), size), pairs
 
 
-class MiT(nn.Module):
+class MiT(Backbone):
     """The encoder.
 
     Attributes:
         spec: Shape of the encoder.
+        info: What the network asks of any encoder.
         layers: L, residual branches that drop-path may drop: two for each block, as published.
         maps: M, attention maps of the last two blocks.
 
@@ -178,7 +182,7 @@ class MiT(nn.Module):
         UgrlError: The last stage has fewer than two blocks or reduces its keys, and so has no N×N maps.
     """
 
-    def __init__(self, spec: MiTSpec) -> None:
+    def __init__(self, spec: MiTSpec, name: str = "mit") -> None:
         super().__init__()
         if spec.depths[3] < AFFINITY_BLOCKS or spec.sr_ratios[3] != 1:
             raise UgrlError(
@@ -189,15 +193,31 @@ class MiT(nn.Module):
         self.stages = nn.ModuleList(Stage(spec, i) for i in range(4))
         self.layers = 2 * sum(spec.depths)
         self.maps = AFFINITY_BLOCKS * spec.heads[3]
+        r1, r2, r3, r4 = accumulate(spec.strides, mul)
+        self.info = BackboneInfo(
+            name,
+            spec.dims,
+            (r1, r2, r3, r4),
+            min_size=spec.min_size,
+            heads=spec.heads[3],
+            blocks=AFFINITY_BLOCKS,
+            head_dim=spec.dims[3] // spec.heads[3],
+        )
         # Computed on the CPU: the meta device would load torch's compiler for it.
         rates = torch.linspace(0, spec.drop_path, sum(spec.depths), device="cpu").repeat_interleave(2)
         self.rates_L: Tensor
         self.register_buffer("rates_L", rates, persistent=False)
         self.apply(init_weights)
 
-    def forward(
-        self, images_B3HW: Tensor, noise: Noise | None = None
-    ) -> tuple[Features, tuple[tuple[Tensor, Tensor], ...]]:
+    def layer_ids(self) -> Mapping[str, int]:
+        """Blocks count from 1; a later stage's patch embedding goes with its first block."""
+        return depth_ids([name for name, _ in self.named_parameters()], self.spec.depths)
+
+    def largest_map(self, height: int, width: int) -> int:
+        """That of the first stage's feed-forward parts."""
+        return height * width // self.spec.strides[0] ** 2 * self.spec.dims[0] * self.spec.mlp_ratio
+
+    def forward(self, images_B3HW: Tensor, noise: Noise | None = None) -> tuple[Features, Pairs]:
         """Features of four stages, and what the attention logits of the last two blocks are made of.
 
         Args:
@@ -211,11 +231,7 @@ class MiT(nn.Module):
         Raises:
             UgrlError: An image side is too short.
         """
-        if min(images_B3HW.shape[-2:]) < self.spec.min_size:
-            raise UgrlError(
-                f"images of {images_B3HW.shape[-2]}x{images_B3HW.shape[-1]} px are too small for this backbone, "
-                f"expected sides of at least {self.spec.min_size} px"
-            )
+        self.check_size(images_B3HW)
         scales: list[Scales | None] = [None] * (self.layers // 2)
         if noise is not None and noise.drop_path_BL is not None and self.spec.drop_path > 0:
             u_BL = noise.drop_path_BL

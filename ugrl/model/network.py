@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,19 +12,21 @@ from torch import Tensor, nn
 from ugrl.errors import ConfigError
 from ugrl.grid import inside_cells
 from ugrl.model.affinity import AffinityHead
+from ugrl.model.backbone import Features, Pairs
 from ugrl.model.decoder import Decoder, ProjectionHead
-from ugrl.model.encoder import CPU_BYTES, SPECS, MiT, attention_logits
+from ugrl.model.encoder import CPU_BYTES, attention_logits
+from ugrl.model.families import make_backbone
 from ugrl.model.noise import Noise
 from ugrl.precision import full_precision
 from ugrl.types import Focus, ModelOutput
 
-Pairs = tuple[tuple[Tensor, Tensor], ...]
-Features = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Heads of the affinity's own queries and keys, and their channels, where the encoder has none that are of use.
+OWN_HEADS, OWN_HEAD_DIM = 8, 32
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
 
 class Encoded(NamedTuple):
-    """What the encoder gives: F1…F4, and the queries and keys of its last two blocks."""
+    """What the encoder gives: F1…F4, and the queries and keys of its last blocks, where it has any."""
 
     features: Features
     pairs: Pairs
@@ -50,14 +51,15 @@ class UGRLNet(nn.Module):
     """Everything with learned weights.
 
     Attributes:
-        encoder: Mix Transformer (SegFormer), four stages.
+        encoder: What ``model.backbone`` names.
         classifier: 1×1 without bias from F4 to the F classes; its weights on F4 are the raw CAM.
         g_cls: Affinity head (Eq. 1).
         decoder: Fused map z and class logits.
         g_seg: Embeddings of z (Eq. 9).
         layers: L, branches that drop-path may drop.
         dim: D, channels of F4.
-        stride: Pixels of the image per cell of F1.
+        stride: Pixels of the image per cell of the decoder's map (F1's grid, but for plain ViTs).
+        loaded: What ``model.weights`` filled, in words; empty without.
         min_size: Shortest image side that the encoder takes.
     """
 
@@ -73,12 +75,14 @@ class UGRLNet(nn.Module):
         norm: str = "sync_batch",
         drop_path: float = 0.1,
         dropout: float = 0.1,
+        output_stride: int | None = None,
+        frozen: str = "none",
     ) -> None:
         """Builds the network with fresh weights from torch's current random state.
 
         Args:
             num_classes: Number of foreground classes F (without background).
-            backbone: A key of :data:`ugrl.model.encoder.SPECS`.
+            backbone: A key of :data:`ugrl.model.specs.SPECS`, or ``timm/NAME``.
             decoder_dim: Channels of z.
             d_seg: Channels of an embedding.
             pooling: ``gmp`` (maximum) or ``gap`` (mean) of F4 over positions.
@@ -86,27 +90,30 @@ class UGRLNet(nn.Module):
             norm: ``sync_batch`` or ``group``, in decoder and g_seg.
             drop_path: Drop rate of the last block.
             dropout: Drop rate of z's channels.
+            output_stride: Pixels per cell of F4, where the encoder is a convolutional network of timm.
+            frozen: Part of the encoder without gradient: ``none``, ``stem`` or ``all``.
 
         Raises:
             ConfigError: A name is unknown.
         """
         super().__init__()
-        if backbone not in SPECS:
-            raise ConfigError(f"model.backbone: got '{backbone}', expected one of {', '.join(SPECS)}")
         if pooling not in ("gmp", "gap"):
             raise ConfigError(f"model.pooling: got '{pooling}', expected gmp or gap")
-        spec = replace(SPECS[backbone], drop_path=drop_path)
         self.backbone = backbone
         self.pooling = pooling
-        self.dim = spec.dims[3]
-        self.heads = spec.heads[3]
-        self.stride, self.min_size = spec.strides[0], spec.min_size
-        self.encoder = MiT(spec)
+        self.loaded = ""
+        self.encoder = make_backbone(backbone, drop_path=drop_path, output_stride=output_stride, frozen=frozen)
+        info = self.encoder.info
+        self.dim, self.stride, self.min_size = info.dims[3], info.stride, info.min_size
         self.layers = self.encoder.layers
         self.classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
-        self.g_cls = AffinityHead(self.encoder.maps, affinity, head_dim=self.dim // self.heads)
-        self.decoder = Decoder(spec.dims, num_classes + 1, dim=decoder_dim, norm=norm, dropout=dropout)
+        self.heads = info.heads or OWN_HEADS
+        if info.heads:
+            self.g_cls = AffinityHead(info.heads * info.blocks, affinity, head_dim=info.head_dim)
+        else:
+            self.g_cls = AffinityHead(OWN_HEADS, affinity, head_dim=OWN_HEAD_DIM, project=self.dim)
+        self.decoder = Decoder(info.dims, num_classes + 1, dim=decoder_dim, norm=norm, dropout=dropout, ups=info.ups)
         self.g_seg = ProjectionHead(decoder_dim, d_seg, norm=norm)
 
     def forward(
@@ -177,6 +184,8 @@ class UGRLNet(nn.Module):
         features, pairs = encoded
         where = where or Focus()
         out = ModelOutput(features=features, logits_BF=self.scores(features[3], boxes, size))
+        if attention or affinity:
+            pairs = self.g_cls.pairs(features[3], pairs)
         if attention:
             out.attn_BMNN = attention_logits(pairs, self.heads)
         if affinity:
@@ -242,7 +251,7 @@ class UGRLNet(nn.Module):
 
     def cam_of(self, f4_BDhw: Tensor, pairs: Pairs, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`cam` returns, from F4 and the queries and keys of a pass that was made already."""
-        affinity_BNN = self.g_cls.from_pairs(pairs, self.heads) if affinity else None
+        affinity_BNN = self.g_cls.from_pairs(self.g_cls.pairs(f4_BDhw, pairs), self.heads) if affinity else None
         return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
 
     def _at_once(self, images: Tensor) -> int:
@@ -252,9 +261,8 @@ class UGRLNet(nn.Module):
         """
         if images.device.type != "cpu":
             return max(1, images.shape[0])
-        spec = self.encoder.spec
-        cells = images.shape[-2] * images.shape[-1] // spec.strides[0] ** 2
-        return max(1, CPU_BYTES // (cells * spec.dims[0] * spec.mlp_ratio * images.element_size()))
+        numbers = self.encoder.largest_map(images.shape[-2], images.shape[-1])
+        return max(1, CPU_BYTES // (numbers * images.element_size()))
 
     def segment(self, images: Tensor) -> Tensor:
         """Segmentation logits (B, C, h, w) on F1's grid, for evaluation."""
@@ -262,42 +270,61 @@ class UGRLNet(nn.Module):
         return self.decoder(features)[1]
 
     def parameter_groups(
-        self, lr: float, head_ratio: float, weight_decay: float, norm_lr_mult: float
+        self, lr: float, head_ratio: float, weight_decay: float, norm_lr_mult: float, layer_decay: float = 1.0
     ) -> list[dict[str, object]]:
-        """Optimiser groups; every parameter is in exactly one.
+        """Optimiser groups; every parameter that is not frozen is in exactly one.
 
         Args:
             lr: Learning rate of the backbone.
             head_ratio: Learning rate of the heads over that of the backbone.
-            weight_decay: Weight decay of all parameters but norms and the heads' biases.
+            weight_decay: Weight decay of all parameters but norms, the heads' biases, and what the encoder exempts.
             norm_lr_mult: Backbone norms over backbone; the public code has 0.
+            layer_decay: Rate of a layer of the backbone over that of the next deeper one.
 
         Returns:
-            Groups ``backbone``, ``backbone_norm``, ``head`` and ``head_no_decay``, with ``name``, ``params``, ``lr``
-            and ``weight_decay``.
+            Groups ``backbone``, ``backbone_no_decay`` (of timm's encoders alone), ``backbone_norm``, ``head`` and
+            ``head_no_decay``, with ``name``, ``params``, ``lr`` and ``weight_decay``. With a layer decay the first
+            three are one for each layer.
         """
-        norms = {id(p) for m in self.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-        members: dict[str, list[nn.Parameter]] = {
-            "backbone": [],
-            "backbone_norm": [],
-            "head": [],
-            "head_no_decay": [],
-        }
-        for name, p in self.named_parameters():
-            if name.startswith("encoder."):
-                members["backbone_norm" if id(p) in norms else "backbone"].append(p)
-            else:
-                members["head_no_decay" if id(p) in norms or name.endswith(".bias") else "head"].append(p)
         settings = {
             "backbone": (lr, weight_decay),
+            "backbone_no_decay": (lr, 0.0),
             "backbone_norm": (lr * norm_lr_mult, 0.0),
             "head": (lr * head_ratio, weight_decay),
             "head_no_decay": (lr * head_ratio, 0.0),
         }
+        norms = {id(p) for m in self.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
+        exempt = self.encoder.undecayed()
+        layers = self.encoder.layer_ids() if layer_decay < 1.0 else {}
+        deepest = max(layers.values(), default=0)
+        # The four groups of a run without layers are always there, also empty.
+        members: dict[tuple[str, int], list[nn.Parameter]] = {
+            (name, deepest): [] for name in settings if name != "backbone_no_decay"
+        }
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            own = name.removeprefix("encoder.")
+            if own != name:
+                kind = "backbone_norm" if id(p) in norms else "backbone_no_decay" if own in exempt else "backbone"
+                key = (kind, layers.get(own, deepest))
+            else:
+                key = ("head_no_decay" if id(p) in norms or name.endswith(".bias") else "head", deepest)
+            members.setdefault(key, []).append(p)
         return [
-            {"name": name, "params": params, "lr": settings[name][0], "weight_decay": settings[name][1]}
-            for name, params in members.items()
+            {
+                "name": kind if layer == deepest else f"{kind}/{layer}",
+                "params": params,
+                "lr": settings[kind][0] * layer_decay ** (deepest - layer),
+                "weight_decay": settings[kind][1],
+            }
+            for (kind, layer), params in members.items()
         ]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Norms of torch, and those that timm derives from no norm of torch."""
+    return isinstance(module, _NORMS) or "Norm" in type(module).__name__
 
 
 def _outside(boxes_B4: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,12 +61,63 @@ def scaled(size: tuple[int, int], scale: float, least: int) -> tuple[int, int]:
     return max(least, round(size[0] * scale)), max(least, round(size[1] * scale))
 
 
+#: What a backbone of timm is called in a configuration: ``timm/resnet50``.
+TIMM = "timm/"
+#: Shortest image side of a backbone of timm, in pixels: one cell of the coarsest stride there is.
+TIMM_LEAST = 32
+
+
+def is_known(backbone: str) -> bool:
+    """Whether a name can be one of ``model.backbone``; whether timm has such a model is asked later."""
+    return backbone in SPECS or (backbone.startswith(TIMM) and len(backbone) > len(TIMM))
+
+
+def min_size(backbone: str) -> int:
+    """Shortest image side that a backbone takes, in pixels.
+
+    >>> min_size("mit_b1"), min_size("timm/resnet50")
+    (32, 32)
+    """
+    return SPECS[backbone].min_size if backbone in SPECS else TIMM_LEAST
+
+
+def crop_multiple(backbone: str) -> int:
+    """What a training crop must be a multiple of, in pixels; other images are resized to the nearest multiple.
+
+    A plain ViT takes whole patches. ConvNeXt, Swin and Hiera halve a grid of patches of 4 px three times.
+
+    >>> crop_multiple("mit_b1"), crop_multiple("timm/vit_small_patch14_dinov2"), crop_multiple("timm/resnet50")
+    (1, 14, 1)
+    >>> crop_multiple("timm/swin_tiny_patch4_window7_224"), crop_multiple("timm/test_vit")
+    (32, 16)
+    """
+    if not backbone.startswith(TIMM):
+        return 1
+    name = backbone.removeprefix(TIMM)
+    if name.startswith(("swin_", "hiera_")) or "convnext" in name:
+        return 32
+    if patch := re.search(r"patch(\d+)", name):
+        return int(patch[1])
+    return 16 if name.startswith("test_vit") else 1
+
+
+def fitted(side: int, multiple: int, least: int) -> int:
+    """The multiple that is nearest to a side, and no smaller than the backbone takes.
+
+    >>> fitted(100, 16, 32), fitted(375, 14, 28), fitted(333, 1, 32)
+    (96, 378, 333)
+    """
+    return max(math.ceil(least / multiple), (2 * side + multiple) // (2 * multiple)) * multiple
+
+
 def least_crop(backbone: str, scales: Sequence[float]) -> int:
     """The smallest crop whose smallest rescaled image still feeds every stage.
 
-    >>> least_crop("mit_b1", (1.0, 0.5)), least_crop("tiny", (1.0,))
-    (63, 16)
+    >>> least_crop("mit_b1", (1.0, 0.5)), least_crop("tiny", (1.0,)), least_crop("timm/test_vit", (1.0, 0.5))
+    (63, 16, 64)
     """
-    least, smallest = SPECS[backbone].min_size, max(1e-6, min(*scales, 1.0))
+    least, smallest = min_size(backbone), max(1e-6, min(*scales, 1.0))
     crop = math.ceil((least - 0.5) / smallest)
-    return crop if round(crop * smallest) >= least else crop + 1
+    crop = crop if round(crop * smallest) >= least else crop + 1
+    multiple = crop_multiple(backbone)
+    return -(-crop // multiple) * multiple

@@ -114,6 +114,12 @@ class WeightReport:
     tensors: int
     ignored: tuple[str, ...]
 
+    @property
+    def text(self) -> str:
+        """In words, for the header of a run."""
+        rest = f", {len(self.ignored)} of a head ignored" if self.ignored else ""
+        return f"{self.path.name} ({self.layout}): all {self.tensors} tensors of the encoder{rest}"
+
 
 def load_backbone_weights(encoder: MiT, source: str) -> WeightReport:
     """Fill an encoder from a weight file.

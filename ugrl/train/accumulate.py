@@ -108,12 +108,13 @@ def _in_parts(
                 again = model(images[rows], noise=n, encode_only=True)
             ends, gradients = [], []
             for x, leaf in zip(again.tensors(), leaves, strict=True):
-                if leaf.grad is not None:
+                if leaf.grad is not None and x.requires_grad:  # a frozen encoder's do not
                     ends.append(x)
                     gradients.append(leaf.grad[rows])
             if last:
                 zero = zero_of(*(m for m in net.children() if m is not net.encoder))
                 ends.append(zero)
                 gradients.append(torch.ones_like(zero))
-            torch.autograd.backward(ends, gradients)
+            if ends:
+                torch.autograd.backward(ends, gradients)
     return out

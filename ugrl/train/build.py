@@ -15,7 +15,7 @@ from ugrl.errors import ConfigError
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
 from ugrl.model.network import UGRLNet
-from ugrl.model.weights import load_backbone_weights
+from ugrl.model.pretrained import load_weights
 from ugrl.seeding import derive
 from ugrl.storage import Place
 from ugrl.train.check import check_run
@@ -48,9 +48,14 @@ def build_net(cfg: Config, num_classes: int, *, pretrained: bool = True) -> UGRL
             norm=m.norm,
             drop_path=m.drop_path,
             dropout=m.dropout,
+            output_stride=m.output_stride,
+            frozen=m.frozen,
         )
+    multiple = net.encoder.info.multiple
+    if cfg.data.crop % multiple:
+        raise ConfigError(f"data.crop is {cfg.data.crop}: {m.backbone} takes multiples of {multiple} px")
     if pretrained and m.weights:
-        load_backbone_weights(net.encoder, m.weights)
+        net.loaded = load_weights(net.encoder, m.weights).text
     return net
 
 
@@ -145,7 +150,9 @@ def build_run(
     num_classes = len(manifest.class_names)
     net = build_net(cfg, num_classes, pretrained=pretrained).to(where, dtype)
     prototypes = build_prototypes(cfg, num_classes, net.dim).to(where, dtype)
-    groups = net.parameter_groups(train.lr, train.head_lr_ratio, train.weight_decay, train.norm_lr_mult)
+    groups = net.parameter_groups(
+        train.lr, train.head_lr_ratio, train.weight_decay, train.norm_lr_mult, cfg.model.layer_decay
+    )
     optimizer = Optimizer(net, groups, train)
     if train.compile != "none":
         # The encoder alone: nine tenths of a step, one graph, and shapes that do not change from step to step. The

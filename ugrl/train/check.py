@@ -13,6 +13,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
 from ugrl.eval.selection import NEEDS_MASKS, resolve_objective
+from ugrl.model.specs import TIMM
 from ugrl.types import IGNORE
 
 
@@ -34,9 +35,13 @@ def check_run(
     Raises:
         DataError: A split is missing or empty, has too few rows for a batch, or shows no class; no mask has a pixel
             that counts.
-        ConfigError: The split cannot supply the objective.
+        ConfigError: There is no such backbone; the split cannot supply the objective.
         CheckpointError: The weights cannot be had.
     """
+    if cfg.model.backbone.startswith(TIMM):
+        from ugrl.model.families import check_backbone
+
+        check_backbone(cfg.model.backbone)
     split = split or cfg.data.val_split
     train = cfg.data.train_split
     steps_per_epoch(manifest.split(train).rows, cfg.train.global_batch)
@@ -51,9 +56,9 @@ def check_run(
             "or eval.objective=tag_map"
         )
     if fresh and cfg.model.weights:
-        from ugrl.model.weights import locate
+        from ugrl.model.pretrained import check_weights
 
-        locate(cfg.model.weights)
+        check_weights(cfg.model.backbone, cfg.model.weights)
     return name
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ugrl.config import Config
 from ugrl.method.contrast import Tile, sum_of_losses, tiles_of
 from ugrl.method.objective import Objective
-from ugrl.model.encoder import SPECS
+from ugrl.model.specs import crop_multiple, least_crop
 from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
 from ugrl.types import IGNORE, Batch
@@ -162,10 +162,15 @@ def step_seconds(cfg: Config, num_classes: int, device: torch.device, gflop: flo
 
 
 def _timed_crop(cfg: Config, share: float) -> int:
-    """A multiple of 32 that takes about a share of the crop's operations; never what leaves a CAM scale no key."""
-    least = SPECS[cfg.model.backbone].min_size / min(1.0, *cfg.method.cam.scales)
+    """A multiple of 32, or of a ViT's patch, that takes about a share of the crop's operations.
+
+    Never one that leaves a CAM scale no key.
+    """
+    multiple = crop_multiple(cfg.model.backbone)
+    unit = multiple if 32 % multiple else 32
+    least = least_crop(cfg.model.backbone, cfg.method.cam.scales)
     wanted = cfg.data.crop * min(1.0, share) ** 0.5
-    return min(cfg.data.crop, 32 * round(max(least, wanted) / 32))
+    return min(cfg.data.crop, unit * round(max(least, wanted) / unit))
 
 
 def _made(cfg: Config, num_classes: int, device: torch.device) -> Step:

@@ -232,6 +232,7 @@ class Trainer:
             val=judged_rows(cfg, self.manifest, val),
             objective=self.objective,
             done=self.done,
+            loaded=self.net.loaded,
         ):
             self.say(text)
         if cfg.eval.objective == "auto" and (why := why_no_masks(self.manifest, val, self.objective)):

@@ -114,6 +114,7 @@ def header(
     val: int,
     objective: str,
     done: int = 0,
+    loaded: str = "",
 ) -> list[str]:
     """What a run is, in lines of less than 80 characters where names are short.
 
@@ -135,6 +136,7 @@ def header(
         f"images {train} {cfg.data.train_split}, {val} {cfg.data.val_split}  judged by {objective}",
         f"steps {t.steps} of {t.global_batch} crops of {crop} px = {epochs:.1f} epochs"
         + (f", from step {done}" if done else ""),
+        *([f"weights {loaded}"] if loaded else []),
     ]
 
 

@@ -18,7 +18,8 @@ from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
 from ugrl.method.schedule import Schedule
 from ugrl.method.targets import TargetMaker, Targets
-from ugrl.model.network import Pairs, UGRLNet
+from ugrl.model.backbone import Pairs
+from ugrl.model.network import UGRLNet
 from ugrl.model.noise import Noise, sample_noise
 from ugrl.types import IGNORE, Batch, Focus, ModelOutput, StepOutput
 
