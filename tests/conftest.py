@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from ugrl.data.prepare import prepare
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
+
+# A shell starts what runs in its background with SIGINT ignored, and processes of the tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
