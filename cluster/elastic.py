@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import ray
 
 from cluster.capacity import EPS, Capacity, capacity, fits, sizes, worker_resources
+from cluster.watchdog import beside
 from ugrl.config import Config
 
 # Pause between two looks for room, and how often in a row there must be room.
@@ -45,10 +46,9 @@ def watch_for_room(
         groups: Number of runs side by side.
         found: Called once, when there was room in :data:`GROW_LOOKS` looks in a row.
     """
-    ended = threading.Event()
     larger = [n for n in sizes(cfg, most) if n > workers]
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         seen = 0
         while larger and not ended.wait(GROW_EVERY_S):
             seen = seen + 1 if can_grow(cfg, workers, larger, groups=groups) else 0
@@ -56,10 +56,5 @@ def watch_for_room(
                 found()
                 return
 
-    thread = threading.Thread(target=look, name="grow", daemon=True)
-    thread.start()
-    try:
+    with beside(look, "grow"):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=5)

@@ -37,9 +37,8 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
 
     address = ray.get_runtime_context().gcs_address
     host, _, port = address.rpartition(":")
-    ended = threading.Event()
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         since: float | None = None
         while not ended.wait(LOOK_S):
             if not answers(host.strip("[]"), int(port), LOOK_S):
@@ -57,7 +56,20 @@ def head_watched(patience_s: float, say: Callable[[str], None]) -> Iterator[None
                 since = None
                 say("the cluster's head answers again")
 
-    thread = threading.Thread(target=watch, name="head", daemon=True)
+    with beside(watch, "head"):
+        yield
+
+
+@contextmanager
+def beside(look: Callable[[threading.Event], None], name: str) -> Iterator[None]:
+    """Run a function in a thread while the block runs.
+
+    Args:
+        look: Gets the event that is set when the block ends, and returns soon after.
+        name: What the thread is called.
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=look, args=(ended,), name=name, daemon=True)
     thread.start()
     try:
         yield
@@ -86,9 +98,8 @@ def startup_watched(begun: Callable[[], bool], patience_s: float, say: Callable[
         patience_s: How long they may take.
         say: Gets one line when they take long.
     """
-    ended = threading.Event()
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         since, told = time.monotonic(), False
         while not ended.wait(min(LOOK_S, patience_s)):
             waited = time.monotonic() - since
@@ -103,10 +114,5 @@ def startup_watched(begun: Callable[[], bool], patience_s: float, say: Callable[
                 say(f"the workers have not begun for {BEGIN_S:g} s; waiting up to {patience_s:g} s for them")
                 told = True
 
-    thread = threading.Thread(target=watch, name="begin", daemon=True)
-    thread.start()
-    try:
+    with beside(watch, "begin"):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=LOOK_S)

@@ -226,7 +226,7 @@ class SourceContract:
     def test_a_broken_image_is_a_row_error_that_names_it(self, tmp_path):
         source = self.source(tmp_path)
         if source.root is None:
-            pytest.skip("it is generated")
+            pytest.skip("this source generates its images: there is no file to break")
         for path in tmp_path.rglob("*.jpg"):
             path.write_bytes(b"no image")
         with pytest.raises(RowError, match=r"\.jpg"):

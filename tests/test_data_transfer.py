@@ -12,7 +12,12 @@ from ugrl.data.loader import LocalLoader
 from ugrl.data.reader import ShardReader
 from ugrl.data.transfer import Transfer
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device to copy to")
+    ),
+]
 
 
 def loader(shards: Path, mode: str, pin_memory: bool) -> LocalLoader:

@@ -99,24 +99,23 @@ def test_the_check_sees_a_wrong_arrow(tmp_path: Path) -> None:
     assert "cluster.launch" in imports(bad)
 
 
+def import_without(absent: tuple[str, ...], *modules: str) -> None:
+    """Import modules in a process where others cannot be imported."""
+    code = f"import sys\nfor name in {absent}: sys.modules[name] = None\nimport {', '.join(modules)}\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_ugrl_needs_neither_ray_nor_optuna() -> None:
     """`ugrl` and `ugrl-train` in one process run where only torch, timm, numpy, pyarrow and rich are."""
-    code = (
-        "import sys\n"
-        "for name in ('ray', 'optuna', 'matplotlib', 'tensorboardX', 'pandas'): sys.modules[name] = None\n"
-        "import ugrl.cli, ugrl.train.loop, ugrl.train.tensorboard, cluster.cli\n"
+    import_without(
+        ("ray", "optuna", "matplotlib", "tensorboardX", "pandas"),
+        *("ugrl.cli", "ugrl.train.loop", "ugrl.train.tensorboard", "cluster.cli"),
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_reading_processes_need_no_torch() -> None:
     """There may be one for each worker: they start in a second and stay small."""
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'timm', 'cv2', 'torchvision'): sys.modules[name] = None\n"
-        "import cluster.read_tasks, cluster.ray_internals\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import_without(("torch", "timm", "cv2", "torchvision"), "cluster.read_tasks", "cluster.ray_internals")
 
 
 # The parts of a search, and which of the others each may import. A report takes what is read, and no driver.
@@ -133,25 +132,17 @@ PARTS = {
 
 
 def test_a_report_needs_neither_ray_nor_the_cluster() -> None:
-    code = (
-        "import sys\n"
-        "for name in ('ray', 'cluster'): sys.modules[name] = None\n"
-        "import tuning.report.files, tuning.report.page, tuning.report.plots\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import_without(("ray", "cluster"), "tuning.report.files", "tuning.report.page", "tuning.report.plots")
 
 
 def test_a_search_decides_without_ray() -> None:
     """The ledger, the queue, the storage and the final runs: only the adapter and the trials' processes need Ray."""
-    code = (
-        "import sys\n"
-        "sys.modules['ray'] = None\n"
-        "import tuning.ledger.ledger, tuning.ledger.trial_queue, tuning.ledger.finals, tuning.study.search_folder\n"
-        "import tuning.run.placement, tuning.run.driver, tuning.run.trial, tuning.run.progress\n"
-        "import tuning.dryrun, tuning.cli, tests.searches, bench.search\n"
-        "assert 'tuning.report' not in sys.modules\n"
+    import_without(
+        ("ray", "tuning.report"),
+        *("tuning.ledger.ledger", "tuning.ledger.trial_queue", "tuning.ledger.finals", "tuning.study.search_folder"),
+        *("tuning.run.placement", "tuning.run.driver", "tuning.run.trial", "tuning.run.progress"),
+        *("tuning.dryrun", "tuning.cli", "tests.searches", "bench.search"),
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("part", PARTS)

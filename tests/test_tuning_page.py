@@ -322,7 +322,9 @@ addEventListener("load", () => setTimeout(() => {{
 </script>"""
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+@pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="no chromium on PATH: the page is looked at in a real browser"
+)
 def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(told: tuple[Path, Findings, str], tmp_path: Path) -> None:
     frames = tmp_path / "frames.html"
     frames.write_text(FRAMES.format((told[0] / "report.html").as_uri()))
