@@ -131,6 +131,17 @@ class BackboneContract:
             learned = {id(p) for g in net.parameter_groups(1e-3, 1.0, 0.1, 1.0) for p in g["params"]}
             assert not learned & {id(p) for n, p in net.encoder.named_parameters() if n in still}
 
+    def test_what_a_frozen_map_is_made_of_stays(self):
+        counts = []
+        for at, part in enumerate(("f1", "f2", "f3")):
+            net = self.network(frozen=part)
+            net.train()
+            side = self.crop
+            maps = net.encoder(torch.randn(1, 3, side, side))[0]
+            assert not maps[at].requires_grad and maps[3].requires_grad
+            counts.append(sum(not p.requires_grad for p in net.encoder.parameters()))
+        assert 0 < counts[0] < counts[1] < counts[2] < len(list(net.encoder.parameters()))
+
     @torch.no_grad()
     def test_a_mirrored_image_has_mirrored_features(self):
         if not self.mirror_size:

@@ -92,8 +92,9 @@ class ModelConfig:
     output_stride: int | None = _num(None, ge=8, le=32)
     """Pixels per cell of the last map of a convolutional network of timm: 8, 16 or 32. ``null``: 16 where the network
     can be told, else its own."""
-    frozen: Literal["none", "stem", "all"] = "none"
-    """Part of the encoder that keeps its weights: nothing, its first layer (``stem``), or all of it."""
+    frozen: Literal["none", "stem", "f1", "f2", "f3", "all"] = "none"
+    """Part of the encoder that keeps its weights: nothing, its first layer (``stem``), all that one of its maps is
+    made of (``f1`` to ``f3``), or all of it."""
     layer_decay: float = _num(1.0, gt=0, le=1)
     """Factor between the learning rates of one layer of the encoder and the next deeper one; 1 is one rate for all."""
     decoder_dim: int = _num(256, ge=8)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ugrl.errors import UgrlError
@@ -18,8 +19,8 @@ Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 #: ImageNet statistics of RGB in [0, 1]: those that every image of this project is normalised with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Branches that an encoder can be told to keep as they are.
-FROZEN = ("none", "stem", "all")
+#: Parts of an encoder that can be told to keep their weights: ``f2`` is all that the map F2 is made of.
+FROZEN = ("none", "stem", "f1", "f2", "f3", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,31 @@ class Backbone(nn.Module):
             )
 
     def freeze(self, part: str) -> None:
-        """Let a part (one of :data:`FROZEN`) have no gradient."""
+        """Let a part (one of :data:`FROZEN`) have no gradient.
+
+        Raises:
+            UgrlError: There is no such part.
+        """
         if part not in FROZEN:
             raise UgrlError(f"model.frozen: got '{part}', expected {', '.join(FROZEN)}")
-        ids = self.layer_ids() if part == "stem" else {}
+        if part == "stem":
+            kept = {name for name, layer in self.layer_ids().items() if layer == 0}
+        elif part.startswith("f"):
+            kept = self._behind(int(part[1]) - 1)
+        else:
+            kept = set(dict(self.named_parameters())) if part == "all" else set()
         for name, p in self.named_parameters():
-            p.requires_grad_(not (part == "all" or ids.get(name) == 0))
+            p.requires_grad_(name not in kept)
+
+    def _behind(self, at: int) -> set[str]:
+        """The parameters that a map, counted from 0, is made of: those that have a gradient of it."""
+        named = dict(self.named_parameters())
+        weight = next(iter(named.values()))
+        side = self.info.min_size
+        with torch.enable_grad():
+            (maps, _) = self(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+            grads = torch.autograd.grad(maps[at].sum(), list(named.values()), allow_unused=True)
+        return {name for name, grad in zip(named, grads, strict=True) if grad is not None}
 
 
 def depth_ids(names: list[str], depths: tuple[int, ...]) -> dict[str, int]:

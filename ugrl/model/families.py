@@ -20,7 +20,7 @@ def make_backbone(
         name: A key of :data:`ugrl.model.specs.SPECS`, or ``timm/NAME``.
         drop_path: Drop rate of the last residual branch.
         output_stride: Of a convolutional network of timm.
-        frozen: What has no gradient: ``none``, ``stem`` or ``all``.
+        frozen: What has no gradient: see :data:`ugrl.model.backbone.FROZEN`.
 
     Raises:
         ConfigError: The name is unknown, or the model cannot be used.

@@ -91,7 +91,7 @@ class UGRLNet(nn.Module):
             drop_path: Drop rate of the last block.
             dropout: Drop rate of z's channels.
             output_stride: Pixels per cell of F4, where the encoder is a convolutional network of timm.
-            frozen: Part of the encoder without gradient: ``none``, ``stem`` or ``all``.
+            frozen: Part of the encoder without gradient: see :data:`ugrl.model.backbone.FROZEN`.
 
         Raises:
             ConfigError: A name is unknown.
