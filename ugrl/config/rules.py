@@ -94,6 +94,11 @@ RULES = (
         lambda cfg: f"method.cam.low is {cfg.method.cam.low}; expected ≤ method.cam.high {cfg.method.cam.high}",
     ),
     Rule(
+        ("eval.cam_scales",),
+        lambda cfg: cfg.eval.cam_scales is None or 1.0 in cfg.eval.cam_scales,
+        lambda cfg: f"eval.cam_scales is {list(cfg.eval.cam_scales or ())}; expected 1.0 among them, or null",
+    ),
+    Rule(
         ("method.cam.scales",),
         lambda cfg: 1.0 in cfg.method.cam.scales,
         lambda cfg: (

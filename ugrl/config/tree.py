@@ -312,6 +312,9 @@ class EvalConfig:
     objective: str = "auto"
     """Metric that ranks checkpoints and trials: ``seg_miou``, ``cam_miou``, ``tag_map`` or ``tag_f1``. ``auto``:
     ``seg_miou`` where every validation image has a mask, else ``tag_map``."""
+    cam_scales: tuple[float, ...] | None = _num(None, **SCALES)
+    """Factors of the image size at which a CAM that is scored is computed. ``null``: those of ``method.cam.scales``.
+    Without a backward pass a larger factor is affordable."""
 
 
 @dataclass(frozen=True, slots=True)

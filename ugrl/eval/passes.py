@@ -128,7 +128,7 @@ class BatchPasses:
 
     Args:
         net: Network in eval mode.
-        cfg: The run: ``eval.seg_scales``, ``eval.mirror`` and ``method.cam`` are read.
+        cfg: The run: ``eval.seg_scales``, ``eval.cam_scales``, ``eval.mirror`` and ``method.cam`` are read.
         batch: On the network's device.
         images_host_B3HW: Images of the batch as they were read, on the CPU.
         plain: Output of the plain pass at scale 1.
@@ -166,7 +166,7 @@ class BatchPasses:
             batch.images_B3HW,
             batch.pairs_P2,
             batch.boxes_B4,
-            scales=c.scales,
+            scales=self.cfg.eval.cam_scales or c.scales,
             mirror=c.mirror,
             least=self.net.min_size,
         )
