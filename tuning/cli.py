@@ -135,12 +135,12 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
     """
     from tuning.space.options import COSTS, Objective
     from ugrl.data.shards import Manifest
-    from ugrl.method.schedule import FULL, SETTING
     from ugrl.train.check import check_run
 
     space, base = search.space, search.base
-    if any(axis.path == SETTING and FULL in axis.edges for axis in space.search):  # which asks most of the data
-        base = configs.build(configs.override(configs.to_dict(base), {SETTING: FULL}))
+    if any(axis.path == "method.setting" and "Full" in axis.edges for axis in space.search):
+        # The setting that asks most of the data is checked for all.
+        base = configs.build(configs.override(configs.to_dict(base), {"method.setting": "Full"}))
     manifest = Manifest.load(search.shards)
     found = []
     for o in space.objectives:

@@ -12,7 +12,7 @@ WEIGHS_CLS = {"I", "II", "III", "IV"}
 WEIGHS_SEG = {"II", "IV"}
 CONTRASTS = {"III", "IV"}
 # The supervised upper bound: labels are the masks, and nothing that makes pseudo-labels acts.
-SETTING, FULL = "method.setting", "Full"
+FULL = "Full"
 
 
 @dataclass(frozen=True, slots=True)
