@@ -49,7 +49,7 @@ def quality(point: Mapping[str, Any]) -> float:
     """A smooth objective, mostly of alpha and keep."""
     alpha = math.log10(point.get("method.uncertainty.alpha", 5.0))
     keep, tau = point.get("method.contrast.keep", 0.35), math.log10(point.get("method.contrast.tau", 0.1))
-    order = ["Base", "I", "II", "III", "IV"].index(point.get("method.setting", "IV"))
+    order = ["Base", "I", "II", "III", "IV", "Full"].index(point.get("method.setting", "IV"))
     return 0.40 - 0.14 * (alpha - 0.9) ** 2 - 0.25 * (keep - 0.45) ** 2 - 0.02 * (tau + 0.8) ** 2 - 0.02 * (4 - order)
 
 

@@ -76,7 +76,7 @@ def close(a: dict, b: dict, rel: float, floor: float) -> None:
         assert a[key] == pytest.approx(b[key], rel=rel, abs=floor), key
 
 
-@pytest.mark.parametrize("setting, share", [("IV", "exact"), ("IV", "always"), ("Base", "exact")])
+@pytest.mark.parametrize("setting, share", [("IV", "exact"), ("IV", "always"), ("Base", "exact"), ("Full", "exact")])
 def test_two_ranks_are_one_rank(setting: str, share: str, shards: Path, tmp_path: Path) -> None:
     """Losses, prototypes and weights after several steps, drop-path, dropout and batch norm included."""
     tree = tiny_tree(steps=5)
@@ -92,6 +92,8 @@ def test_two_ranks_are_one_rank(setting: str, share: str, shards: Path, tmp_path
     if setting == "IV":
         assert {"cls", "seg", "ucl", "aux", "total"} <= one[3].keys()
         assert all(one[3][k] > 0 for k in ("cls", "seg", "ucl", "aux"))
+    if setting == "Full":
+        assert all(line["seg"] > 0 and "aux" not in line for line in one[:5])
     for part in ("model", "prototypes"):
         a = load_file(checkpoint.find(tmp_path / "one") / f"{part}.safetensors")
         b = load_file(checkpoint.find(tmp_path / "two") / f"{part}.safetensors")

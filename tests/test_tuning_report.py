@@ -302,6 +302,18 @@ def test_table_3_stands_beside_the_printed_one(tmp_path: Path, monkeypatch: pyte
     assert found is not None and found.params["method.setting"] == "IV"
 
 
+def test_the_upper_bound_stands_below_table_3_with_nothing_printed(tmp_path: Path) -> None:
+    axes = {"method.setting": {"choice": ["Base", "Full", "IV"]}}
+    story = Story(tmp_path, search=axes, first=[], paper="table3", scheduler={"name": "none"})
+    for setting in ("Base", "Full", "IV"):
+        story.add(seeds=2, final=True, setting=setting)
+    section = paper_section(story.findings(), tmp_path / "plots")
+    assert section is not None
+    assert [row[0] for row in section.rows] == ["Base", "I", "II", "III", "IV", "Full"]
+    assert [section.rows[-1][k] for k in (3, 5, 7, 9)] == ["–"] * 4 and section.rows[-1][4] not in ("", "–")
+    assert "Base < IV has" in section.sentences[0]
+
+
 def test_a_trial_without_a_point_is_not_the_papers(tmp_path: Path) -> None:
     story = Story(tmp_path)
     story.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))

@@ -138,6 +138,9 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
     from ugrl.train.check import check_run
 
     space, base = search.space, search.base
+    if any(axis.path == "method.setting" and "Full" in axis.edges for axis in space.search):
+        # The setting that asks most of the data is checked for all.
+        base = configs.build(configs.override(configs.to_dict(base), {"method.setting": "Full"}))
     manifest = Manifest.load(search.shards)
     found = []
     for o in space.objectives:

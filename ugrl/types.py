@@ -60,7 +60,8 @@ class Batch:
         images_B3HW: float32 (B, 3, H, W), normalised.
         tags_BF: float32 (B, F): 1 for each class that the image shows, else 0.
         boxes_B4: int64, always on the CPU: the step slices with it and must not wait for a device.
-        masks_BHW: uint8 or ``None``; never read by a loss, only by metrics and pictures.
+        masks_BHW: uint8, 255 outside the boxes, or ``None``; read by metrics and pictures, and by a loss only with the
+            setting Full.
         pairs_P2: int64 ``(b, f)`` of every tag, row-major, on the CPU; f counts from 0.
     """
 

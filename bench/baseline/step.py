@@ -53,8 +53,11 @@ class PublicStep:
     """
 
     def __init__(self, cfg: Config, net: UGRLNet, prototypes: Prototypes, par: PAR | None) -> None:
-        if cfg.method.contrast.scope != "image" or cfg.method.cam.propagate != "none":
-            raise ConfigError("the public recipe: expected contrast.scope image and cam.propagate none")
+        method = cfg.method
+        if method.contrast.scope != "image" or method.cam.propagate != "none" or method.setting == "Full":
+            raise ConfigError(
+                "the public recipe: expected contrast.scope image, cam.propagate none and a setting without masks"
+            )
         self.cfg = cfg
         self.net = PublicNet(net)
         self.prototypes = prototypes

@@ -188,12 +188,15 @@ def _table3(title: str, findings: Findings, folder: Path) -> PaperSection:
             printed = PRINTED[name]
             own, base = _measured(cell, name, final), _measured(cells[0], name, final)
             gap = difference(own, base, seed_noise(findings, name, final=final))
-            line += [own.short(1) or _absent(cell, findings), f"{printed[setting]:.1f}"]
+            # Full is no row of the paper's table: nothing is printed for it.
+            told = setting in printed
+            line += [own.short(1) or _absent(cell, findings), f"{printed[setting]:.1f}" if told else "–"]
             based = setting == "Base"
             line += ["" if based or not gap.known else _signed(gap)]
-            line += ["" if based else f"{printed[setting] - printed['Base']:+.1f}"]
+            line += ["" if based else f"{printed[setting] - printed['Base']:+.1f}" if told else "–"]
         rows.append(tuple(line))
-    sentences = [_order(cells, name, final, findings) for name in (SEG, CAM)]
+    claimed = [cell for cell in cells if cell.key[0] in SETTINGS]
+    sentences = [_order(claimed, name, final, findings) for name in (SEG, CAM)]
     return PaperSection(title, tuple(header), tuple(rows), (*filter(None, sentences), _how(findings, cells, final)))
 
 

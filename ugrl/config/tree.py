@@ -199,15 +199,19 @@ class LossConfig:
     """Weight λ3 of the affinity loss L_aux; 0 leaves it out, and class vectors then use no affinity (Eq. 13)."""
     balance: Literal["none", "fg_bg"] = "none"
     """L_seg as one mean over all labelled pixels, or (``fg_bg``) as AFA's mean of background and foreground terms."""
+    lambda1_full: float = _num(1.0, gt=0)
+    """Weight λ1' of L_seg with ``method.setting`` Full, in the place of λ1: masks have none of the errors for which
+    pseudo-labels count little."""
 
 
 @dataclass(frozen=True, slots=True)
 class MethodConfig:
-    """The method; ``setting`` is a row of the paper's Table 3."""
+    """The method; ``setting`` is a row of the paper's Table 3, or the supervised upper bound."""
 
-    setting: Literal["IV", "III", "II", "I", "Base"] = "IV"
+    setting: Literal["IV", "III", "II", "I", "Base", "Full"] = "IV"
     """Row of the paper's ablation (Table 3): Base uses no uncertainty, I weighs L_cls by it, II also L_seg, III instead
-    adds the contrastive loss on a random pool to I, and IV is the whole method."""
+    adds the contrastive loss on a random pool to I, and IV is the whole method. Full is the supervised upper bound: the
+    same network learns L_cls + λ1' L_seg from the masks of the training images, from the first step on."""
     cam: CamConfig = field(default_factory=CamConfig)
     uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)

@@ -8,15 +8,21 @@ from ugrl.config import Config
 from ugrl.method.contrast import contrastive_loss
 from ugrl.method.losses import affinity_loss, classification_loss, segmentation_loss
 from ugrl.method.pool import chosen
+from ugrl.method.schedule import FULL
 from ugrl.method.targets import Targets
 from ugrl.types import Batch, ModelOutput
 
 
 class Objective:
-    """L = L_cls + λ1·L_seg + λ2·L_ucl + λ3·L_aux, each where the targets have what it needs."""
+    """L = L_cls + λ1·L_seg + λ2·L_ucl + λ3·L_aux, each where the targets have what it needs.
+
+    With the setting Full, λ1' (``method.loss.lambda1_full``) is in the place of λ1.
+    """
 
     def __init__(self, cfg: Config) -> None:
         self.method = cfg.method
+        loss = cfg.method.loss
+        self.lambda1 = loss.lambda1_full if cfg.method.setting == FULL else loss.lambda1
 
     def __call__(self, batch: Batch, out: ModelOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and its terms ``cls, seg, ucl, aux`` without their factors.
@@ -29,7 +35,7 @@ class Objective:
         terms = self.terms(batch, out, targets)
         lam = self.method.loss
         total = terms["cls"]
-        for name, factor in (("seg", lam.lambda1), ("ucl", lam.lambda2), ("aux", lam.lambda3)):
+        for name, factor in (("seg", self.lambda1), ("ucl", lam.lambda2), ("aux", lam.lambda3)):
             if name in terms:
                 total = total + factor * terms[name]
         return total, terms

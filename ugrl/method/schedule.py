@@ -11,6 +11,8 @@ from ugrl.config import Config
 WEIGHS_CLS = {"I", "II", "III", "IV"}
 WEIGHS_SEG = {"II", "IV"}
 CONTRASTS = {"III", "IV"}
+# The supervised upper bound: labels are the masks, and nothing that makes pseudo-labels acts.
+FULL = "Full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +20,14 @@ class Schedule:
     """What a configuration uses, and from which step on. Steps count from 0.
 
     Attributes:
-        warmup: Steps at the start that train the classification alone.
+        warmup: Steps at the start that train the classification alone; 0 with the setting Full.
         weighs_cls: Whether the classification loss is weighted (Eq. 6).
         weighs_seg: Whether the segmentation loss is weighted (Eq. 8).
         contrasts: Whether the contrastive loss is in use (Eq. 10).
         uses_affinity: Whether the affinity loss is in use (Eq. 12).
         propagates_from: First step whose CAM walks along the affinity; ``None``: no step's does.
         share: ``method.cam.share``, with ``exact`` resolved to what it means here.
+        supervised: Whether the labels are the masks of the batch, so that no CAM is computed.
     """
 
     warmup: int
@@ -34,11 +37,14 @@ class Schedule:
     uses_affinity: bool
     propagates_from: int | None
     share: Literal["warmup", "always", "never"]
+    supervised: bool = False
 
     @classmethod
     def of(cls, cfg: Config) -> Schedule:
         """The schedule of a run."""
         method, cam = cfg.method, cfg.method.cam
+        if method.setting == FULL:
+            return cls(0, False, False, False, False, None, "never", supervised=True)
         warmup = cfg.train.at(cfg.train.cls_warmup_iters)
         share = cam.share
         if share == "exact":  # nothing is dropped: the two passes are one

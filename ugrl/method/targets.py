@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
+from ugrl.errors import DataError
 from ugrl.grid import sample_nearest
 from ugrl.method.cam import CamOutput, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
@@ -21,7 +22,7 @@ from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
-from ugrl.method.schedule import Schedule
+from ugrl.method.schedule import FULL, Schedule
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.seeding import derive
 from ugrl.types import IGNORE, Batch, Focus
@@ -48,10 +49,10 @@ class Targets:
     """What the losses are told; ``None`` where this step has no use for it.
 
     Attributes:
+        w_BF: Weights of the tags in the classification loss.
         cam_PHW: Normalised CAM of each pair, in [0, 1).
         u_BC: Uncertainty of each image and class, in [0, 2].
-        w_BF: Weights of the tags in the classification loss.
-        labels_BHW: Pseudo-labels, int64: 0 background, 1…F classes, 255 ignored.
+        labels_BHW: Pseudo-labels, or the masks with the setting Full, int64: 0 background, 1…F classes, 255 ignored.
         w_BC: Weights of the pixels of each class in the segmentation loss.
         small_Bhw: The pseudo-labels on F1's grid.
         pool_Bhw: bool, the reliable pool on F1's grid.
@@ -62,9 +63,9 @@ class Targets:
         stats: Named scalars worth logging.
     """
 
-    cam_PHW: Tensor
-    u_BC: Tensor
     w_BF: Tensor
+    cam_PHW: Tensor | None = None
+    u_BC: Tensor | None = None
     labels_BHW: Tensor | None = None
     w_BC: Tensor | None = None
     small_Bhw: Tensor | None = None
@@ -119,6 +120,8 @@ class TargetMaker:
             forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so.
         """
         schedule = self.schedule
+        if schedule.supervised:
+            return self._from_masks(batch, step)
         warm = schedule.warm(step)
         if step == schedule.warmup:
             self.prototypes.freeze()
@@ -128,7 +131,7 @@ class TargetMaker:
         )
         u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
         self.prototypes.update(r_BCD, present_BC)
-        out = Targets(cam.cam_PHW, u_BC, torch.ones_like(u_BC[:, 1:]))
+        out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
         out.stats["u_fg"] = _share(u_BC[:, 1:], known_BC[:, 1:])
         out.stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
         if warm:
@@ -147,9 +150,22 @@ class TargetMaker:
             out.stats["share_seg"] = effective_share(out.w_BC, known_BC, n_BC, per_class=True)
         counts = u_BC.device.type == "cpu" if self.counts_on_host is None else self.counts_on_host
         if schedule.contrasts:
-            self._choose_pool(out, batch, step, labels_BHW, conf_BHW, counts)
+            self._choose_pool(out, batch, step, u_BC, labels_BHW, conf_BHW, counts)
         if schedule.uses_affinity:
             self._choose_pairs(out, labels_BHW, (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1]), counts)
+        return out
+
+    def _from_masks(self, batch: Batch, step: int) -> Targets:
+        """The masks are the labels, and every weight is 1: no CAM, no uncertainty, prototypes that stay."""
+        if batch.masks_BHW is None:
+            raise DataError(
+                f"step {step + 1}: an image among {', '.join(batch.ids)} has no mask; method.setting={FULL} needs the "
+                "mask of every training image"
+            )
+        labels_BHW = batch.masks_BHW.long()
+        w_BC = batch.images_B3HW.new_ones(len(batch.ids), batch.tags_BF.shape[1] + 1)
+        out = Targets(torch.ones_like(batch.tags_BF), labels_BHW=labels_BHW, w_BC=w_BC)
+        out.stats["labelled"] = (labels_BHW != IGNORE).to(w_BC).mean()
         return out
 
     def cam(self, batch: Batch, step: int, forward: Forward) -> CamOutput:
@@ -200,10 +216,17 @@ class TargetMaker:
         )
 
     def _choose_pool(
-        self, out: Targets, batch: Batch, step: int, labels_BHW: Tensor, conf_BHW: Tensor, counts: bool
+        self,
+        out: Targets,
+        batch: Batch,
+        step: int,
+        u_BC: Tensor,
+        labels_BHW: Tensor,
+        conf_BHW: Tensor,
+        counts: bool,
     ) -> None:
         """The pixels that the contrastive loss reads, on F1's grid."""
-        k, u_BC = self.cfg.method.contrast, out.u_BC
+        k = self.cfg.method.contrast
         height, width = batch.images_B3HW.shape[-2:]
         grid = (int((height - 1) // self.stride) + 1, int((width - 1) // self.stride) + 1)
         out.small_Bhw = sample_nearest(labels_BHW, grid)

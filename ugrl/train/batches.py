@@ -12,6 +12,7 @@ from ugrl.data.loader import LocalLoader
 from ugrl.data.make import Loaded
 from ugrl.data.spec import LoaderSpec
 from ugrl.distributed import rank, world_size
+from ugrl.method.schedule import Schedule
 from ugrl.storage import Place
 
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
@@ -40,7 +41,7 @@ def spec_of(
         num_classes: Number of foreground classes F (without background).
         start_step: Number of steps done before.
         device: Device of the training.
-        masks: Whether this rank draws pictures, which alone show masks.
+        masks: Whether this rank draws pictures, which show masks. With the setting Full every step has them.
         say: Told in one line what is waited for.
     """
     return LoaderSpec(
@@ -55,7 +56,7 @@ def spec_of(
         start_step=start_step,
         total_steps=cfg.train.steps,
         pin_memory=device.type == "cuda",
-        masks_every=cfg.train.at(cfg.train.picture_every) if masks else 0,
+        masks_every=1 if Schedule.of(cfg).supervised else cfg.train.at(cfg.train.picture_every) if masks else 0,
         stall_s=cfg.train.stall_s,
         say=say,
     )

@@ -12,8 +12,10 @@ from ugrl.data.order import steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
-from ugrl.eval.selection import NEEDS_MASKS, resolve_objective
+from ugrl.eval.selection import NEEDS_MASKS, masks_text, resolve_objective
+from ugrl.method.schedule import FULL
 from ugrl.model.specs import TIMM
+from ugrl.text import line
 from ugrl.types import IGNORE
 
 
@@ -34,7 +36,7 @@ def check_run(
 
     Raises:
         DataError: A split is missing or empty, has too few rows for a batch, or shows no class; no mask has a pixel
-            that counts.
+            that counts; with the setting Full, a training image has no mask.
         ConfigError: There is no such backbone; the split cannot supply the objective.
         CheckpointError: The weights cannot be had.
     """
@@ -49,8 +51,10 @@ def check_run(
         raise DataError(f"{manifest.root}: split '{train}': no image has a tag; expected images tagged with classes")
     if manifest.split(split).rows == 0:
         raise DataError(f"{manifest.root}: split '{split}' is empty; expected at least one image")
+    if cfg.method.setting == FULL:
+        _check_masks(cfg, manifest, train)
     name = resolve_objective(cfg, manifest, split, objective)
-    if name in NEEDS_MASKS and not _any_label(cfg, manifest, split):
+    if name in NEEDS_MASKS and not _any_label(cfg, manifest, split, judged_rows(cfg, manifest, split)):
         raise DataError(
             f"{manifest.root}: split '{split}': every pixel of every mask is {IGNORE} (ignored); expected labels, "
             "or eval.objective=tag_map"
@@ -62,10 +66,26 @@ def check_run(
     return name
 
 
-def _any_label(cfg: Config, manifest: Manifest, split: str) -> bool:
-    """Whether a mask has a pixel that counts: mostly the first one has."""
+def _check_masks(cfg: Config, manifest: Manifest, train: str) -> None:
+    """Refuse to learn from masks that are not there."""
+    info = manifest.split(train)
+    needs = f"method.setting={FULL} learns from the mask of every training image"
+    if info.with_masks < info.rows:
+        reader = ShardReader(manifest, train, replace(cfg.data, cache_dir=None))
+        missing = next((r.id for r in (reader[i] for i in range(info.rows)) if r.mask is None), None)
+        raise DataError(
+            f"{manifest.root}: split '{train}': {masks_text(manifest, train)}"
+            + (f" (the first without one is '{line(missing, 80)}')" if missing is not None and info.with_masks else "")
+            + f"; {needs}"
+        )
+    if not _any_label(cfg, manifest, train, info.rows):
+        raise DataError(f"{manifest.root}: split '{train}': every pixel of every mask is {IGNORE} (ignored); {needs}")
+
+
+def _any_label(cfg: Config, manifest: Manifest, split: str, count: int) -> bool:
+    """Whether a mask of the first ``count`` images has a pixel that counts: mostly the first one has."""
     reader = ShardReader(manifest, split, replace(cfg.data, cache_dir=None))
-    rows = (reader[i] for i in range(judged_rows(cfg, manifest, split)))
+    rows = (reader[i] for i in range(count))
     return any(bool((np.asarray(decode_labels(r.mask or b"", f"row {r.id}")) != IGNORE).any()) for r in rows)
 
 

@@ -196,7 +196,8 @@ def _batch(cfg: Config, num_classes: int, images: int, device: torch.device) -> 
         ids=tuple(map(str, range(images))),
         images_B3HW=torch.randn(images, 3, size, size, device=device),
         tags_BF=tags,
-        masks_BHW=None,
+        # Only the setting Full reads them.
+        masks_BHW=torch.zeros(images, size, size, dtype=torch.uint8, device=device),
         boxes_B4=torch.tensor([[0, size, 0, size]] * images, device="cpu"),
         pairs_P2=torch.tensor([[b, 0] for b in range(images)], device="cpu"),
     )

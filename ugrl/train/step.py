@@ -44,7 +44,7 @@ def zero_of(*modules: nn.Module) -> Tensor:
 
 
 class Step:
-    """The method's training step for one configuration (Table 3's settings included).
+    """The method's training step for one configuration (Table 3's settings and Full included).
 
     Args:
         cfg: Configuration of the run.
@@ -154,14 +154,15 @@ class Step:
 
 
 def _views(out: ModelOutput, targets: Targets) -> dict[str, Tensor]:
-    """What pictures show of a step: CAM, and after the warm-up pseudo-labels, prediction and uncertainty."""
-    views = {"cam": targets.cam_PHW}
+    """What pictures show of a step: CAM, and after the warm-up (pseudo-)labels, prediction and uncertainty."""
+    views = {} if targets.cam_PHW is None else {"cam": targets.cam_PHW}
     labels_BHW, u_BC = targets.labels_BHW, targets.u_BC
     if labels_BHW is not None:
         assert out.seg_BChw is not None
-        labelled = labels_BHW != IGNORE
-        u_BHW = torch.gather(u_BC, 1, labels_BHW.where(labelled, 0).flatten(1)).view_as(labels_BHW)
         views["labels"] = labels_BHW
         views["prediction"] = out.seg_BChw.detach()
-        views["u"] = u_BHW.where(labelled, torch.zeros(()).to(u_BC))
+        if u_BC is not None:
+            labelled = labels_BHW != IGNORE
+            u_BHW = torch.gather(u_BC, 1, labels_BHW.where(labelled, 0).flatten(1)).view_as(labels_BHW)
+            views["u"] = u_BHW.where(labelled, torch.zeros(()).to(u_BC))
     return views
