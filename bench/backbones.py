@@ -228,9 +228,9 @@ class Parts:
             ends = encoded.tensors()
             leaves = [x.detach().requires_grad_() for x in ends]
         features, pairs = Encoded.of(leaves)
-        plain = Encoded.of([x.detach() for x in ends]) if step_fn.schedule.shares(at) else None
+        plain = encoded.detached() if step_fn.schedule.shares(at) else None
         with self.clock("prototypes"):
-            t = step_fn.targets(batch, at, None if plain is None else (plain.f4, plain.pairs))
+            t = step_fn.targets(batch, at, plain)
         alone = {
             "cls": replace(t, labels_BHW=None, embed_Bn=None, coarse_Bhw=None),
             "seg": replace(t, embed_Bn=None, coarse_Bhw=None),

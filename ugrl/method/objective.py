@@ -13,13 +13,16 @@ from ugrl.types import Batch, ModelOutput
 
 
 class Objective:
-    """L = L_cls + λ1·L_seg + λ2·L_ucl + λ3·L_aux, each where the targets have what it needs."""
+    """L = L_cls + λ1·L_seg + λ2·L_ucl + λ3·L_aux, each where the targets have what it needs.
+
+    Where the network has an auxiliary classifier, its L_cls is added with the weight of the first, 1 (ToCo).
+    """
 
     def __init__(self, cfg: Config) -> None:
         self.method = cfg.method
 
     def __call__(self, batch: Batch, out: ModelOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum, and its terms ``cls, seg, ucl, aux`` without their factors.
+        """The sum, and its terms ``cls, cls_aux, seg, ucl, aux`` without their factors.
 
         Args:
             batch: Samples of this rank.
@@ -28,7 +31,7 @@ class Objective:
         """
         terms = self.terms(batch, out, targets)
         lam = self.method.loss
-        total = terms["cls"]
+        total = terms["cls"] + terms["cls_aux"] if "cls_aux" in terms else terms["cls"]
         for name, factor in (("seg", lam.lambda1), ("ucl", lam.lambda2), ("aux", lam.lambda3)):
             if name in terms:
                 total = total + factor * terms[name]
@@ -38,6 +41,8 @@ class Objective:
         """The losses by name; arguments as of the call."""
         t = targets
         terms = {"cls": classification_loss(out.logits_BF, batch.tags_BF, t.w_BF)}
+        if out.aux_BF is not None:
+            terms["cls_aux"] = classification_loss(out.aux_BF, batch.tags_BF, t.w_BF)
         if t.labels_BHW is not None:
             assert out.seg_BChw is not None and t.w_BC is not None
             terms["seg"] = segmentation_loss(out.seg_BChw, t.labels_BHW, t.w_BC, balance=self.method.loss.balance)

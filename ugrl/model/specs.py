@@ -67,6 +67,14 @@ TIMM = "timm/"
 TIMM_LEAST = 32
 
 
+def no_plain_vit(backbone: str, aux: int) -> str:
+    """What is said where an encoder cannot have an auxiliary classifier."""
+    return (
+        f"model.aux_classifier is {aux}: {backbone} is no plain ViT; expected null, or a backbone such as "
+        f"{TIMM}vit_small_patch16_224"
+    )
+
+
 def is_known(backbone: str) -> bool:
     """Whether a name can be one of ``model.backbone``; whether timm has such a model is asked later."""
     return backbone in SPECS or (backbone.startswith(TIMM) and len(backbone) > len(TIMM))

@@ -19,7 +19,7 @@ from ugrl.text import plain
 from ugrl.train.meter import Pace
 from ugrl.train.observer import Observer
 
-LOSSES = ("total", "cls", "seg", "ucl", "aux")
+LOSSES = ("total", "cls", "cls_aux", "seg", "ucl", "aux")
 DAY_S = 86400.0
 
 
