@@ -313,17 +313,15 @@ def entries(ctx: Context) -> Iterator[Entry | Skipped]:
             yield _entry(name, replace(case, batch=1), ctx)
 
 
-def row(name: str, ctx: Context, rounds: int, case: Case | None = None) -> str:
-    """A row of the table of families, as Markdown."""
-    case = case or Case(name)
+def facts(name: str) -> list[str]:
+    """What the table of families says of an encoder without measuring anything."""
     with torch.device("meta"):
         encoder = make_backbone(name)
     info, count = encoder.info, sum(p.numel() for p in encoder.parameters())
     same = len(set(info.dims)) == 1
     strides = f"{info.reductions[0]}, four times" if same else ", ".join(map(str, info.reductions))
     dims = str(info.dims[0]) if same else ", ".join(map(str, info.dims))
-    entry = _entry(name, case, ctx, rounds=rounds, budget=600.0)
-    cells = [
+    return [
         f"`{name}`",
         f"{count / 1e6:.1f} M",
         strides,
@@ -331,6 +329,15 @@ def row(name: str, ctx: Context, rounds: int, case: Case | None = None) -> str:
         str(info.multiple),
         info.affinity,
         info.licence or "",
+    ]
+
+
+def row(name: str, ctx: Context, rounds: int, case: Case | None = None) -> str:
+    """A row of the table of families, as Markdown."""
+    case = case or Case(name)
+    entry = _entry(name, case, ctx, rounds=rounds, budget=600.0)
+    cells = [
+        *facts(name),
         f"{step_gflop(case.cfg, CLASSES):.0f}",
         f"{1 / entry.ratio:.1f}",
         f"{1 / (entry.memory_ratio or 1):.1f}",

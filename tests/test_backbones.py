@@ -25,6 +25,7 @@ from ugrl.model.pretrained import check_weights, load_weights
 from ugrl.model.specs import crop_multiple
 from ugrl.train.build import build_net
 from ugrl.train.flops import step_gflop
+from ugrl.train.progress import header
 
 
 def renormalised(images: Tensor, info: object) -> Tensor:
@@ -364,6 +365,17 @@ def test_timm_is_imported_only_where_it_is_named() -> None:
         "build({'model': {'backbone': 'timm/resnet50'}})\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_frozen_encoder_without_weights_is_warned_of() -> None:
+    def lines(**model: object) -> str:
+        cfg = build({"model": {"backbone": "mit_b1", **model}})
+        facts = {"workers": 1, "parameters": 1, "classes": 3, "train": 9, "val": 9, "objective": "seg_miou"}
+        return "\n".join(header(cfg, device=torch.device("cpu"), **facts))
+
+    assert "warning: model.frozen is all, model.weights null: random weights stay" in lines(frozen="all")
+    for model in ({}, {"frozen": "stem"}, {"frozen": "all", "weights": "nvidia/mit-b1"}):
+        assert "warning" not in lines(**model)
 
 
 def test_own_projections_learn_from_the_affinity_loss_alone() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.backbones import CASES, HEAD, PARTS, TABLE, Case, Parts, made, main, make_ours, make_plain, row
+from bench.backbones import CASES, HEAD, PARTS, TABLE, Case, Parts, facts, made, main, make_ours, make_plain, row
 from bench.measure import Context
 
 
@@ -44,3 +44,10 @@ def test_a_row_has_every_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert all(f"| {part} |" in out for part in PARTS) and "whole step" in out
     assert {case.backbone for case in CASES.values()} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_documentation_says_what_an_encoder_is(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if f"| `{name}` |" in line]
+    assert [cells[:7] for cells in rows] == [facts(name)]
