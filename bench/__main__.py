@@ -3,10 +3,10 @@
     python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N]
                     [--device cpu|cuda] [--check]
 
-A NAME is a module (step, contrast, affinity, par, loader, validation, growth, stream, search, tuning) or the beginning
-of an entry's name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps what it
-has. The exit status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also where a
-gate is missed.
+A NAME is a module (step, contrast, affinity, par, backbones, loader, validation, growth, stream, search, tuning) or the
+beginning of an entry's name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps
+what it has. The exit status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also
+where a gate is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MODULES = {
     "contrast": "bench.contrast",
     "affinity": "bench.affinity",
     "par": "bench.par",
+    "backbones": "bench.backbones",
     "loader": "bench.loader",
     "validation": "bench.validation",
     "growth": "bench.growth",
@@ -45,14 +46,15 @@ MODULES = {
 
 #: Seconds of each module with ``--quick``; what one leaves over, or what is not asked for, goes to the next.
 QUICK_SECONDS = {
-    "step": 125,
-    "contrast": 90,
+    "step": 115,
+    "contrast": 80,
     "affinity": 25,
     "par": 25,
+    "backbones": 25,
     "loader": 65,
     "validation": 50,
     "growth": 70,
-    "stream": 65,
+    "stream": 60,
     "search": 35,
     "tuning": 50,
 }

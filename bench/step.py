@@ -93,13 +93,14 @@ def configuration(
     warm: int = 1,
     backbone: str = "mit_b1",
     batch: int = 8,
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5),
 ) -> Config:
     """The paper's settings at a crop size, without ImageNet weights."""
     return build(
         {
             "data": {"crop": crop},
             "model": {"backbone": backbone, "drop_path": drop_path},
-            "method": {"setting": setting, "cam": {"refine": refine, "share": share}},
+            "method": {"setting": setting, "cam": {"refine": refine, "share": share, "scales": list(scales)}},
             "train": {
                 "steps": steps,
                 "global_batch": batch,

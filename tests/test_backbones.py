@@ -10,13 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.backbone_kit import config, network
 from tests.contracts import BackboneContract, jittered
-from ugrl.config import build
+from ugrl.config import build, load
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.predict import predict_image
 from ugrl.model.backbone import MEAN, STD, Backbone
@@ -26,6 +25,7 @@ from ugrl.model.pretrained import check_weights, load_weights
 from ugrl.model.specs import crop_multiple
 from ugrl.train.build import build_net
 from ugrl.train.flops import step_gflop
+from ugrl.train.progress import header
 
 
 def renormalised(images: Tensor, info: object) -> Tensor:
@@ -286,6 +286,34 @@ def test_wrong_names_are_refused_in_one_line() -> None:
         network("timm/test_vit", output_stride=16)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "weights", "message"),
+    [
+        (
+            "timm/resnet50",
+            "nvidia/mit-b1",
+            "holds mit_b1 while model.backbone is timm/resnet50; .*package",
+        ),
+        ("mit_b0", "nvidia/mit-b1", "holds mit_b1 while model.backbone is mit_b0; expected nvidia/mit-b0"),
+        ("mit_b0", "nvidia/segformer-b2-finetuned-ade-512-512", "holds mit_b2 while"),
+        ("tiny", "nvidia/mit-b1", "expected null or a file"),
+        ("mit_b1", "nvidia/mit-b1", ""),
+        ("mit_b1", "folder/mit_b0.pth", ""),
+        ("timm/resnet50", "timm", ""),
+    ],
+)
+def test_weights_whose_name_tells_another_encoder_are_refused_early(backbone: str, weights: str, message: str) -> None:
+    tree = {"model": {"backbone": backbone, "weights": weights}}
+    if not message:
+        build(tree)
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(tree)
+    assert len(caught.value.problems) == 1
+    with pytest.raises(ConfigError, match="config key model.weights is nvidia/mit-b1, which holds mit_b1"):
+        load("voc", {"model.backbone": "timm/resnet50"})
+
+
 def test_a_crop_that_is_no_multiple_is_refused_with_the_nearest_sizes() -> None:
     tree = {"data": {"crop": 450}, "model": {"backbone": "timm/vit_small_patch14_dinov2"}}
     with pytest.raises(ConfigError, match="takes multiples of 14 px; expected 448 or 462"):
@@ -327,31 +355,6 @@ def test_weights_that_do_not_fit_say_so(tmp_path: Path) -> None:
     assert report.ignored == ("fc.weight", "fc.bias")
 
 
-@torch.no_grad()
-def test_weights_of_torchvision_give_its_features(tmp_path: Path) -> None:
-    """With the epsilon of torchvision's norms where timm's model has another."""
-    x = torch.randn(1, 3, 64, 64)
-    vit = torchvision.models.VisionTransformer(64, 16, 12, 3, 192, 768, num_classes=5).eval()
-    convnext = torchvision.models.convnext_tiny(num_classes=5).eval()
-    resnet = torchvision.models.resnet18(num_classes=5).eval()
-    vit.heads = torch.nn.Identity()
-    vit_tokens = vit.encoder(torch.cat([vit.class_token, vit._process_input(x)], dim=1))[:, 1:]
-    trunk = torch.nn.Sequential(*list(resnet.children())[:-2])
-    for model, name, stride, expected in (
-        (vit, "deit_tiny_patch16_224", None, vit_tokens.transpose(1, 2).unflatten(2, (4, 4))),
-        (convnext, "convnext_tiny", 32, convnext.features(x)),
-        (resnet, "resnet18", 32, trunk(x)),
-    ):
-        torch.save(model.state_dict(), tmp_path / "w.pth")
-        encoder = make_backbone(f"timm/{name}", output_stride=stride)
-        if model is vit:  # its position embedding is resampled to timm's grid, and that back to the image's
-            encoder.body.pos_embed = torch.nn.Parameter(torch.zeros(1, 17, 192))
-            encoder.body.patch_embed.set_input_size((64, 64))
-        report = load_weights(encoder, str(tmp_path / "w.pth"))
-        assert report.layout == ("timm" if model is resnet else "torchvision"), name
-        torch.testing.assert_close(encoder(x)[0][3], expected, rtol=1e-3, atol=1e-4, msg=name)
-
-
 def test_timm_is_imported_only_where_it_is_named() -> None:
     code = (
         "import sys; sys.modules['timm'] = None\n"
@@ -362,6 +365,17 @@ def test_timm_is_imported_only_where_it_is_named() -> None:
         "build({'model': {'backbone': 'timm/resnet50'}})\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_frozen_encoder_without_weights_is_warned_of() -> None:
+    def lines(**model: object) -> str:
+        cfg = build({"model": {"backbone": "mit_b1", **model}})
+        facts = {"workers": 1, "parameters": 1, "classes": 3, "train": 9, "val": 9, "objective": "seg_miou"}
+        return "\n".join(header(cfg, device=torch.device("cpu"), **facts))
+
+    assert "warning: model.frozen is all, model.weights null: random weights stay" in lines(frozen="all")
+    for model in ({}, {"frozen": "stem"}, {"frozen": "all", "weights": "nvidia/mit-b1"}):
+        assert "warning" not in lines(**model)
 
 
 def test_own_projections_learn_from_the_affinity_loss_alone() -> None:

@@ -504,7 +504,8 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["--space", "voc", "--dry-run", "--step-s", "0.1", "model.backbone=tiny", "data.crop=64"]) == 0
+    words = ["--space", "voc", "--dry-run", "--step-s", "0.1", "model.backbone=tiny", "model.weights=null"]
+    assert cli.main([*words, "data.crop=64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "method.uncertainty.alpha [1, 50] log" in shown
     assert "rungs at 6000, 18000 of 20000 steps, 1 in 3 goes on" in shown

@@ -116,7 +116,7 @@ def test_a_trial_that_was_stopped_has_no_further_seed() -> None:
     assert cost_of(free, 9, 2.0).runs == 24
 
 
-WORDS = ["--dry-run", "--space", "voc", "model.backbone=tiny", "data.crop=64"]
+WORDS = ["--dry-run", "--space", "voc", "model.backbone=tiny", "model.weights=null", "data.crop=64"]
 
 
 def dry(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -125,14 +125,16 @@ class ModelOutput:
         seg_BChw: Decoder logits at stride 4, or ``None``.
         emb_BDhw: Unit-length embeddings of g_seg (Eq. 9) at stride 4, float32, or ``None``; (B, D, 1, n) where they
             were asked for at n positions.
+        aux_BF: Class scores of the auxiliary classifier, or ``None`` where there is none.
     """
 
-    features: tuple[Tensor, Tensor, Tensor, Tensor]
+    features: tuple[Tensor, ...]
     logits_BF: Tensor
     attn_BMNN: Tensor | None = None
     affinity_BNN: Tensor | None = None
     seg_BChw: Tensor | None = None
     emb_BDhw: Tensor | None = None
+    aux_BF: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ugrl.config.keys import show
 from ugrl.config.tree import Config
-from ugrl.model.specs import SPECS, TIMM, crop_multiple, is_known, least_crop, min_size
+from ugrl.model.specs import SPECS, TIMM, crop_multiple, is_known, least_crop, min_size, no_plain_vit, wrong_weights
 from ugrl.text import nearest
 
 
@@ -77,6 +77,21 @@ RULES = (
             f"model.output_stride is {cfg.model.output_stride}; expected "
             + (f"null: {cfg.model.backbone} has its own" if cfg.model.backbone in SPECS else "8, 16, 32 or null")
         ),
+    ),
+    Rule(
+        ("model.backbone", "model.weights"),
+        lambda cfg: not is_known(cfg.model.backbone) or not wrong_weights(cfg.model.backbone, cfg.model.weights),
+        lambda cfg: wrong_weights(cfg.model.backbone, cfg.model.weights),
+    ),
+    Rule(
+        ("model.backbone", "model.aux_classifier"),
+        lambda cfg: cfg.model.aux_classifier is None or cfg.model.backbone.startswith(TIMM),
+        lambda cfg: no_plain_vit(cfg.model.backbone, cfg.model.aux_classifier or 0),
+    ),
+    Rule(
+        ("method.cam.affinity_labels", "model.aux_classifier"),
+        lambda cfg: cfg.method.cam.affinity_labels == "main" or cfg.model.aux_classifier is not None,
+        lambda cfg: "method.cam.affinity_labels is aux; expected main, or model.aux_classifier=2: there is none now",
     ),
     Rule(
         ("data.crop", "model.backbone"),

@@ -109,6 +109,9 @@ class ModelConfig:
     """Probability that the encoder's last residual branch is dropped; it grows linearly from 0 with depth."""
     dropout: float = _num(0.1, ge=0, lt=1)
     """Probability that a channel of the decoder's fused map is dropped before the segmentation logits."""
+    aux_classifier: int | None = _num(None, ge=1)
+    """Blocks before the last one of a plain ViT whose tokens a second classifier reads, as in ToCo (2); its loss is
+    added to L_cls. ``null``: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,9 @@ class CamConfig:
     """Whether the CAM is propagated along the predicted affinity before it becomes labels, as AFA does later on."""
     propagate_after: Steps = _num(0.3, ge=0)
     """Step from which the CAM is propagated: a number of steps, or a share of ``train.steps``."""
+    affinity_labels: Literal["main", "aux"] = "main"
+    """Classifier whose CAM labels the pairs of the affinity loss (Eq. 12): that of F4, or ``aux``: that of
+    ``model.aux_classifier``, by the thresholds alone, without refinement."""
 
 
 @dataclass(frozen=True, slots=True)

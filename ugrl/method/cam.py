@@ -52,11 +52,13 @@ class CamOutput:
         cam_PHW: float32 (float64 for float64 scores), in [0, 1), zero outside the box.
         f4_BDhw: Last-stage features of the plain pass at scale 1.
         affinity_BNN: Affinity logits of the same pass, or ``None`` if ``forward`` gave none.
+        aux_PHW: The auxiliary classifier's maps of the same pairs, where they are wanted.
     """
 
     cam_PHW: Tensor
     f4_BDhw: Tensor
     affinity_BNN: Tensor | None
+    aux_PHW: Tensor | None = None
 
 
 def normalise(cam_PHW: Tensor, pairs_P2: Tensor, boxes_B4: Tensor) -> Tensor:

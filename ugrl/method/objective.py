@@ -17,6 +17,7 @@ class Objective:
     """L = L_cls + λ1·L_seg + λ2·L_ucl + λ3·L_aux, each where the targets have what it needs.
 
     With the setting Full, λ1' (``method.loss.lambda1_full``) is in the place of λ1.
+    Where the network has an auxiliary classifier, its L_cls is added with the weight of the first, 1 (ToCo).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -25,7 +26,7 @@ class Objective:
         self.lambda1 = loss.lambda1_full if cfg.method.setting == FULL else loss.lambda1
 
     def __call__(self, batch: Batch, out: ModelOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum, and its terms ``cls, seg, ucl, aux`` without their factors.
+        """The sum, and its terms ``cls, cls_aux, seg, ucl, aux`` without their factors.
 
         Args:
             batch: Samples of this rank.
@@ -34,7 +35,7 @@ class Objective:
         """
         terms = self.terms(batch, out, targets)
         lam = self.method.loss
-        total = terms["cls"]
+        total = terms["cls"] + terms["cls_aux"] if "cls_aux" in terms else terms["cls"]
         for name, factor in (("seg", self.lambda1), ("ucl", lam.lambda2), ("aux", lam.lambda3)):
             if name in terms:
                 total = total + factor * terms[name]
@@ -44,6 +45,8 @@ class Objective:
         """The losses by name; arguments as of the call."""
         t = targets
         terms = {"cls": classification_loss(out.logits_BF, batch.tags_BF, t.w_BF)}
+        if out.aux_BF is not None:
+            terms["cls_aux"] = classification_loss(out.aux_BF, batch.tags_BF, t.w_BF)
         if t.labels_BHW is not None:
             assert out.seg_BChw is not None and t.w_BC is not None
             terms["seg"] = segmentation_loss(out.seg_BChw, t.labels_BHW, t.w_BC, balance=self.method.loss.balance)

@@ -6,7 +6,7 @@ weights → reliable pool → the positions that the affinity loss may pair.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,10 @@ class TargetMaker:
         """Whether a step's plain CAM pass must give the affinity."""
         return (self.schedule.uses_affinity and not self.schedule.warm(step)) or self.schedule.propagates(step)
 
+    def wants_aux(self, step: int) -> bool:
+        """Whether a step's CAM passes must give the auxiliary classifier's maps behind the others."""
+        return self.schedule.aux_labels and not self.schedule.warm(step)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, step: int, forward: Forward) -> Targets:
         """The targets of a batch; moves the prototypes.
@@ -117,7 +121,8 @@ class TargetMaker:
         Args:
             batch: Samples of this rank, on the network's device.
             step: Number of the training step, counted from 0.
-            forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so.
+            forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so, and
+                all have 2F raw maps where :meth:`wants_aux` does.
         """
         schedule = self.schedule
         if schedule.supervised:
@@ -152,7 +157,8 @@ class TargetMaker:
         if schedule.contrasts:
             self._choose_pool(out, batch, step, u_BC, labels_BHW, conf_BHW, counts)
         if schedule.uses_affinity:
-            self._choose_pairs(out, labels_BHW, (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1]), counts)
+            grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
+            self._choose_pairs(out, self._pair_labels(out, batch, cam), grid, counts)
         return out
 
     def _from_masks(self, batch: Batch, step: int) -> Targets:
@@ -169,17 +175,22 @@ class TargetMaker:
         return out
 
     def cam(self, batch: Batch, step: int, forward: Forward) -> CamOutput:
-        """CAM of the present pairs."""
+        """CAM of the present pairs, by either classifier."""
         c, warm = self.cfg.method.cam, self.schedule.warm(step)
+        pairs, count = batch.pairs_P2, len(batch.pairs_P2)
+        if self.wants_aux(step):
+            pairs = torch.cat([pairs, pairs + torch.tensor([0, batch.tags_BF.shape[1]])])
         out = multi_scale_cam(
             forward,
             batch.images_B3HW,
-            batch.pairs_P2,
+            pairs,
             batch.boxes_B4,
             # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
             scales=(1.0,) if warm else c.scales,
             mirror=c.mirror and not (warm and c.share == "warmup"),
         )
+        if self.wants_aux(step):
+            out = replace(out, cam_PHW=out.cam_PHW[:count], aux_PHW=out.cam_PHW[count:])
         if self.schedule.propagates(step) and out.affinity_BNN is not None:
             cam_PHW = propagate_cam(
                 out.cam_PHW,
@@ -189,7 +200,7 @@ class TargetMaker:
                 grid=(out.f4_BDhw.shape[-2], out.f4_BDhw.shape[-1]),
                 radius=self.cfg.method.uncertainty.radius,
             )
-            out = CamOutput(cam_PHW, out.f4_BDhw, out.affinity_BNN)
+            out = replace(out, cam_PHW=cam_PHW)
         return out
 
     def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,10 +256,24 @@ class TargetMaker:
         out.embed_Bn = positions(out.pool_Bhw, most)
         out.stats["pool"] = out.pool_Bhw.to(u_BC).mean()
 
-    def _choose_pairs(self, out: Targets, labels_BHW: Tensor, grid: tuple[int, int], counts: bool) -> None:
-        """The cells of F4 that the affinity loss may pair: in the pool, where there is one."""
+    def _pair_labels(self, out: Targets, batch: Batch, cam: CamOutput) -> Tensor:
+        """The labels, on any grid, that say which pairs of cells belong together.
+
+        Those of the auxiliary CAM are cut from it by the thresholds alone, as ToCo does: no PAR.
+        """
+        if cam.aux_PHW is not None:
+            c = self.cfg.method.cam
+            return pseudo_labels(
+                cam.aux_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=c.high, low=c.low
+            )[0]
         # Every coarser label is a sample of the next finer one, as its pool membership is.
-        out.coarse_Bhw = sample_nearest(labels_BHW if out.small_Bhw is None else out.small_Bhw, grid)
+        labels = out.labels_BHW if out.small_Bhw is None else out.small_Bhw
+        assert labels is not None
+        return labels
+
+    def _choose_pairs(self, out: Targets, labels_Bhw: Tensor, grid: tuple[int, int], counts: bool) -> None:
+        """The cells of F4 that the affinity loss may pair: in the pool, where there is one."""
+        out.coarse_Bhw = sample_nearest(labels_Bhw, grid)
         out.eligible_Bhw = out.coarse_Bhw != IGNORE
         if out.pool_Bhw is not None:
             out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid)

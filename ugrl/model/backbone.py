@@ -13,7 +13,8 @@ from ugrl.errors import UgrlError
 from ugrl.model.noise import Noise
 from ugrl.model.specs import Four
 
-Features = tuple[Tensor, Tensor, Tensor, Tensor]
+#: F1…F4; behind them the map that an auxiliary classifier reads, where there is one.
+Features = tuple[Tensor, ...]
 #: Queries and keys (B, N, D) of some blocks, heads side by side.
 Pairs = tuple[tuple[Tensor, Tensor], ...]
 
@@ -86,8 +87,9 @@ class Backbone(nn.Module):
             noise: Drop-path numbers; without them nothing is dropped, whatever the mode.
 
         Returns:
-            F1…F4, (B, D_i, h_i, w_i), and for each of ``info.blocks`` blocks its queries and keys (B, N, D) on F4's
-            grid, heads side by side: see :func:`ugrl.model.encoder.attention_logits`.
+            F1…F4, (B, D_i, h_i, w_i), with an auxiliary map of F4's shape behind them where the encoder was told to
+            give one (``model.aux_classifier``); and for each of ``info.blocks`` blocks its queries and keys
+            (B, N, D) on F4's grid, heads side by side: see :func:`ugrl.model.encoder.attention_logits`.
 
         Raises:
             UgrlError: An image side is too short.

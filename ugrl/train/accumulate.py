@@ -90,8 +90,7 @@ def _in_parts(
             kept = [torch.cat(tensors) for tensors in zip(*found, strict=True)]
             del found
             if targets is None:
-                plain = Encoded.of(kept)
-                targets = step_fn.targets(batch, step, (plain.f4, plain.pairs))
+                targets = step_fn.targets(batch, step, Encoded.of(kept))
         leaves = [x.requires_grad_() for x in kept]
         answer = net.heads_of(
             Encoded.of(leaves), size, noise=noise, boxes=batch.boxes_B4, where=targets.focus(), **heads

@@ -50,6 +50,7 @@ def build_net(cfg: Config, num_classes: int, *, pretrained: bool = True) -> UGRL
             dropout=m.dropout,
             output_stride=m.output_stride,
             frozen=m.frozen,
+            aux_classifier=m.aux_classifier,
         )
     multiple = net.encoder.info.multiple
     if cfg.data.crop % multiple:

@@ -43,7 +43,7 @@ def check_run(
     if cfg.model.backbone.startswith(TIMM):
         from ugrl.model.families import check_backbone
 
-        check_backbone(cfg.model.backbone)
+        check_backbone(cfg.model.backbone, cfg.model.aux_classifier)
     split = split or cfg.data.val_split
     train = cfg.data.train_split
     steps_per_epoch(manifest.split(train).rows, cfg.train.global_batch)

@@ -19,7 +19,7 @@ from ugrl.text import plain
 from ugrl.train.meter import Pace
 from ugrl.train.observer import Observer
 
-LOSSES = ("total", "cls", "seg", "ucl", "aux")
+LOSSES = ("total", "cls", "cls_aux", "seg", "ucl", "aux")
 DAY_S = 86400.0
 
 
@@ -137,7 +137,13 @@ def header(
         f"steps {t.steps} of {t.global_batch} crops of {crop} px = {epochs:.1f} epochs"
         + (f", from step {done}" if done else ""),
         *([f"weights {loaded}"] if loaded else []),
+        *(["warning: model.frozen is all, model.weights null: random weights stay"] if _stays_random(cfg) else []),
     ]
+
+
+def _stays_random(cfg: Config) -> bool:
+    """Whether nothing ever teaches the encoder."""
+    return cfg.model.frozen == "all" and not cfg.model.weights
 
 
 def tell(console: Console, text: str) -> None:

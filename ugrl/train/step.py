@@ -18,8 +18,7 @@ from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
 from ugrl.method.schedule import Schedule
 from ugrl.method.targets import TargetMaker, Targets
-from ugrl.model.backbone import Pairs
-from ugrl.model.network import UGRLNet
+from ugrl.model.network import Encoded, UGRLNet
 from ugrl.model.noise import Noise, sample_noise
 from ugrl.types import IGNORE, Batch, Focus, ModelOutput, StepOutput
 
@@ -75,9 +74,9 @@ class Step:
         # Where the training pass is one of them, they are made between its encoder and its heads.
         made = [] if self.schedule.shares(step) else [self.targets(batch, step)]
 
-        def focus(f4_BDhw: Tensor, pairs: Pairs) -> Focus:
+        def focus(encoded: Encoded) -> Focus:
             if not made:
-                made.append(self.targets(batch, step, (f4_BDhw, pairs)))
+                made.append(self.targets(batch, step, encoded))
             return made[0].focus()
 
         out = (model or self.net)(
@@ -90,7 +89,7 @@ class Step:
         return self.losses(batch, out, made[0], step, views=views)
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: int, plain: tuple[Tensor, Pairs] | None = None) -> Targets:
+    def targets(self, batch: Batch, step: int, plain: Encoded | None = None) -> Targets:
         """The targets of a batch; moves the prototypes.
 
         The CAM's passes go through the bare network: no drop-path, no decoder.
@@ -98,14 +97,15 @@ class Step:
         Args:
             batch: Samples of this rank, on the network's device.
             step: Number of the training step, counted from 0.
-            plain: F4, queries and keys of the training pass, where it stands in for the plain CAM pass.
+            plain: What the encoder gave in the training pass, where that stands in for the plain CAM pass.
         """
-        net, affinity = self.net, self.target_maker.wants_affinity(step)
+        net, affinity, aux = self.net, self.target_maker.wants_affinity(step), self.target_maker.wants_aux(step)
 
         def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
             if plain is None or not view.plain:
-                return net.cam(images, affinity=view.plain and affinity, at_once=self.cfg.train.micro_batch)
-            return net.cam_of(*plain, affinity=affinity)
+                at_once = self.cfg.train.micro_batch
+                return net.cam(images, affinity=view.plain and affinity, at_once=at_once, aux=aux)
+            return net.cam_of(plain, affinity=affinity, aux=aux)
 
         return self.target_maker(batch, step, forward)
 
