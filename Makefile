@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: demo test test-clusters test-full campaign fuzz lint bench docs clean help
+.PHONY: demo test test-clusters test-full campaign fuzz lint bench real docs clean help
 
 help:
 	@echo "make demo   search UGRL's hyperparameters on generated images (minutes on two cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz   mutated files for every reader, for long (EXAMPLES=2000 of each)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
+	@echo "make real   settings on real photographs, one table (VOC=DEVKIT SEEDS=3 SETTINGS=\"Base I II III IV Full\")"
 	@echo "make docs   the documentation as a site, in build/site"
 
 $(STAMP): pyproject.toml
@@ -62,6 +63,13 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Any VOC devkit. Started again, it goes on where it was.
+VOC ?= ../shared/data/voc676/VOCdevkit
+SEEDS ?= 1
+SETTINGS ?= Base IV Full
+real: $(STAMP)
+	$(BIN)/python -m bench.real --voc "$(VOC)" --seeds $(SEEDS) --settings $(SETTINGS) $(REAL_ARGS)
 
 # Installed apart from the rest: the tests do without it.
 $(DOCS): $(STAMP)

@@ -319,11 +319,11 @@ def prepared(voc: Path, out: Path) -> Path:
     return shards
 
 
-def arms_of(args: argparse.Namespace, shards: Path) -> list[Arm]:
-    """All arms, checked before anything starts: seed by seed, the dearest first.
+def base_of(args: argparse.Namespace) -> Config:
+    """The configuration that all arms share.
 
     Raises:
-        UgrlError: The configuration cannot be trained on these shards, or an arm was begun with another one.
+        ConfigError: It cannot be read, or sets what the benchmark sets.
     """
     values = configs.parse_overrides(args.overrides)
     for key in ("method.setting", "seed", "data.shards"):
@@ -331,9 +331,19 @@ def arms_of(args: argparse.Namespace, shards: Path) -> list[Arm]:
             raise ConfigError(f"{key}={values[key]}: the benchmark sets it; use --settings, --seeds, --voc")
     if args.steps is not None:
         values["train.steps"] = args.steps
-    base, manifest, found = configs.load(args.config, values), Manifest.load(shards), []
+    base = configs.load(args.config, values)
     if base.train.mlflow is not None:
         raise ConfigError("train.mlflow: arms are not tracked; leave it out")
+    return base
+
+
+def arms_of(args: argparse.Namespace, base: Config, shards: Path) -> list[Arm]:
+    """All arms, checked before anything starts: seed by seed, the dearest first.
+
+    Raises:
+        UgrlError: The configuration cannot be trained on these shards, or an arm was begun with another one.
+    """
+    manifest, found = Manifest.load(shards), []
     for seed in range(args.seeds):
         for setting in sorted(set(args.settings), key=COSTS.index):
             method = replace(base.method, setting=setting)
@@ -375,11 +385,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for setting in args.settings:
         if setting not in ORDER:
             raise ConfigError(f"--settings: no '{line(setting, 40)}'{nearest(setting, ORDER)}")
-    args.out = folder_for(args.out).absolute()
+    base, args.out = base_of(args), folder_for(args.out).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     with own(place(args.out)) as held, ugrl.hear.owning(held.give_back):
         shards = prepared(args.voc, args.out)
-        arms = arms_of(args, shards)
+        arms = arms_of(args, base, shards)
         manifest = Manifest.load(shards)
         images = sum(manifest.rows(s) for s in (arms[0].cfg.data.train_split, arms[0].cfg.data.val_split))
         left = [arm for arm in arms if arm.scores() is None]

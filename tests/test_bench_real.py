@@ -153,9 +153,9 @@ def test_it_trains_measures_and_prints_the_table(whole: tuple[Path, str], words:
     assert "u_auroc_train" in base and "u_auroc_train" not in full and "p_auroc_train" in full
     assert f"| Base | 1 | {100 * base['tag_map']['mean']:.1f} |" in text and "– |" in text
     # Nothing is left: the table again, from the results alone.
-    began = time.monotonic()
+    (out / "real.json").unlink()
     assert real.main([*words, "--out", str(out)]) == 0
-    assert time.monotonic() - began < 60 and json.loads((out / "real.json").read_text()) == tree
+    assert json.loads((out / "real.json").read_text()) == tree
 
 
 def test_arms_of_a_seed_see_the_same_images(whole: tuple[Path, str]) -> None:
