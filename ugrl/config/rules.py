@@ -101,6 +101,22 @@ RULES = (
         ),
     ),
     Rule(
+        ("method.cam.mode", "method.cam.share"),
+        lambda cfg: cfg.method.cam.mode == "eval" or cfg.method.cam.share in ("exact", "never"),
+        lambda cfg: (
+            f"method.cam.share is {cfg.method.cam.share}; expected exact or never where method.cam.mode is train: "
+            "each of its passes drops other branches"
+        ),
+    ),
+    Rule(
+        ("method.cam.propagate", "method.cam.refine"),
+        lambda cfg: cfg.method.cam.propagate != "afa" or cfg.method.cam.refine == "par",
+        lambda cfg: (
+            f"method.cam.propagate is afa, which refines what it propagates, and method.cam.refine is "
+            f"{cfg.method.cam.refine}; expected par, or method.cam.propagate affinity"
+        ),
+    ),
+    Rule(
         ("name",),
         _is_folder_name,
         lambda cfg: f"name is {show(cfg.name)}; expected a name that a folder can have",

@@ -77,6 +77,11 @@ class DataConfig:
     storage_patience_s: float = _num(120.0, ge=0)
     """How long a storage that does not answer, or a full disk, is tried again, in seconds."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    pad: Literal["mean", "black"] = "mean"
+    """Colour of a crop where it does not show the image: the mean of ImageNet, which is 0 once normalised, or black, as
+    in AFA's public code."""
+    rounding: Literal["nearest", "floor"] = "nearest"
+    """How the sides of a scaled image become whole pixels: to the nearest, or (AFA) downwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,11 @@ class ModelConfig:
     """Probability that the encoder's last residual branch is dropped; it grows linearly from 0 with depth."""
     dropout: float = _num(0.1, ge=0, lt=1)
     """Probability that a channel of the decoder's fused map is dropped before the segmentation logits."""
+    pool_extent: Literal["box", "crop"] = "box"
+    """Positions whose features the class scores pool: those that show the image, or (AFA) all of the crop."""
+    init: Literal["own", "afa"] = "own"
+    """First weights of the heads: ``own`` small normal ones, or those of AFA's public code (torch's uniform ones, and a
+    g_cls of standard deviation 0.58, which saturates at first)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +142,17 @@ class CamConfig:
     """Iterations of PAR; AFA uses 10 on VOC and 15 on COCO."""
     par_dilations: tuple[int, ...] = _num((1, 2, 4, 8, 12, 24), ge=1)
     """Distances of PAR's eight neighbours, in pixels of the half-size image."""
-    propagate: Literal["none", "affinity"] = "none"
-    """Whether the CAM is propagated along the predicted affinity before it becomes labels, as AFA does later on."""
+    propagate: Literal["none", "affinity", "afa"] = "none"
+    """Whether the CAM is propagated along the predicted affinity before it becomes labels: ``affinity`` the CAM of all
+    that reads it, or, as AFA's public code does, the one of L_seg's labels alone (``afa``)."""
     propagate_after: Steps = _num(0.3, ge=0)
     """Step from which the CAM is propagated: a number of steps, or a share of ``train.steps``."""
+    extent: Literal["box", "crop"] = "box"
+    """Where a CAM is normalised and refined: where the crop shows the image, or (AFA) all over the crop. Labels are
+    ignored outside the image with both."""
+    mode: Literal["eval", "train"] = "eval"
+    """How the CAM's passes run: nothing dropped, or (``train``, AFA) with drop-path, and the statistics of the
+    decoder's batch norm move with each scale. ``train`` is slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +215,9 @@ class LossConfig:
     """Weight λ3 of the affinity loss L_aux; 0 leaves it out, and class vectors then use no affinity (Eq. 13)."""
     balance: Literal["none", "fg_bg"] = "none"
     """L_seg as one mean over all labelled pixels, or (``fg_bg``) as AFA's mean of background and foreground terms."""
+    affinity_labels: Literal["centre", "corner"] = "centre"
+    """Pixel whose label a cell of the affinity loss has: its centre, or (AFA) its upper left one. A cell then pairs
+    with itself, too, and each mean is divided by one pair more (Eq. 12)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +297,8 @@ class TrainConfig:
     """Newest checkpoints that stay."""
     keep_best: int = _num(1, ge=0)
     """Checkpoints that stay because they score best by ``eval.objective``; 0: none."""
+    head_decay: Literal["weights", "all"] = "weights"
+    """Parameters of the heads that ``train.weight_decay`` is for: all but norms and biases, or (AFA) all of them."""
 
     def at(self, value: Steps) -> int:
         """A number of steps: a share is one of the whole run, and at least one step.
