@@ -2,11 +2,12 @@
 
     python -m bench.recipe --voc VOCdevkit [--backbone mit_b1] [--weights NAME] [--crop 512] [--crops 12] [--batch 4]
 
-One step after the warm-up of AFA's losses (setting Base), once with the project's own values and once with each point
-as AFA's public code has it, one at a time and all together. The weights, the images, the draws of the crops and the
-dropped branches of the training pass are the same. Crops whose padding is less than a twentieth of their area, or more
-than three quarters, are passed over. Printed for each point, over the batches: the share of the pixels within the
-images whose label is another one, and the cosine of the gradients, of all parameters and of the encoder's.
+One step after the warm-up of AFA's losses (setting Base), once with the project's own values and once with each
+point as AFA's public code has it, one at a time and all together. The weights, the images, the draws of the crops
+and the dropped branches of the training pass are the same; random weights have random biases, too. Crops whose
+padding is less than a twentieth of their area, or more than three quarters, are passed over. Printed for each
+point, over the batches: the share of the pixels within the images whose label is another one, and the cosine of the
+gradients, of all parameters and of the encoder's.
 """
 
 from __future__ import annotations
@@ -178,6 +179,8 @@ def table(args: argparse.Namespace) -> Iterator[str]:
             f"bench.recipe: no image of {args.voc} gives a padded crop of {args.crop} px; try a larger one"
         )
     net = build_net(own, classes).train()
+    if args.weights is None:
+        _draw_biases(net)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     yield f"{len(rows)} crops of {args.crop} px in batches of {args.batch}; {args.backbone}, weights {args.weights}.\n"
     yield "| as AFA has it | labels changed, % | cosine of all gradients | of the encoder's |"
@@ -198,6 +201,18 @@ def table(args: argparse.Namespace) -> Iterator[str]:
         every = [float(torch.cosine_similarity(a.all_n, b.all_n, 0)) for a, b in pairs]
         encoder = [float(torch.cosine_similarity(a.encoder_n, b.encoder_n, 0)) for a, b in pairs]
         yield f"| {point.name} | {_cell(changed, '.1f')} | {_cell(every, '.3f')} | {_cell(encoder, '.3f')} |"
+
+
+def _draw_biases(net: UGRLNet) -> None:
+    """Random biases of the encoder. A fresh one has none, so that a patch of the mean colour is a vector of zeros.
+
+    A layer norm of zeros has a gradient of 1/√eps, and nothing else would be seen in the gradients of such crops.
+    """
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.encoder.parameters():
+            if p.ndim == 1:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
 
 
 def _cell(values: Sequence[float], digits: str) -> str:
