@@ -155,7 +155,7 @@ def stepped(cfg: Config, net: UGRLNet, batch: Batch, point: Point) -> Seen:
     maker.eight_bits = point.eight_bits
     net.zero_grad(set_to_none=True)
     run_step(step_fn, batch, STEP, amp=point.amp)
-    found = {n: p.grad.flatten().clone() for n, p in net.named_parameters() if p.grad is not None}
+    found = {n: p.grad.flatten().double() for n, p in net.named_parameters() if p.grad is not None}
     assert maker.last.labels_BHW is not None
     size = (int(batch.images_B3HW.shape[-2]), int(batch.images_B3HW.shape[-1]))
     return Seen(
