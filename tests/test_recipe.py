@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.test_recipe_afa import CLASSES, SMALL, batch_of
+from tests.test_train import close, losses, run
 from tuning.space.space_file import build_space
 from ugrl import config
 from ugrl.data.augment import IMAGENET_MEAN, IMAGENET_STD, Augment
 from ugrl.data.make import BatchMaker
 from ugrl.errors import ConfigError
 from ugrl.method.losses import affinity_loss, eligible_tokens
+from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
 from ugrl.train.build import build_net, build_par, build_prototypes
 from ugrl.train.step import Step
@@ -191,3 +194,29 @@ def test_each_key_of_the_recipe_moves_the_step(key: str, value: str) -> None:
     """What the comparison with the transcription would not see if a key did nothing."""
     recipe, other = gradients("voc-afa", 6001)[0], gradients("voc-afa", 6001, **{key: value})[0]
     assert abs(recipe["total"] - other["total"]) > 1e-6
+
+
+def test_two_ranks_train_the_recipe_as_one_does(shards: Path, tmp_path: Path) -> None:
+    """A whole run of ``voc-afa``: warm-up, plain labels, labels of the CAM that walked, validation, checkpoint."""
+    keys = {
+        "data.crop": 48,
+        "data.threads": 0,
+        "method.cam.propagate_after": 3,
+        "train.steps": 5,
+        "train.global_batch": 4,
+        "train.lr_warmup_iters": 1,
+        "train.cls_warmup_iters": 1,
+        "train.log_every": 1,
+        "train.eval_every": 5,
+        "train.checkpoint_every": 5,
+    }
+    tree = config.to_dict(config.load("voc-afa", {**SMALL, **keys}))
+    run(tree, shards, tmp_path / "one")
+    run(tree, shards, tmp_path / "two", world=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6 and any(key.endswith("tag_f1_image") for key in one[-1])
+    for a, b in zip(one, two, strict=True):
+        close(a, b, rel=1e-8, floor=1e-12)
+    a, b = (load_file(checkpoint.find(tmp_path / n) / "model.safetensors") for n in ("one", "two"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-8, atol=1e-11)
