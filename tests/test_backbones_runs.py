@@ -21,7 +21,7 @@ def test_two_ranks_and_a_resumed_run_are_one(name: str, aux: int, shards: Path, 
     tree["method"]["setting"] = "IV"
     if aux:
         tree["model"]["aux_classifier"] = aux
-        tree["method"]["cam"]["affinity_labels"] = "aux"
+        tree["method"]["cam"]["affinity_from"] = "aux"
     run(tree, shards, tmp_path / "one")
     run(tree, shards, tmp_path / "two", world=2)
     start = tmp_path / "one" / "checkpoints" / "step_00000002"

@@ -12,7 +12,9 @@ from ugrl import config
 from ugrl.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["shapes", "coco100", "voc", "coco", "configs/voc.yaml", "voc.yaml"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "coco100", "voc", "coco", "voc-afa", "coco-ugrl", "configs/voc.yaml", "voc.yaml"]
+)
 def test_shipped_configs_load_and_round_trip(name: str) -> None:
     cfg = config.load(name)
     assert config.build(config.to_dict(cfg)) == cfg

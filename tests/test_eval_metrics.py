@@ -103,6 +103,8 @@ def test_tag_metrics_by_hand():
     assert out["tag_map"] == pytest.approx((5 / 6 + (1 / 2 * 1 / 2 + 1 / 2 * 2 / 3)) / 2, abs=1e-12)
     assert out["tag_f1"] == 0.5
     assert out["tag_f1_micro"] == pytest.approx(2 * 2 / (5 + 4), abs=1e-12)
+    # Images: 1 of 2 guesses and 2 tags; 1 of 2 and 1; 0 of 1 and 1.
+    assert out["tag_f1_image"] == pytest.approx((2 / 4 + 2 / 3 + 0 / 2) / 3, abs=1e-12)
 
 
 def test_tag_metrics_of_nothing_and_of_wrong_shapes():

@@ -27,7 +27,7 @@ VIT = "timm/test_vit"
 
 def cfg_of(labels: str = "main", **model: object) -> Config:
     made = config(VIT, 64, aux_classifier=2, drop_path=0.0, dropout=0.0, **model)
-    return replace(made, method=replace(made.method, cam=replace(made.method.cam, affinity_labels=labels)))
+    return replace(made, method=replace(made.method, cam=replace(made.method.cam, affinity_from=labels)))
 
 
 def step_of(cfg: Config) -> Step:
@@ -161,8 +161,8 @@ def test_only_plain_vits_have_one() -> None:
     for tree, message in (
         ({"model": {"aux_classifier": 2}}, "mit_b1 is no plain ViT; expected null, or a backbone such as timm/vit_"),
         (
-            {"model": {"backbone": VIT}, "method": {"cam": {"affinity_labels": "aux"}}},
-            "affinity_labels is aux; expected main, or model.aux_classifier=2",
+            {"model": {"backbone": VIT}, "method": {"cam": {"affinity_from": "aux"}}},
+            "affinity_from is aux; expected main, or model.aux_classifier=2",
         ),
         ({"model": {"backbone": VIT, "aux_classifier": 0}}, "aux_classifier' is 0; expected ≥ 1"),
     ):

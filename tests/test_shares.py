@@ -33,7 +33,12 @@ def test_one_key_shortens_any_shipped_configuration(name: str, steps: int) -> No
 
 def test_own_lengths_are_those_of_the_paper() -> None:
     assert schedule(config.load("voc")) == (1500, 2000, 6000)
-    assert schedule(config.load("coco")) == (1500, 5000, 15000)
+    assert schedule(config.load("coco"))[:2] == (1500, 5000)
+    # The public codes compare with "at most": their first step with another loss is one later, counted from 0.
+    assert schedule(config.load("voc-afa")) == (1500, 2001, 6001)
+    assert schedule(config.load("coco-afa")) == (1500, 5001, 15001)
+    assert schedule(config.load("voc-ugrl"))[:2] == (1500, 2001)
+    assert schedule(config.load("coco-ugrl"))[:2] == (1500, 5001)
     assert schedule(config.load("shapes"))[:2] == (40, 300)
     assert schedule(config.load("coco100"))[:2] == (10, 40)
     assert schedule(config.build({})) == (1500, 2000, 6000)

@@ -32,12 +32,18 @@ def cell_centres(size: int, cells: int, device: torch.device | str = "cpu") -> T
     return (2 * torch.arange(cells, device=device) + 1) * size // (2 * cells)
 
 
-def sample_nearest(x_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
+def cell_corners(size: int, cells: int, device: torch.device | str = "cpu") -> Tensor:
+    """First pixel of each cell of an axis, ``⌊i·size / cells⌋``; as :func:`cell_centres`."""
+    return torch.arange(cells, device=device) * size // cells
+
+
+def sample_nearest(x_BHW: Tensor, grid: tuple[int, int], *, corner: bool = False) -> Tensor:
     """The values at the cells' centres; labels are never mixed.
 
     Args:
         x_BHW: (…, H, W) of any type.
         grid: (h, w).
+        corner: Whether to take each cell's upper left pixel instead.
 
     Returns:
         (…, h, w), same type.
@@ -48,7 +54,8 @@ def sample_nearest(x_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
     (h, w), (H, W) = grid, x_BHW.shape[-2:]
     if (h, w) == (H, W):
         return x_BHW
-    rows_h, cols_w = cell_centres(H, h, x_BHW.device), cell_centres(W, w, x_BHW.device)
+    place = cell_corners if corner else cell_centres
+    rows_h, cols_w = place(H, h, x_BHW.device), place(W, w, x_BHW.device)
     return x_BHW.index_select(-2, rows_h).index_select(-1, cols_w)
 
 
@@ -102,6 +109,11 @@ def inside_pixels(boxes_B4: Tensor, size: tuple[int, int], device: torch.device 
         bool (B, H, W).
     """
     return _inside(boxes_B4, torch.arange(size[0], device=device), torch.arange(size[1], device=device))
+
+
+def whole_boxes(boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes of the whole crop ``(H, W)``, as many as there are in ``boxes_B4``."""
+    return torch.tensor([0, size[0], 0, size[1]]).expand_as(boxes_B4)
 
 
 def inside_cells(

@@ -38,7 +38,7 @@ class Sample:
 
     Attributes:
         id: Id of the row that it was made of.
-        image_3HW: float32, normalised; padding is 0.
+        image_3HW: float32, normalised; around the image the colour of ``data.pad``.
         tags_F: float32 (F,): 1 for each class that the image shows, else 0.
         mask_HW: uint8 labels with 255 outside the box, or ``None``.
         box_4: int64 ``(y0, y1, x0, x1)``.

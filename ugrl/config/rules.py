@@ -89,9 +89,9 @@ RULES = (
         lambda cfg: no_plain_vit(cfg.model.backbone, cfg.model.aux_classifier or 0),
     ),
     Rule(
-        ("method.cam.affinity_labels", "model.aux_classifier"),
-        lambda cfg: cfg.method.cam.affinity_labels == "main" or cfg.model.aux_classifier is not None,
-        lambda cfg: "method.cam.affinity_labels is aux; expected main, or model.aux_classifier=2: there is none now",
+        ("method.cam.affinity_from", "model.aux_classifier"),
+        lambda cfg: cfg.method.cam.affinity_from == "main" or cfg.model.aux_classifier is not None,
+        lambda cfg: "method.cam.affinity_from is aux; expected main, or model.aux_classifier=2: there is none now",
     ),
     Rule(
         ("data.crop", "model.backbone"),
@@ -118,6 +118,22 @@ RULES = (
         lambda cfg: 1.0 in cfg.method.cam.scales,
         lambda cfg: (
             f"method.cam.scales is {list(cfg.method.cam.scales)}; expected 1.0 among them: it carries the affinity"
+        ),
+    ),
+    Rule(
+        ("method.cam.mode", "method.cam.share"),
+        lambda cfg: cfg.method.cam.mode == "eval" or cfg.method.cam.share in ("exact", "never"),
+        lambda cfg: (
+            f"method.cam.share is {cfg.method.cam.share}; expected exact or never where method.cam.mode is train: "
+            "each of its passes drops other branches"
+        ),
+    ),
+    Rule(
+        ("method.cam.propagate", "method.cam.refine"),
+        lambda cfg: cfg.method.cam.propagate != "afa" or cfg.method.cam.refine == "par",
+        lambda cfg: (
+            f"method.cam.propagate is afa, which refines what it propagates, and method.cam.refine is "
+            f"{cfg.method.cam.refine}; expected par, or method.cam.propagate affinity"
         ),
     ),
     Rule(

@@ -77,6 +77,11 @@ class DataConfig:
     storage_patience_s: float = _num(120.0, ge=0)
     """How long a storage that does not answer, or a full disk, is tried again, in seconds."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    pad: Literal["mean", "black"] = "mean"
+    """Colour of a crop where it does not show the image: the mean of ImageNet, which is 0 once normalised, or black, as
+    in AFA's public code."""
+    rounding: Literal["nearest", "floor"] = "nearest"
+    """How the sides of a scaled image become whole pixels: to the nearest, or (AFA) downwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,11 @@ class ModelConfig:
     aux_classifier: int | None = _num(None, ge=1)
     """Blocks before the last one of a plain ViT whose tokens a second classifier reads, as in ToCo (2); its loss is
     added to L_cls. ``null``: none."""
+    pool_extent: Literal["box", "crop"] = "box"
+    """Positions whose features the class scores pool: those that show the image, or (AFA) all of the crop."""
+    init: Literal["own", "afa"] = "own"
+    """First weights of the heads: ``own`` small normal ones, or those of AFA's public code (torch's uniform ones, and a
+    g_cls of standard deviation 0.58, which saturates at first)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +146,20 @@ class CamConfig:
     """Iterations of PAR; AFA uses 10 on VOC and 15 on COCO."""
     par_dilations: tuple[int, ...] = _num((1, 2, 4, 8, 12, 24), ge=1)
     """Distances of PAR's eight neighbours, in pixels of the half-size image."""
-    propagate: Literal["none", "affinity"] = "none"
-    """Whether the CAM is propagated along the predicted affinity before it becomes labels, as AFA does later on."""
+    propagate: Literal["none", "affinity", "afa"] = "none"
+    """Whether the CAM is propagated along the predicted affinity before it becomes labels: ``affinity`` the CAM of all
+    that reads it, or, as AFA's public code does, the one of L_seg's labels alone (``afa``)."""
     propagate_after: Steps = _num(0.3, ge=0)
     """Step from which the CAM is propagated: a number of steps, or a share of ``train.steps``."""
-    affinity_labels: Literal["main", "aux"] = "main"
+    affinity_from: Literal["main", "aux"] = "main"
     """Classifier whose CAM labels the pairs of the affinity loss (Eq. 12): that of F4, or ``aux``: that of
     ``model.aux_classifier``, by the thresholds alone, without refinement."""
+    extent: Literal["box", "crop"] = "box"
+    """Where a CAM is normalised and refined: where the crop shows the image, or (AFA) all over the crop. Labels are
+    ignored outside the image with both."""
+    mode: Literal["eval", "train"] = "eval"
+    """How the CAM's passes run: nothing dropped, or (``train``, AFA) with drop-path, and the statistics of the
+    decoder's batch norm move with each scale. ``train`` is slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +225,9 @@ class LossConfig:
     lambda1_full: float = _num(1.0, gt=0)
     """Weight λ1' of L_seg with ``method.setting`` Full, in the place of λ1: masks have none of the errors for which
     pseudo-labels count little."""
+    affinity_labels: Literal["centre", "corner"] = "centre"
+    """Pixel whose label a cell of the affinity loss has: its centre, or (AFA) its upper left one. A cell then pairs
+    with itself, too, and each mean is divided by one pair more (Eq. 12)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +308,8 @@ class TrainConfig:
     """Newest checkpoints that stay."""
     keep_best: int = _num(1, ge=0)
     """Checkpoints that stay because they score best by ``eval.objective``; 0: none."""
+    head_decay: Literal["weights", "all"] = "weights"
+    """Parameters of the heads that ``train.weight_decay`` is for: all but norms and biases, or (AFA) all of them."""
 
     def at(self, value: Steps) -> int:
         """A number of steps: a share is one of the whole run, and at least one step.

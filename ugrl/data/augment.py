@@ -26,6 +26,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FACTOR = (1 / (255 * np.array(IMAGENET_STD))).astype(np.float32)
 OFFSET = (np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
 
+# What `data.pad` puts around an image, normalised: the mean colour is 0, and black is what normalising makes of 0.
+PADDING = {"mean": np.zeros(3, np.float32), "black": -OFFSET}
+
 
 def normalize(pixels_HW3: np.ndarray, out_3HW: np.ndarray | None = None) -> np.ndarray:
     """uint8 RGB (H, W, 3) as ImageNet-normalised float32 (3, H, W), into ``out_3HW`` where given."""
@@ -82,6 +85,8 @@ class Augment:
         scale_min: Smallest scale, relative to the original image.
         scale_max: Largest scale, relative to the original image; drawn uniformly.
         mirror: Whether half of the samples are mirrored.
+        pad: Colour around the image, a key of :data:`PADDING`.
+        rounding: How a scaled side becomes whole pixels: to the ``nearest``, or down (``floor``).
     """
 
     crop: int
@@ -89,11 +94,13 @@ class Augment:
     scale_min: float = 0.5
     scale_max: float = 2.0
     mirror: bool = True
+    pad: str = "mean"
+    rounding: str = "nearest"
 
     @classmethod
     def of(cls, data: DataConfig, num_classes: int) -> Augment:
         """What the section ``data`` of a run says."""
-        return cls(data.crop, num_classes, data.scale_min, data.scale_max, data.mirror)
+        return cls(data.crop, num_classes, data.scale_min, data.scale_max, data.mirror, data.pad, data.rounding)
 
     def __call__(self, row: Row, rng: np.random.Generator) -> Sample:
         """Cut a sample.
@@ -104,7 +111,7 @@ class Augment:
 
         Returns:
             A sample of side ``crop``; where the scaled image is smaller it lies at a random offset in
-            zeros, and its box says where.
+            the padding, and its box says where.
 
         Raises:
             DataError: The image or mask is broken.
@@ -128,10 +135,18 @@ class Augment:
         """
         u_scale, u_mirror, u_y, u_x = (float(u) for u in rng.random(4))
         scale = self.scale_min + (self.scale_max - self.scale_min) * u_scale
-        y, top = _place(height, scale, self.crop, u_y)
-        x, left = _place(width, scale, self.crop, u_x)
+        y, top = self._place(height, scale, u_y)
+        x, left = self._place(width, scale, u_x)
         flip = self.mirror and u_mirror < 0.5
         return Cut(y, x, top, self.crop - left - x.size if flip else left, flip)
+
+    def _place(self, length: int, scale: float, u: float) -> tuple[Axis, int]:
+        """One axis: what is shown of the image, and where in the crop it begins."""
+        scaled = max(1, int(length * scale) if self.rounding == "floor" else round(length * scale))
+        offset = int(u * (abs(scaled - self.crop) + 1))
+        if scaled <= self.crop:
+            return Axis(length, scaled, 0, scaled), offset
+        return Axis(length, scaled, offset, self.crop), 0
 
     def pixels(self, image_HW3: np.ndarray, cut: Cut, out_CC3: np.ndarray | None = None) -> np.ndarray:
         """What a cut shows of an image, resampled and mirrored: uint8 (y.size, x.size, 3).
@@ -154,8 +169,8 @@ class Augment:
         return box_HW3
 
     def floats(self, image_HW3: np.ndarray, cut: Cut, out_3CC: np.ndarray) -> None:
-        """What a cut shows, normalised, into float32 (3, crop, crop) of any content; zeros around it."""
-        clear_outside(out_3CC.transpose(1, 2, 0), cut)
+        """What a cut shows, normalised, into float32 (3, crop, crop) of any content; padding around it."""
+        clear_outside(out_3CC.transpose(1, 2, 0), cut, PADDING[self.pad])
         y0, y1, x0, x1 = cut.box_4
         normalize(self.pixels(image_HW3, cut), out_3CC[:, y0:y1, x0:x1])
 
@@ -186,22 +201,13 @@ def mirrored(image_HW3: np.ndarray, out_HW3: np.ndarray | None = None) -> np.nda
     return out_HW3
 
 
-def clear_outside(canvas: np.ndarray, cut: Cut) -> None:
-    """Zeros where a crop (crop, crop, 3) does not show the image."""
+def clear_outside(canvas: np.ndarray, cut: Cut, colour_3: np.ndarray | int = 0) -> None:
+    """One colour where a crop (crop, crop, 3) does not show the image."""
     y0, y1, x0, x1 = cut.box_4
-    canvas[:y0] = 0
-    canvas[y1:] = 0
-    canvas[y0:y1, :x0] = 0
-    canvas[y0:y1, x1:] = 0
-
-
-def _place(length: int, scale: float, crop: int, u: float) -> tuple[Axis, int]:
-    """One axis: what is shown of the image, and where in the crop it begins."""
-    scaled = max(1, round(length * scale))
-    offset = int(u * (abs(scaled - crop) + 1))
-    if scaled <= crop:
-        return Axis(length, scaled, 0, scaled), offset
-    return Axis(length, scaled, offset, crop), 0
+    canvas[:y0] = colour_3
+    canvas[y1:] = colour_3
+    canvas[y0:y1, :x0] = colour_3
+    canvas[y0:y1, x1:] = colour_3
 
 
 def _labels(row: Row, size: tuple[int, int]) -> Image.Image:

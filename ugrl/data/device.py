@@ -41,10 +41,12 @@ class PixelBatch:
     Attributes:
         labels: Everything of the batch but its images.
         pixels_BHW3: uint8 RGB, 0 outside the boxes.
+        pad: Colour outside the boxes (``data.pad``).
     """
 
     labels: Labels
     pixels_BHW3: Tensor
+    pad: str = "mean"
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on ``device``, normalised there."""
@@ -52,8 +54,8 @@ class PixelBatch:
         b, height, width, _ = pixels_BHW3.shape
         images_B3HW = torch.empty(b, 3, height, width, device=device)
         images_B3HW.copy_(pixels_BHW3.permute(0, 3, 1, 2))
-        outside_BHW = outside(self.labels.boxes_B4, height, width, images_B3HW.device)
-        return self.labels.batch(_normalize(images_B3HW, outside_BHW)).to(device, dtype)
+        images_B3HW = _normalize(images_B3HW, self.labels.boxes_B4, self.pad)
+        return self.labels.batch(images_B3HW).to(device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,14 @@ class RawBatch:
         axes_B23: float64: for rows and columns of each image, the place of the first kept pixel's centre
             in it, source pixels per pixel, and 1 where the axis is mirrored.
         crop: Side of the samples, in pixels.
+        pad: Colour around the images (``data.pad``).
     """
 
     labels: Labels
     images: tuple[Tensor, ...]
     axes_B23: Tensor
     crop: int
+    pad: str = "mean"
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on ``device``, made there."""
@@ -89,8 +93,8 @@ class RawBatch:
         rows_BCw3 = torch.bmm(wy_BCh, canvas_BHW3.view(b, height, width * 3)).view(b, self.crop, width, 3)
         rows_B3Cw = rows_BCw3.permute(0, 3, 1, 2).reshape(b, 3 * self.crop, width)
         images_B3CC = torch.bmm(rows_B3Cw, wx_BCw.transpose(1, 2)).view(b, 3, self.crop, self.crop)
-        outside_BCC = outside(self.labels.boxes_B4, self.crop, self.crop, images_B3CC.device)
-        return self.labels.batch(_normalize(images_B3CC, outside_BCC)).to(device, dtype)
+        images_B3CC = _normalize(images_B3CC, self.labels.boxes_B4, self.pad)
+        return self.labels.batch(images_B3CC).to(device, dtype)
 
 
 def cut_axes(cut: Cut) -> tuple[tuple[slice, slice], tuple[tuple[float, float, float], ...]]:
@@ -148,10 +152,13 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return factor_311, offset_311
 
 
-def _normalize(images_B3HW: Tensor, outside_BHW: Tensor | None) -> Tensor:
-    """In place, with the host's two roundings; exactly 0 outside."""
+def _normalize(images_B3HW: Tensor, boxes_B4: Tensor, pad: str) -> Tensor:
+    """In place, with the host's two roundings. Pixels outside the boxes are 0 on entry: black, unless it is to be 0."""
     factor_311, offset_311 = _statistics(images_B3HW.device)
     images_B3HW.mul_(factor_311).sub_(offset_311)
+    if pad == "black":
+        return images_B3HW
+    outside_BHW = outside(boxes_B4, images_B3HW.shape[-2], images_B3HW.shape[-1], images_B3HW.device)
     if outside_BHW is not None:
         images_B3HW.masked_fill_(outside_BHW[:, None], 0.0)
     return images_B3HW

@@ -214,7 +214,7 @@ class BatchMaker:
             pairs_P2=draft.tags_BF.nonzero(),
         )
         if draft.images is None:
-            return RawBatch(labels, tuple(draft.raw), draft.axes_B23, self.augment.crop)
+            return RawBatch(labels, tuple(draft.raw), draft.axes_B23, self.augment.crop, self.augment.pad)
         if draft.images.dtype == torch.uint8:
-            return PixelBatch(labels, draft.images)
+            return PixelBatch(labels, draft.images, self.augment.pad)
         return labels.batch(draft.images)

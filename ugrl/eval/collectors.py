@@ -57,7 +57,7 @@ class TagScores:
         self.found.add(seen.probs_BF, seen.batch.tags_BF)
 
     def result(self) -> Scores:
-        """``tag_map, tag_prevalence, tag_f1, tag_f1_micro``."""
+        """``tag_map, tag_prevalence, tag_f1, tag_f1_micro, tag_f1_image``."""
         self.found.reduce()
         return Scores(self.found.compute(), self.found.tables(self.names))
 

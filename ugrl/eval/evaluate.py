@@ -31,7 +31,7 @@ from ugrl.model.network import UGRLNet
 
 # All metrics and all tables of a validation, in the order in which they are shown.
 METRICS: tuple[str, ...] = ("seg_miou", "crf_miou", "cam_miou", "refined_miou", "seg_background_miou")
-METRICS += ("tag_map", "tag_prevalence", "tag_f1", "tag_f1_micro", "u_auroc", "p_auroc")
+METRICS += ("tag_map", "tag_prevalence", "tag_f1", "tag_f1_micro", "tag_f1_image", "u_auroc", "p_auroc")
 TABLES = ("seg_iou", "crf_iou", "cam_iou", "refined_iou", "tag_ap", "tag_prevalence")
 # Score → what predicting nothing but background, or ranking by chance, scores on the same images.
 BASELINES = {"seg_miou": "seg_background_miou", "tag_map": "tag_prevalence"}

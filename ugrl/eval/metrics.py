@@ -252,7 +252,8 @@ class TagMetrics:
         Returns:
             ``tag_map`` and ``tag_f1``, means over the classes that have a positive; ``tag_prevalence``, the share of
             images that show a class, over the same: the ``tag_map`` of a ranking by chance; ``tag_f1_micro``, F1 of
-            all entries pooled. NaN where nothing has a positive.
+            all entries pooled; ``tag_f1_image``, the mean of F1 over the images that show a class (AFA's). NaN where
+            nothing has a positive.
         """
         score_nF, tags_nF = self._found()
         guess_nF = score_nF > PREDICTED
@@ -260,13 +261,17 @@ class TagMetrics:
         both_F = (guess_nF.sum(0) + tags_nF.sum(0)).double()
         classes = tags_nF.any(0).nonzero().flatten().tolist()
         if not classes:
-            return dict.fromkeys(("tag_map", "tag_prevalence", "tag_f1", "tag_f1_micro"), math.nan)
+            names = ("tag_map", "tag_prevalence", "tag_f1", "tag_f1_micro", "tag_f1_image")
+            return dict.fromkeys(names, math.nan)
+        hit_n = (guess_nF & tags_nF).sum(1).double()
+        both_n = (guess_nF.sum(1) + tags_nF.sum(1)).double()
         precision = [average_precision(score_nF[:, f], tags_nF[:, f]) for f in classes]
         return {
             "tag_map": math.fsum(precision) / len(precision),
             "tag_prevalence": float(tags_nF.double().mean(0)[classes].mean()),
             "tag_f1": float((2 * hit_F / both_F)[classes].mean()),
             "tag_f1_micro": float(2 * hit_F.sum() / both_F.sum()),
+            "tag_f1_image": float((2 * hit_n / both_n)[tags_nF.any(1)].mean()),
         }
 
     def tables(self, class_names: Sequence[str]) -> dict[str, dict[str, float]]:

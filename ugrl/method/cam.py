@@ -31,12 +31,14 @@ class CamPass:
         scale: Factor of the image size.
         mirrored: Whether the images are mirrored.
         plain: Whether this is the first pass, over the images as they are. Its features are returned, and of it alone
-            the affinity is of use.
+            the affinity is of use, but for AFA's propagation.
+        largest: Whether it is the pass of the largest scale over the images that are not mirrored.
     """
 
     scale: float
     mirrored: bool
     plain: bool = False
+    largest: bool = False
 
 
 # Images (B, 3, H', W') and what they are → raw class scores (B, F, h, w), last-stage features (B, D, h, w), affinity
@@ -53,12 +55,16 @@ class CamOutput:
         f4_BDhw: Last-stage features of the plain pass at scale 1.
         affinity_BNN: Affinity logits of the same pass, or ``None`` if ``forward`` gave none.
         aux_PHW: The auxiliary classifier's maps of the same pairs, where they are wanted.
+        largest_BNN: Affinity logits of the pass of the largest scale, or ``None`` if ``forward`` gave none.
+        largest_grid: Cells ``(h, w)`` of that pass's last map.
     """
 
     cam_PHW: Tensor
     f4_BDhw: Tensor
     affinity_BNN: Tensor | None
     aux_PHW: Tensor | None = None
+    largest_BNN: Tensor | None = None
+    largest_grid: tuple[int, int] = (0, 0)
 
 
 def normalise(cam_PHW: Tensor, pairs_P2: Tensor, boxes_B4: Tensor) -> Tensor:
@@ -129,11 +135,23 @@ def multi_scale_cam(
             cam_PHW = torch.maximum(cam_PHW, resize_maps(flipped_Phw, size))
         return cam_PHW.relu()
 
-    raw_BFhw, f4_BDhw, affinity_BNN = forward(images_B3HW, CamPass(1.0, mirrored=False, plain=True))
+    most = max(scales)
+    plain = CamPass(1.0, mirrored=False, plain=True, largest=most == 1.0)
+    raw_BFhw, f4_BDhw, affinity_BNN = forward(images_B3HW, plain)
+    largest_BNN, grid = affinity_BNN, (int(f4_BDhw.shape[-2]), int(f4_BDhw.shape[-1]))
     total_PHW = both(images_B3HW, raw_BFhw, 1.0)
     others = list(scales)
     others.remove(1.0)
     for scale in others:
         images = bilinear.resize(images_B3HW, scaled(size, scale, least))
-        total_PHW = total_PHW + both(images, forward(images, CamPass(scale, mirrored=False))[0], scale)
-    return CamOutput(normalise(total_PHW, pairs_P2, boxes_B4), f4_BDhw, affinity_BNN)
+        raw_BFhw, last_BDhw, logits_BNN = forward(images, CamPass(scale, mirrored=False, largest=scale == most))
+        if scale == most:
+            largest_BNN, grid = logits_BNN, (int(last_BDhw.shape[-2]), int(last_BDhw.shape[-1]))
+        total_PHW = total_PHW + both(images, raw_BFhw, scale)
+    return CamOutput(
+        normalise(total_PHW, pairs_P2, boxes_B4),
+        f4_BDhw,
+        affinity_BNN,
+        largest_BNN=largest_BNN,
+        largest_grid=grid,
+    )

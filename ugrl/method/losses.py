@@ -23,17 +23,18 @@ from ugrl.precision import full_precision
 from ugrl.types import IGNORE
 
 
-def unit_shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
+def unit_shares(counts: Tensor, dtype: torch.dtype, more: int = 0) -> Tensor:
     """What one entry contributes to a global mean: ranks / all-reduced count.
 
     Args:
         counts: int64, any shape: entries on this rank. Every rank calls with the same shape.
         dtype: Type of the result.
+        more: Added to each all-reduced count.
 
     Returns:
         Same shape; ``ranks`` where no rank has an entry (nothing will be multiplied by it).
     """
-    return world_size() / all_reduce_sum(counts).clamp(min=1).to(dtype)
+    return world_size() / (all_reduce_sum(counts) + more).clamp(min=1).to(dtype)
 
 
 def classification_loss(logits_BF: Tensor, tags_BF: Tensor, w_BF: Tensor) -> Tensor:
@@ -137,6 +138,7 @@ def affinity_loss(
     *,
     radius: int = 8,
     tokens_Bn: Tensor | None = None,
+    as_afa: bool = False,
 ) -> Tensor:
     """½·mean(1 − σ(A) | same label) + ½·mean(σ(A) | different label) (Eq. 12 with AFA's sign).
 
@@ -151,6 +153,7 @@ def affinity_loss(
         radius: Chebyshev distance in grid cells.
         tokens_Bn: :func:`eligible_tokens`: the positions that the logits belong to; pairs with another position are
             not counted, so that all eligible ones must be among them. ``None``: all positions.
+        as_afa: Whether the pairs i = i count too, and each mean is divided by one pair more.
 
     Returns:
         Scalar. Minimising it raises the affinity of equal labels and lowers that of different ones.
@@ -167,7 +170,7 @@ def affinity_loss(
         usable_BN = (eligible_Bhw & (labels_Bhw != IGNORE)).flatten(1)
         labels_BN = labels_Bhw.flatten(1)
         if tokens_Bn is None:
-            near_BNN = near((h, w), radius, labels_Bhw.device).fill_diagonal_(False)
+            near_BNN = near((h, w), radius, labels_Bhw.device)[None]
         else:
             # Padding repeats a token that the row has already (or one that is not usable): count each once.
             first_Bn = torch.ones_like(tokens_Bn, dtype=torch.bool)
@@ -175,11 +178,12 @@ def affinity_loss(
             usable_BN = usable_BN.gather(1, tokens_Bn) & first_Bn
             labels_BN = labels_BN.gather(1, tokens_Bn)
             near_BNN = near_tokens(tokens_Bn, w, radius)
+        if not as_afa:
             near_BNN.diagonal(dim1=1, dim2=2).fill_(False)
         pair_BNN = usable_BN[:, :, None] & usable_BN[:, None, :] & near_BNN
         same_BNN = labels_BN[:, :, None] == labels_BN[:, None, :]
         n_same = (pair_BNN & same_BNN).sum()
-        shares_2 = 0.5 * unit_shares(torch.stack([n_same, pair_BNN.sum() - n_same]), A_BNN.dtype)
+        shares_2 = 0.5 * unit_shares(torch.stack([n_same, pair_BNN.sum() - n_same]), A_BNN.dtype, more=int(as_afa))
         # 1 − σ(A) is σ(−A): one sigmoid serves both kinds and nothing cancels near 1.
         wrong_BNN = torch.where(same_BNN, -A_BNN, A_BNN).sigmoid()
         return (wrong_BNN * (torch.where(same_BNN, shares_2[0], shares_2[1]) * pair_BNN)).sum()

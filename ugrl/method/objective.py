@@ -62,6 +62,7 @@ class Objective:
                 t.eligible_Bhw,
                 radius=self.method.uncertainty.radius,
                 tokens_Bn=t.affinity_Bn,
+                as_afa=self.method.loss.affinity_labels == "corner",
             )
         return terms
 

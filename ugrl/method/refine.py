@@ -235,7 +235,8 @@ def refine_labels(
             y0, y1, x0, x1 = boxes[b]
             start, end = ranges[b]
             full_Khw = resize_maps(refined_Khw[: 2 * (end - start), :h, :w], (y1 - y0, x1 - x0))
-            label, conf = _decide(full_Khw.view(2, end - start, y1 - y0, x1 - x0), par.gain, pairs_P2[start:end, 1])
+            classes_2nhw = full_Khw.view(2, end - start, y1 - y0, x1 - x0)
+            label, conf = decide(classes_2nhw, par.gain - classes_2nhw.sum(1), pairs_P2[start:end, 1])
             labels_BHW[b, y0:y1, x0:x1] = label
             conf_BHW[b, y0:y1, x0:x1] = conf
     return labels_BHW, conf_BHW
@@ -265,9 +266,17 @@ def _canvas(images: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
     return images_B3hw, masks_BKhw
 
 
-def _decide(refined_2nhw: Tensor, gain: float, classes_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and confidence of one image from its classes' refined probabilities in the high and the low run."""
-    background_2hw = gain - refined_2nhw.sum(1)
+def decide(refined_2nhw: Tensor, background_2hw: Tensor, classes_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and confidence of one image, from the scores of its classes in the high and the low run.
+
+    Args:
+        refined_2nhw: Positive scores of the n classes.
+        background_2hw: Those of the background.
+        classes_n: int64 classes f, from 0.
+
+    Returns:
+        int64 (h, w) labels and their confidence, see :func:`refine_labels`.
+    """
     best_2hw, slot_2hw = refined_2nhw.max(1)
     margin_2hw = best_2hw.log() - background_2hw.log()
     # argmax takes the first of equals, and background is channel 0: a class must exceed it.

@@ -26,6 +26,7 @@ class Schedule:
         contrasts: Whether the contrastive loss is in use (Eq. 10).
         uses_affinity: Whether the affinity loss is in use (Eq. 12).
         propagates_from: First step whose CAM walks along the affinity; ``None``: no step's does.
+        as_afa: Whether what walks is for L_seg's labels alone (``propagate: afa``).
         aux_labels: Whether the auxiliary classifier's CAM gives the labels of the affinity loss.
         share: ``method.cam.share``, with ``exact`` resolved to what it means here.
         supervised: Whether the labels are the masks of the batch, so that no CAM is computed.
@@ -37,6 +38,7 @@ class Schedule:
     contrasts: bool
     uses_affinity: bool
     propagates_from: int | None
+    as_afa: bool
     aux_labels: bool
     share: Literal["warmup", "always", "never"]
     supervised: bool = False
@@ -46,19 +48,21 @@ class Schedule:
         """The schedule of a run."""
         method, cam = cfg.method, cfg.method.cam
         if method.setting == FULL:
-            return cls(0, False, False, False, False, None, False, "never", supervised=True)
+            return cls(0, False, False, False, False, None, False, False, "never", supervised=True)
         warmup = cfg.train.at(cfg.train.cls_warmup_iters)
         share = cam.share
         if share == "exact":  # nothing is dropped: the two passes are one
-            share = "always" if not cfg.train.stochastic or cfg.model.drop_path == 0 else "never"
+            same = (not cfg.train.stochastic or cfg.model.drop_path == 0) and cam.mode == "eval"
+            share = "always" if same else "never"
         return cls(
             warmup=warmup,
             weighs_cls=method.setting in WEIGHS_CLS,
             weighs_seg=method.setting in WEIGHS_SEG,
             contrasts=method.setting in CONTRASTS and method.loss.lambda2 > 0,
             uses_affinity=method.loss.lambda3 > 0,
-            propagates_from=max(cfg.train.at(cam.propagate_after), warmup) if cam.propagate == "affinity" else None,
-            aux_labels=method.loss.lambda3 > 0 and cam.affinity_labels == "aux",
+            propagates_from=max(cfg.train.at(cam.propagate_after), warmup) if cam.propagate != "none" else None,
+            as_afa=cam.propagate == "afa",
+            aux_labels=method.loss.lambda3 > 0 and cam.affinity_from == "aux",
             share=share,
         )
 

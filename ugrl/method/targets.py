@@ -14,13 +14,14 @@ from torch import Tensor
 from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import DataError
-from ugrl.grid import sample_nearest
-from ugrl.method.cam import CamOutput, Forward, multi_scale_cam
+from ugrl.grid import inside_pixels, sample_nearest, whole_boxes
+from ugrl.method.cam import CamOutput, CamPass, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.losses import eligible_tokens
 from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
+from ugrl.method.published import walk_of, walked_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.schedule import FULL, Schedule
 from ugrl.method.weighting import effective_share, modulation_weights
@@ -106,9 +107,12 @@ class TargetMaker:
         self.schedule = Schedule.of(cfg)
         self.counts_on_host: bool | None = None
 
-    def wants_affinity(self, step: int) -> bool:
-        """Whether a step's plain CAM pass must give the affinity."""
-        return (self.schedule.uses_affinity and not self.schedule.warm(step)) or self.schedule.propagates(step)
+    def wants_affinity(self, step: int, view: CamPass) -> bool:
+        """Whether a pass of a step's CAM must give the affinity."""
+        schedule = self.schedule
+        if view.plain and schedule.uses_affinity and not schedule.warm(step):
+            return True
+        return schedule.propagates(step) and (view.largest if schedule.as_afa else view.plain)
 
     def wants_aux(self, step: int) -> bool:
         """Whether a step's CAM passes must give the auxiliary classifier's maps behind the others."""
@@ -146,6 +150,9 @@ class TargetMaker:
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
         labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
+        pairs_BHW = labels_BHW
+        if schedule.as_afa and schedule.propagates(step):
+            labels_BHW, conf_BHW = self.walked(batch, cam)
         out.labels_BHW = labels_BHW
         n_BC = pixel_counts(labels_BHW, u_BC.shape[1]).to(u_BC)
         out.stats["labelled"] = n_BC.sum() / labels_BHW.numel()
@@ -158,7 +165,7 @@ class TargetMaker:
             self._choose_pool(out, batch, step, u_BC, labels_BHW, conf_BHW, counts)
         if schedule.uses_affinity:
             grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
-            self._choose_pairs(out, self._pair_labels(out, batch, cam), grid, counts)
+            self._choose_pairs(out, self._pair_labels(out, pairs_BHW, batch, cam), grid, counts)
         return out
 
     def _from_masks(self, batch: Batch, step: int) -> Targets:
@@ -176,7 +183,7 @@ class TargetMaker:
 
     def cam(self, batch: Batch, step: int, forward: Forward) -> CamOutput:
         """CAM of the present pairs, by either classifier."""
-        c, warm = self.cfg.method.cam, self.schedule.warm(step)
+        c, warm, boxes_B4 = self.cfg.method.cam, self.schedule.warm(step), self._extent(batch)
         pairs, count = batch.pairs_P2, len(batch.pairs_P2)
         if self.wants_aux(step):
             pairs = torch.cat([pairs, pairs + torch.tensor([0, batch.tags_BF.shape[1]])])
@@ -184,19 +191,19 @@ class TargetMaker:
             forward,
             batch.images_B3HW,
             pairs,
-            batch.boxes_B4,
+            boxes_B4,
             # During the warm-up nothing but the prototypes reads the CAM: one scale is enough for them.
             scales=(1.0,) if warm else c.scales,
             mirror=c.mirror and not (warm and c.share == "warmup"),
         )
         if self.wants_aux(step):
             out = replace(out, cam_PHW=out.cam_PHW[:count], aux_PHW=out.cam_PHW[count:])
-        if self.schedule.propagates(step) and out.affinity_BNN is not None:
+        if self.schedule.propagates(step) and not self.schedule.as_afa and out.affinity_BNN is not None:
             cam_PHW = propagate_cam(
                 out.cam_PHW,
                 batch.pairs_P2,
                 out.affinity_BNN,
-                batch.boxes_B4,
+                boxes_B4,
                 grid=(out.f4_BDhw.shape[-2], out.f4_BDhw.shape[-1]),
                 radius=self.cfg.method.uncertainty.radius,
             )
@@ -205,13 +212,42 @@ class TargetMaker:
 
     def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels (B, H, W) and the confidence of each: distance to the deciding threshold."""
-        c, b = self.cfg.method.cam, len(batch.ids)
+        c, b, boxes_B4 = self.cfg.method.cam, len(batch.ids), self._extent(batch)
         if self.par is None:
             return pseudo_labels(cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=b, high=c.high, low=c.low)
         images = batch.images_B3HW
-        return refine_labels(
-            cam_PHW, batch.pairs_P2, batch.boxes_B4, images, batch=b, par=self.par, high=c.high, low=c.low
+        labels_BHW, conf_BHW = refine_labels(
+            cam_PHW, batch.pairs_P2, boxes_B4, images, batch=b, par=self.par, high=c.high, low=c.low
         )
+        if boxes_B4 is not batch.boxes_B4:
+            size = (int(images.shape[-2]), int(images.shape[-1]))
+            outside_BHW = ~inside_pixels(batch.boxes_B4, size, labels_BHW.device)
+            labels_BHW.masked_fill_(outside_BHW, IGNORE)
+            conf_BHW.masked_fill_(outside_BHW, 0.0)
+        return labels_BHW, conf_BHW
+
+    def walked(self, batch: Batch, cam: CamOutput) -> tuple[Tensor, Tensor]:
+        """AFA's labels of the segmentation loss, once the CAM is propagated; as :meth:`labels`."""
+        c = self.cfg.method.cam
+        assert self.par is not None and cam.largest_BNN is not None
+        walk_BNN = walk_of(cam.largest_BNN, cam.largest_grid, self.cfg.method.uncertainty.radius)
+        return walked_labels(
+            cam.cam_PHW,
+            batch.pairs_P2,
+            batch.boxes_B4,
+            batch.images_B3HW,
+            walk_BNN,
+            cam.largest_grid,
+            par=self.par,
+            high=c.high,
+            low=c.low,
+        )
+
+    def _extent(self, batch: Batch) -> Tensor:
+        """Boxes within which the CAM is normalised, propagated and refined."""
+        if self.cfg.method.cam.extent == "box":
+            return batch.boxes_B4
+        return whole_boxes(batch.boxes_B4, (int(batch.images_B3HW.shape[-2]), int(batch.images_B3HW.shape[-1])))
 
     def _weights(self, u_BC: Tensor, known_BC: Tensor, n_BC: Tensor, *, per_class: bool) -> Tensor:
         u = self.cfg.method.uncertainty
@@ -256,7 +292,7 @@ class TargetMaker:
         out.embed_Bn = positions(out.pool_Bhw, most)
         out.stats["pool"] = out.pool_Bhw.to(u_BC).mean()
 
-    def _pair_labels(self, out: Targets, batch: Batch, cam: CamOutput) -> Tensor:
+    def _pair_labels(self, out: Targets, labels_BHW: Tensor, batch: Batch, cam: CamOutput) -> Tensor:
         """The labels, on any grid, that say which pairs of cells belong together.
 
         Those of the auxiliary CAM are cut from it by the thresholds alone, as ToCo does: no PAR.
@@ -267,15 +303,14 @@ class TargetMaker:
                 cam.aux_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=c.high, low=c.low
             )[0]
         # Every coarser label is a sample of the next finer one, as its pool membership is.
-        labels = out.labels_BHW if out.small_Bhw is None else out.small_Bhw
-        assert labels is not None
-        return labels
+        return labels_BHW if out.small_Bhw is None else out.small_Bhw
 
     def _choose_pairs(self, out: Targets, labels_Bhw: Tensor, grid: tuple[int, int], counts: bool) -> None:
         """The cells of F4 that the affinity loss may pair: in the pool, where there is one."""
-        out.coarse_Bhw = sample_nearest(labels_Bhw, grid)
+        corner = self.cfg.method.loss.affinity_labels == "corner"
+        out.coarse_Bhw = sample_nearest(labels_Bhw, grid, corner=corner)
         out.eligible_Bhw = out.coarse_Bhw != IGNORE
         if out.pool_Bhw is not None:
-            out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid)
+            out.eligible_Bhw = out.eligible_Bhw & sample_nearest(out.pool_Bhw, grid, corner=corner)
         if counts:
             out.affinity_Bn = eligible_tokens(out.coarse_Bhw, out.eligible_Bhw)

@@ -16,6 +16,7 @@ from ugrl.model.backbone import Features, Pairs
 from ugrl.model.decoder import Decoder, ProjectionHead
 from ugrl.model.encoder import CPU_BYTES, attention_logits
 from ugrl.model.families import make_backbone
+from ugrl.model.initial import init_as_afa
 from ugrl.model.noise import Noise
 from ugrl.precision import full_precision
 from ugrl.types import Focus, ModelOutput
@@ -86,6 +87,7 @@ class UGRLNet(nn.Module):
         output_stride: int | None = None,
         frozen: str = "none",
         aux_classifier: int | None = None,
+        init: str = "own",
     ) -> None:
         """Builds the network with fresh weights from torch's current random state.
 
@@ -102,6 +104,7 @@ class UGRLNet(nn.Module):
             output_stride: Pixels per cell of F4, where the encoder is a convolutional network of timm.
             frozen: Part of the encoder without gradient: see :data:`ugrl.model.backbone.FROZEN`.
             aux_classifier: Blocks before the last one, of a plain ViT, that a second classifier reads.
+            init: First weights of the heads: ``own``, or those of AFA's public code (``afa``).
 
         Raises:
             ConfigError: A name is unknown.
@@ -131,6 +134,8 @@ class UGRLNet(nn.Module):
         if aux_classifier is not None:  # the last to be drawn: all others are those of a network without
             self.aux_classifier = nn.Conv2d(self.dim, num_classes, 1, bias=False)
             nn.init.trunc_normal_(self.aux_classifier.weight, std=0.02)
+        if init == "afa":
+            init_as_afa(self.classifier, self.g_cls, self.decoder)
 
     def forward(
         self,
@@ -303,7 +308,13 @@ class UGRLNet(nn.Module):
         return self.decoder(features)[1]
 
     def parameter_groups(
-        self, lr: float, head_ratio: float, weight_decay: float, norm_lr_mult: float, layer_decay: float = 1.0
+        self,
+        lr: float,
+        head_ratio: float,
+        weight_decay: float,
+        norm_lr_mult: float,
+        layer_decay: float = 1.0,
+        head_decay: str = "weights",
     ) -> list[dict[str, object]]:
         """Optimiser groups; every parameter that is not frozen is in exactly one.
 
@@ -313,6 +324,7 @@ class UGRLNet(nn.Module):
             weight_decay: Weight decay of all parameters but norms, the heads' biases, and what the encoder exempts.
             norm_lr_mult: Backbone norms over backbone; the public code has 0.
             layer_decay: Rate of a layer of the backbone over that of the next deeper one.
+            head_decay: Parameters of the heads with weight decay: ``weights``, or ``all``.
 
         Returns:
             Groups ``backbone``, ``backbone_no_decay`` (of timm's encoders alone), ``backbone_norm``, ``head`` and
@@ -342,7 +354,8 @@ class UGRLNet(nn.Module):
                 kind = "backbone_norm" if id(p) in norms else "backbone_no_decay" if own in exempt else "backbone"
                 key = (kind, layers.get(own, deepest))
             else:
-                key = ("head_no_decay" if id(p) in norms or name.endswith(".bias") else "head", deepest)
+                exempted = head_decay != "all" and (id(p) in norms or name.endswith(".bias"))
+                key = ("head_no_decay" if exempted else "head", deepest)
             members.setdefault(key, []).append(p)
         return [
             {

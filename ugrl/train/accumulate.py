@@ -93,7 +93,7 @@ def _in_parts(
                 targets = step_fn.targets(batch, step, Encoded.of(kept))
         leaves = [x.requires_grad_() for x in kept]
         answer = net.heads_of(
-            Encoded.of(leaves), size, noise=noise, boxes=batch.boxes_B4, where=targets.focus(), **heads
+            Encoded.of(leaves), size, noise=noise, boxes=step_fn.pool_boxes(batch), where=targets.focus(), **heads
         )
         out = step_fn.losses(batch, answer, targets, step, views=views)
     # Not a pass of DDP: the heads' gradients stay this rank's own until the last part's pass sends all of them.

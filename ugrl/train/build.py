@@ -51,6 +51,7 @@ def build_net(cfg: Config, num_classes: int, *, pretrained: bool = True) -> UGRL
             output_stride=m.output_stride,
             frozen=m.frozen,
             aux_classifier=m.aux_classifier,
+            init=m.init,
         )
     multiple = net.encoder.info.multiple
     if cfg.data.crop % multiple:
@@ -152,7 +153,12 @@ def build_run(
     net = build_net(cfg, num_classes, pretrained=pretrained).to(where, dtype)
     prototypes = build_prototypes(cfg, num_classes, net.dim).to(where, dtype)
     groups = net.parameter_groups(
-        train.lr, train.head_lr_ratio, train.weight_decay, train.norm_lr_mult, cfg.model.layer_decay
+        train.lr,
+        train.head_lr_ratio,
+        train.weight_decay,
+        train.norm_lr_mult,
+        cfg.model.layer_decay,
+        train.head_decay,
     )
     optimizer = Optimizer(net, groups, train)
     if train.compile != "none":

@@ -20,6 +20,7 @@ from ugrl.method.schedule import Schedule
 from ugrl.method.targets import TargetMaker, Targets
 from ugrl.model.network import Encoded, UGRLNet
 from ugrl.model.noise import Noise, sample_noise
+from ugrl.train.cam_passes import TrainingPasses
 from ugrl.types import IGNORE, Batch, Focus, ModelOutput, StepOutput
 
 
@@ -82,7 +83,7 @@ class Step:
         out = (model or self.net)(
             batch.images_B3HW,
             noise=self.noise(batch, step),
-            boxes=batch.boxes_B4,
+            boxes=self.pool_boxes(batch),
             focus=focus,
             **self.schedule.heads(step),
         )
@@ -92,31 +93,52 @@ class Step:
     def targets(self, batch: Batch, step: int, plain: Encoded | None = None) -> Targets:
         """The targets of a batch; moves the prototypes.
 
-        The CAM's passes go through the bare network: no drop-path, no decoder.
+        The CAM's passes go through the bare network: no drop-path, no decoder, unless ``method.cam.mode`` is ``train``.
 
         Args:
             batch: Samples of this rank, on the network's device.
             step: Number of the training step, counted from 0.
             plain: What the encoder gave in the training pass, where that stands in for the plain CAM pass.
         """
-        net, affinity, aux = self.net, self.target_maker.wants_affinity(step), self.target_maker.wants_aux(step)
+        net, cam, at_once = self.net, self.cfg.method.cam, self.cfg.train.micro_batch
+        aux = self.target_maker.wants_aux(step)
+        training = TrainingPasses(
+            net,
+            lambda view: self.noise(batch, step, view),
+            at_once=at_once,
+            mirror=cam.mirror,
+            moves=not self.schedule.warm(step),
+        )
 
         def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
-            if plain is None or not view.plain:
-                at_once = self.cfg.train.micro_batch
-                return net.cam(images, affinity=view.plain and affinity, at_once=at_once, aux=aux)
-            return net.cam_of(plain, affinity=affinity, aux=aux)
+            affinity = self.target_maker.wants_affinity(step, view)
+            if plain is not None and view.plain:
+                return net.cam_of(plain, affinity=affinity, aux=aux)
+            if cam.mode == "train":
+                return training(images, view, affinity=affinity, aux=aux)
+            return net.cam(images, affinity=affinity, at_once=at_once, aux=aux)
 
         return self.target_maker(batch, step, forward)
 
-    def noise(self, batch: Batch, step: int) -> Noise | None:
-        """What drop-path and dropout are decided by, or ``None`` where nothing is dropped."""
+    def pool_boxes(self, batch: Batch) -> Tensor | None:
+        """Boxes whose positions the class scores pool; ``None``: all positions of the crop."""
+        return batch.boxes_B4 if self.cfg.model.pool_extent == "box" else None
+
+    def noise(self, batch: Batch, step: int, view: CamPass | None = None) -> Noise | None:
+        """What drop-path and dropout are decided by, or ``None`` where nothing is dropped.
+
+        Args:
+            batch: Its ids are read.
+            step: Number of the training step, counted from 0.
+            view: The CAM's pass that it is for; ``None``: the training pass.
+        """
         if not self.cfg.train.stochastic:
             return None
+        suffix = "" if view is None else f"/cam/{view.scale:g}/{'mirrored' if view.mirrored else 'plain'}"
         return sample_noise(
             self.cfg.seed,
             step,
-            batch.ids,
+            [id + suffix for id in batch.ids],
             layers=self.net.layers,
             channels=self.cfg.model.decoder_dim,
             device=batch.images_B3HW.device,
