@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.backbone_kit import config, network
 from tests.contracts import BackboneContract, jittered
-from ugrl.config import EvalConfig, build
+from ugrl.config import build
 from ugrl.errors import CheckpointError, ConfigError
 from ugrl.eval.predict import predict_image
 from ugrl.model.backbone import MEAN, STD, Backbone
@@ -81,10 +81,10 @@ class TimmContract(BackboneContract):
             load_weights(other.encoder, str(tmp_path / "bad.safetensors"))
 
     def test_prediction_on_any_image(self):
-        net, how = self.network(), EvalConfig(seg_scales=(1.0, 0.75), mirror=True)
+        net = self.network()
         for height, width in ((65, 97), (40, 7)):
             image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
-            labels = predict_image(net, image, device=torch.device("cpu"), how=how)
+            labels = predict_image(net, image, device=torch.device("cpu"), scales=(1.0, 0.75), mirror=True)
             assert labels.shape == (height, width)
 
     def test_drop_path_follows_the_image(self):

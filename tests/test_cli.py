@@ -29,9 +29,10 @@ def test_the_surface_is_what_the_readme_says() -> None:
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(commands) == {"prepare", "check", "eval", "predict"}
-    common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device", "--protocol", "--set"}
+    common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
     measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
-    assert options(commands["eval"].format_help()) == common | measured | {"--out", "--json"}
+    measured |= {"--protocol", "--set", "--out", "--json"}
+    assert options(commands["eval"].format_help()) == common | measured
     assert options(commands["predict"].format_help()) == common | {"--out"}
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()

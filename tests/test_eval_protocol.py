@@ -21,11 +21,10 @@ from ugrl.config import EvalConfig, build
 from ugrl.data.augment import normalize
 from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError
-from ugrl.eval.combine import seg_scores
-from ugrl.eval.crf import dense_crf, find_backend
+from ugrl.eval.combine import combined_scores
+from ugrl.eval.crf import dense_crf, find_backend, sharpen
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.passes import BatchPasses, shape_batches
-from ugrl.eval.predict import predict_image
 from ugrl.eval.protocol import PROTOCOLS, choose
 from ugrl.eval.thresholds import REFINED_GRID, search_thresholds
 from ugrl.method.refine import PAR
@@ -129,14 +128,14 @@ def test_a_protocol_is_what_its_authors_code_does(name: str, net: UGRLNet) -> No
     assert len(told) == 1 and told[0].startswith(f"protocol {name}: seg_scales=[1")
     pixels = photograph(75, 98)  # of which no scale is a whole number of pixels
     image = torch.from_numpy(normalize(pixels))[None]
-    got, want = seg_scores(net, image, how), FIELD[name](net, image)
+    got, want = combined_scores(net, image, how), FIELD[name](net, image)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
     assert len(want.argmax(1).unique()) > 2
     others = [choose(EvalConfig(), other, {})[0] for other in PROTOCOLS if other != name]
-    assert all((seg_scores(net, image, other) - want).abs().max() > 1e-3 for other in others)
-    labels = predict_image(net, pixels, device=CPU, how=how)
+    assert all((combined_scores(net, image, other) - want).abs().max() > 1e-3 for other in others)
     assert how.crf == (name in CRFS)
     plain = want[0].numpy()
+    labels = sharpen(got[0].numpy(), pixels, how).argmax(0) if how.crf else got[0].argmax(0).numpy()
     final = dense_crf(plain, pixels, iterations=10, **CRFS[name]) if name in CRFS else plain
     assert (labels == final.argmax(0)).mean() > 0.999
     if name in CRFS:
@@ -160,7 +159,7 @@ def test_each_option_does_what_its_text_says(combine: str, mirror_by: str, of: s
         parts.append(pair / 2 if mirror_by == "mean" else pair)
     whole = parts[0].maximum(parts[1]) if combine == "max" else (parts[0] + parts[1]) / 2
     whole = whole / whole.sum(1, keepdim=True) if of == "probabilities" else whole.softmax(1)
-    torch.testing.assert_close(seg_scores(net, image, how), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(combined_scores(net, image, how), whole, atol=1e-5, rtol=1e-4)
 
 
 def test_an_option_wins_over_the_protocol_and_that_is_said() -> None:

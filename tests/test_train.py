@@ -284,7 +284,7 @@ def test_validation_counts_what_the_network_predicts(
         row = reader[i]
         image = np.asarray(Image.open(io.BytesIO(row.image)).convert("RGB"))
         labels = np.asarray(Image.open(io.BytesIO(row.mask or b"")))
-        predicted = predict_image(trainer.net, image, device=torch.device("cpu"), how=trainer.cfg.eval)
+        predicted = predict_image(trainer.net, image, device=torch.device("cpu"), scales=scales, mirror=mirror)
         np.add.at(counts, (labels[labels != 255], predicted[labels != 255]), 1)
     hit = np.diag(counts)
     iou = hit / (counts.sum(0) + counts.sum(1) - hit).clip(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def test_small_images_are_evaluated_as_they_are_predicted(tmp_path: Path) -> Non
         labels = torch.from_numpy(np.array(decode_labels(row.mask or b"", row.id)))
         for confusion, crf in zip(want.values(), (False, True), strict=True):
             pixels = decode_pixels(row.image, row.id)
-            guess = predict_image(net, pixels, device=torch.device("cpu"), how=replace(cfg.eval, crf=crf))
+            guess = predict_image(net, pixels, device=torch.device("cpu"), scales=(1.0, 0.5), crf=crf)
             confusion.add(torch.from_numpy(guess), labels)
         empty.add(torch.zeros_like(labels), labels)
     assert result.images == 3 and 0 < result.metrics["cam_miou"] <= 1

@@ -13,6 +13,8 @@ from ugrl.eval.selection import why_no_masks
 from ugrl.text import line
 from ugrl.train.check import judged_rows
 
+# The split that is cut out of train for searches.
+TUNE_VAL = "tune_val"
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
 ROOM = 1000
 # Images by whose mean score two configurations can hardly be told apart.
@@ -61,6 +63,12 @@ def remarks(search: Search) -> list[str]:
         found.append(
             f"split '{space.split}' has no image of {len(absent)} of {len(manifest.class_names)} classes ({names}): "
             "how well they are learned does not steer the search"
+        )
+    if space.paper and TUNE_VAL in manifest.splits:
+        rows, held = manifest.rows(search.base.data.train_split), manifest.rows(TUNE_VAL)
+        found.append(
+            f"{space.paper} trains on {rows} of {rows + held} training images: '{TUNE_VAL}' was cut out of them, and "
+            "the paper trains on all; expected shards of ugrl prepare with --tune-val 0"
         )
     weak = weak_rung(space, search.base)
     return [*found, *([weak] if weak else [])]

@@ -59,18 +59,12 @@ def _scaled(base_B3HW: Tensor, target: Size, scale: float, how: EvalConfig) -> T
     return resize(base_B3HW, target)
 
 
-def most_pixels(size: Size, how: EvalConfig) -> float:
-    """Pixels of an image at its largest scale, or of the map of probabilities where that is larger."""
-    h, w = first_size(size, how)
-    return max(size[0] * size[1], h * w * max(how.seg_scales) ** 2)
-
-
 def shares_passes(how: EvalConfig) -> bool:
     """Whether an image is segmented at the sizes at which its CAM is made, so that both may share passes."""
     return how.resize == "native" and how.rounding == "nearest" and not how.cam_side
 
 
-def seg_scores(
+def combined_scores(
     net: UGRLNet,
     images_B3HW: Tensor,
     how: EvalConfig,

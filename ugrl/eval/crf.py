@@ -210,7 +210,7 @@ def _pydensecrf(
     field = DenseCRF2D(width, height, classes)
     field.setUnaryEnergy(np.ascontiguousarray(-np.log(probs_CHW.clip(LEAST)).reshape(classes, -1)))
     field.addPairwiseGaussian(sxy=pos_xy_std, compat=pos_w)
-    image = np.ascontiguousarray(image_HW3, dtype=np.uint8)
+    image = np.array(image_HW3, dtype=np.uint8, order="C")  # a copy: the package takes no read-only memory
     field.addPairwiseBilateral(sxy=bi_xy_std, srgb=bi_rgb_std, rgbim=image, compat=bi_w)
     return np.array(field.inference(iterations), dtype=np.float32).reshape(probs_CHW.shape)
 

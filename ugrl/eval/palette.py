@@ -42,15 +42,6 @@ def write_mask(path: Path, labels_HW: np.ndarray) -> None:
         image.save(draft, format="PNG", pnginfo=note)
 
 
-def written_here(target: Path) -> bool:
-    """Whether a file is a mask that :func:`write_mask` has written."""
-    try:
-        with Image.open(target, formats=("PNG",)) as image:
-            return target.is_file() and image.info.get("Software") == WRITER
-    except Exception:  # whatever a file that is no PNG of ours may make of Pillow
-        return False
-
-
 def denormalize(image_3HW: np.ndarray) -> np.ndarray:
     """Undo the ImageNet normalisation: float (3, H, W) → uint8 (H, W, 3)."""
     unit = image_3HW.transpose(1, 2, 0) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)

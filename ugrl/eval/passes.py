@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ugrl.bilinear import resize
-from ugrl.config import Config
+from ugrl.config import Config, EvalConfig
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
-from ugrl.eval.combine import seg_scores, shares_passes
+from ugrl.eval.combine import combined_scores, shares_passes
 from ugrl.grid import resize_maps
 from ugrl.method.cam import CamOutput, CamPass, multi_scale_cam
 from ugrl.model.network import UGRLNet
@@ -88,6 +88,25 @@ def pad_small(image_XHW: np.ndarray, least: int, mode: Literal["edge", "ignore"]
         return image_XHW
     widths = [(0, 0)] * (image_XHW.ndim - 2) + extra
     return np.pad(image_XHW, widths, "edge") if mode == "edge" else np.pad(image_XHW, widths, constant_values=IGNORE)
+
+
+def seg_scores(
+    net: UGRLNet,
+    images_B3HW: Tensor,
+    scales: tuple[float, ...],
+    mirror: bool,
+    known: Mapping[tuple[float, bool], Tensor] | None = None,
+) -> Tensor:
+    """Class probabilities (B, C, H, W), averaged over scales and mirror images.
+
+    Args:
+        net: Network in eval mode.
+        images_B3HW: Normalised images of any size.
+        scales: Factors of the image size.
+        mirror: Whether to add each scale's mirror image.
+        known: Logits by (scale, mirrored) of passes that were made already.
+    """
+    return combined_scores(net, images_B3HW, EvalConfig(seg_scales=scales, mirror=mirror), known)
 
 
 class BatchPasses:
@@ -182,4 +201,4 @@ class BatchPasses:
     @cached_property
     def seg_probs_BCHW(self) -> Tensor:
         """The segmentation's probabilities. Ask for :attr:`cam` before, if at all: some passes are the same."""
-        return seg_scores(self.net, self.batch.images_B3HW, self.cfg.eval, known=self.logits)
+        return combined_scores(self.net, self.batch.images_B3HW, self.cfg.eval, known=self.logits)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ugrl.config import EvalConfig
 from ugrl.data.augment import normalize
 from ugrl.data.images import decode_pixels
 from ugrl.errors import DataError
-from ugrl.eval.combine import most_pixels, seg_scores
-from ugrl.eval.palette import write_mask, written_here
-from ugrl.eval.passes import pad_small
+from ugrl.eval.palette import WRITER, write_mask
+from ugrl.eval.passes import pad_small, seg_scores
 from ugrl.foreign import read_bytes
 from ugrl.model.network import UGRLNet
 from ugrl.text import line
@@ -23,7 +22,6 @@ from ugrl.text import line
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Pixels of an image at its largest scale; probabilities of twenty classes are then some gigabytes.
 MOST_PIXELS = 64_000_000
-PLAIN = EvalConfig()
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -64,7 +62,7 @@ def plan_targets(images: list[Path], out: Path) -> dict[Path, Path]:
         taken = next((inputs[key] for key in _identities(target) if key in inputs), None)
         if taken is not None:
             raise DataError(f"{target}: the mask of {path} would take the place of {taken}; choose another --out")
-        if os.path.lexists(target) and not written_here(target):
+        if os.path.lexists(target) and not _written_here(target):
             raise DataError(f"{target}: exists already, and ugrl predict has not written it; choose another --out")
     return targets
 
@@ -77,6 +75,14 @@ def _identities(path: Path) -> Iterator[tuple[int, int]]:
         except OSError:
             continue
         yield found.st_dev, found.st_ino
+
+
+def _written_here(target: Path) -> bool:
+    try:
+        with Image.open(target, formats=("PNG",)) as image:
+            return target.is_file() and image.info.get("Software") == WRITER
+    except Exception:  # whatever a file that is no PNG of ours may make of Pillow
+        return False
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -94,7 +100,9 @@ def predict_image(
     image_HW3: np.ndarray,
     *,
     device: torch.device,
-    how: EvalConfig = PLAIN,
+    scales: tuple[float, ...] = (1.0,),
+    mirror: bool = False,
+    crf: bool = False,
 ) -> np.ndarray:
     """Labels (H, W) uint8 of one image of any size.
 
@@ -102,21 +110,23 @@ def predict_image(
         net: Network in eval mode.
         image_HW3: uint8.
         device: Device of the network.
-        how: Scales, mirror images and how they are combined, and whether a dense CRF sharpens the result.
+        scales: Scales of the input that are averaged.
+        mirror: Whether to average with the mirror image.
+        crf: Whether to sharpen with a dense CRF.
 
     Raises:
         DataError: The image is too large.
     """
     h, w = image_HW3.shape[:2]
-    if most_pixels((h, w), how) > MOST_PIXELS:
-        at = f" at scale {max(how.seg_scales):g}" if max(how.seg_scales) > 1 else ""
+    if h * w * max(1.0, *scales) ** 2 > MOST_PIXELS:
+        at = f" at scale {max(scales):g}" if max(scales) > 1 else ""
         raise DataError(f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: cut it into parts")
     x = torch.from_numpy(pad_small(normalize(image_HW3), net.min_size))[None].to(device)
-    probs = seg_scores(net, x, how)[0, :, :h, :w]
-    if how.crf:
-        from ugrl.eval.crf import sharpen
+    probs = seg_scores(net, x, scales, mirror)[0, :, :h, :w]
+    if crf:
+        from ugrl.eval.crf import dense_crf
 
-        return sharpen(probs.cpu().numpy(), image_HW3, how).argmax(0).astype(np.uint8)
+        return dense_crf(probs.cpu().numpy(), image_HW3).argmax(0).astype(np.uint8)
     return probs.argmax(0).to(torch.uint8).cpu().numpy()
 
 
@@ -125,7 +135,9 @@ def predict(
     targets: Mapping[Path, Path],
     *,
     device: torch.device,
-    how: EvalConfig = PLAIN,
+    scales: tuple[float, ...] = (1.0,),
+    mirror: bool = False,
+    crf: bool = False,
     on_error: Callable[[DataError], None] | None = None,
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Write the mask of each image and yield its path with its labels.
@@ -134,7 +146,9 @@ def predict(
         net: Network; it is put into eval mode.
         targets: Image → mask, from :func:`plan_targets`.
         device: Device of the network.
-        how: Scales, mirror images and how they are combined, and whether a dense CRF sharpens the result.
+        scales: Scales of the input that are averaged.
+        mirror: Whether to average with the mirror image.
+        crf: Whether to sharpen with a dense CRF.
         on_error: Told of an image that cannot be used, before the next one; without it the first one is raised.
 
     Raises:
@@ -145,7 +159,7 @@ def predict(
         try:
             image = read_image(path)
             try:
-                labels = predict_image(net, image, device=device, how=how)
+                labels = predict_image(net, image, device=device, scales=scales, mirror=mirror, crf=crf)
             except DataError as error:
                 raise DataError(f"{path}: {error}") from None
             except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""``ugrl eval`` and ``ugrl predict``: the commands that take a checkpoint."""
+"""``ugrl eval``: a checkpoint measured on any split or list, by any protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl import config as config_mod
 from ugrl.command import folder_for
-from ugrl.config import SCALES, Config, EvalConfig
+from ugrl.config import Config, EvalConfig
 from ugrl.errors import CheckpointError, ConfigError, DataError
 from ugrl.eval.protocol import PROTOCOLS, choose
 from ugrl.text import line
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ugrl.train.restore import Restored
 
 WHAT = ("seg", "cam", "refined")
-EVAL = """\
+EXAMPLES = """\
 examples:
   ugrl eval runs/voc --data shards                        the newest checkpoint on split 'val'
   ugrl eval runs/voc --data shards --best --json          the best one, for another program
@@ -38,26 +38,6 @@ examples:
   ugrl eval runs/voc --data shards --what refined --list train.txt --out labels
   ugrl eval runs/voc --data shards --scales 0.75 1 1.25 --mirror --crf --set eval.crf_bi_w=5
 """
-PREDICT = """\
-examples:
-  ugrl predict runs/voc photos --out masks --best         masks/NAME.png for each photos/NAME.jpg
-  ugrl predict runs/voc a.jpg b.png --out masks --scales 0.75 1 1.25 --mirror
-  ugrl predict runs/voc photos --out masks --protocol toco
-
-The value of a pixel is its class, 0 is background. A mask that `ugrl predict` has written is written anew, any other
-file is left alone. An image that cannot be used is named, the others are done, and the status is 2.
-"""
-
-
-def scale(text: str) -> float:
-    """A scale of ``--scales``, by the rule of ``eval.seg_scales``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not SCALES["ge"] <= value <= SCALES["le"]:
-        raise argparse.ArgumentTypeError(f"{text!r} is no scale; expected {SCALES['ge']:g} … {SCALES['le']:g}")
-    return value
 
 
 def threshold(text: str) -> float:
@@ -71,13 +51,25 @@ def threshold(text: str) -> float:
     return value
 
 
-def _common_options(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ugrl eval``, but for those of every command that takes a checkpoint."""
+    parser.description, parser.epilog = "Measure.", EXAMPLES + (parser.epilog or "")
     parser.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint of the run instead of the newest")
+    parser.add_argument("--data", required=True, metavar="DIR|URI", help="prepared shards")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="the images that a text file names, one id a line")
+    parser.add_argument(
+        "--what", nargs="+", choices=WHAT, help="segmentation, CAM, CAM refined by PAR (default: what the run measures)"
+    )
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="sizes, scales and CRF as others measure")
-    parser.add_argument("--scales", type=scale, nargs="+", metavar="S", help="scales of the input to combine")
-    parser.add_argument("--mirror", action="store_true", help="combine with the mirror image")
     parser.add_argument("--crf", action="store_true", help="also with a dense CRF")
+    parser.add_argument("--refined-cam", action="store_true", help="also the CAM refined by PAR")
+    parser.add_argument("--threshold", type=threshold, metavar="T", help="background threshold of the CAM")
+    parser.add_argument(
+        "--threshold-from",
+        metavar="SPLIT|FILE",
+        help="search it on a split, or on the images of a list (default with --what cam or refined: train)",
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -87,58 +79,8 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="any other key of the section eval",
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-
-
-def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ugrl eval``."""
-    parser.description, parser.epilog = "Measure.", EVAL + (parser.epilog or "")
-    _common_options(parser)
-    parser.add_argument("--data", required=True, metavar="DIR|URI", help="prepared shards")
-    parser.add_argument("--split", default="val", help="default: val")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="the images that a text file names, one id a line")
-    parser.add_argument(
-        "--what", nargs="+", choices=WHAT, help="segmentation, CAM, CAM refined by PAR (default: what the run measures)"
-    )
-    parser.add_argument("--refined-cam", action="store_true", help="also the CAM refined by PAR")
-    parser.add_argument("--threshold", type=threshold, metavar="T", help="background threshold of the CAM")
-    parser.add_argument(
-        "--threshold-from",
-        metavar="SPLIT|FILE",
-        help="search it on a split, or on the images of a list (default with --what cam or refined: train)",
-    )
-    parser.add_argument(
-        "--out", type=folder_for, metavar="DIR", help="also write the labels: DIR/seg/ID.png, DIR/cam/…"
-    )
+    parser.add_argument("--out", type=folder_for, metavar="DIR", help="also write the labels: DIR/cam/ID.png, …")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ugrl predict``."""
-    parser.description, parser.epilog = "Write masks.", PREDICT + (parser.epilog or "")
-    _common_options(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parser.add_argument("--out", type=folder_for, required=True, metavar="DIR", help="folder for the masks")
-
-
-def choose_checkpoint(where: str, *, best: bool) -> tuple[Path, str]:
-    """The checkpoint that a command takes, and what to tell of the choice.
-
-    Raises:
-        UgrlError: There is none.
-    """
-    from ugrl.storage import place
-    from ugrl.train import checkpoint
-
-    path = checkpoint.find(where, best=best)
-    if (place(where) / "state.json").exists():
-        return path, f"checkpoint: {path.name}"
-    ranked = checkpoint.ranking(place(where) / "checkpoints")
-    marked = ranked[0].checkpoint if ranked else None
-    if best:
-        return path, f"checkpoint: {path.name}, " + ("the best" if marked else "the newest: none is marked as the best")
-    hint = ", and the best" if marked == path.name else f"; --best takes {marked}" if marked else ""
-    return path, f"checkpoint: {path.name}, the newest{hint}"
 
 
 def how_to_measure(cfg: Config, args: argparse.Namespace) -> tuple[EvalConfig, list[str]]:
@@ -158,9 +100,6 @@ def how_to_measure(cfg: Config, args: argparse.Namespace) -> tuple[EvalConfig, l
     return choose(cfg.eval, args.protocol, given)
 
 
-# -- eval -----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Measured:
     """What an evaluation was, and what it gave."""
@@ -173,8 +112,16 @@ class Measured:
     searched_on: str = ""
 
 
-def run_eval(args: argparse.Namespace) -> int:
-    """``ugrl eval``."""
+def run(args: argparse.Namespace, choose_checkpoint: Callable[..., tuple[Path, str]]) -> int:
+    """``ugrl eval``.
+
+    Args:
+        args: Of the command.
+        choose_checkpoint: Finds the checkpoint, and says which one it is.
+
+    Raises:
+        UgrlError: It cannot be measured.
+    """
     from ugrl.data.reader import ShardReader
     from ugrl.data.shards import Manifest
     from ugrl.device import resolve
@@ -309,8 +256,17 @@ def keeper(out: Path) -> Callable[[str, str, np.ndarray], None]:
     Raises:
         DataError: A file is there that was not written by this command, or it cannot be written.
     """
-    from ugrl.eval.palette import write_mask, written_here
+    from ugrl.eval.palette import WRITER, write_mask
     from ugrl.foreign import under
+
+    def written_here(target: Path) -> bool:
+        from PIL import Image
+
+        try:
+            with Image.open(target, formats=("PNG",)) as image:
+                return image.info.get("Software") == WRITER
+        except Exception:  # whatever a file that is no PNG of ours may make of Pillow
+            return False
 
     def keep(kind: str, id: str, labels_HW: np.ndarray) -> None:
         target = under(out / kind, f"{id}.png", f"image {line(id, 80)}")
@@ -352,41 +308,3 @@ def _told(args: argparse.Namespace, found: Measured) -> dict[str, Any]:
 def _names(names: tuple[str, ...]) -> str:
     shown = ", ".join(line(n, 40) for n in names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} classes ({shown})"
-
-
-# -- predict --------------------------------------------------------------------------------------
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    """``ugrl predict``."""
-    from ugrl.command import complain
-    from ugrl.data.progress import Progress
-    from ugrl.device import resolve
-    from ugrl.eval.predict import find_images, plan_targets, predict
-    from ugrl.terminal import Terminal
-    from ugrl.train.restore import restore
-
-    targets = plan_targets(find_images(args.images), args.out)
-    device = resolve(args.device)
-    path, chosen = choose_checkpoint(args.checkpoint, best=args.best)
-    got = restore(path, device=device)
-    console, broken = Terminal(stderr=True), 0
-    # A run's own validations may have a CRF that takes seconds an image; here it has to be asked for.
-    how, told = how_to_measure(replace(got.cfg, eval=replace(got.cfg.eval, crf=False)), args)
-    for text in [f"{chosen}; {len(targets)} images", *told]:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    def skipped(error: DataError) -> None:
-        nonlocal broken
-        broken += 1
-        complain(str(error))
-        bar.advance(1)
-
-    with Progress(total=len(targets), what="images") as bar:
-        for target, labels in predict(got.net, targets, device=device, how=how, on_error=skipped):
-            shown = [got.class_names[v - 1] for v in sorted({*labels.ravel().tolist()} - {0})]
-            print(line(f"{target}: {', '.join(shown) or 'background only'}", most=2000))
-            bar.advance(1)
-    if broken and len(targets) > 1:
-        console.print(f"{broken} of {len(targets)} images could not be used")
-    return 2 if broken else 0
