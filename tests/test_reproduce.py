@@ -69,6 +69,8 @@ def those(*programs: str) -> list[list[str]]:
 
 
 @needs_data
+@pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_data_runs_and_scores(place: Path) -> None:
     """What prepares, trains, measures and predicts, in the order of the page."""
     done = [words for words in those("ugrl") if words[1] == "prepare"]
@@ -91,6 +93,7 @@ def test_data_runs_and_scores(place: Path) -> None:
 @needs_data
 @pytest.mark.long
 @pytest.mark.ray
+@pytest.mark.timeout(3600)
 def test_searches(place: Path) -> None:
     """One trial of each search, and the run that follows from the first."""
     for words in (words for words in those("ugrl") if words[1] == "prepare" and words[2] != "--verify"):

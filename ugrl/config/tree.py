@@ -316,7 +316,7 @@ class EvalConfig:
     squeezed to squares of ``eval.side`` times the scale. Scores are always counted at an image's own size."""
     side: int = _num(512, ge=32, le=4096)
     """Side for ``eval.resize``, in pixels."""
-    rounding: Literal["nearest", "down"] = "nearest"
+    rounding: Literal["nearest", "floor"] = "nearest"
     """How the sides of resized images become whole pixels."""
     combine: Literal["mean", "max"] = "mean"
     """How the scores of several scales become one: their mean, or the largest of each class."""

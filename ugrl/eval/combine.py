@@ -23,7 +23,7 @@ def first_size(size: Size, how: EvalConfig, least: int = 1) -> Size:
         how: ``resize``, ``side`` and ``rounding`` are read.
         least: Shortest side that the encoder takes.
 
-    >>> first_size((375, 500), EvalConfig(resize="long_side", side=512, rounding="down"))
+    >>> first_size((375, 500), EvalConfig(resize="long_side", side=512, rounding="floor"))
     (384, 512)
     """
     if how.resize == "native":
@@ -37,14 +37,14 @@ def first_size(size: Size, how: EvalConfig, least: int = 1) -> Size:
 def size_at(first: Size, scale: float, how: EvalConfig, least: int = 1) -> Size:
     """Size of an image at a scale, from :func:`first_size`.
 
-    >>> size_at((333, 500), 0.75, EvalConfig()), size_at((333, 500), 0.75, EvalConfig(rounding="down"))
+    >>> size_at((333, 500), 0.75, EvalConfig()), size_at((333, 500), 0.75, EvalConfig(rounding="floor"))
     ((250, 375), (249, 375))
     """
     return first if scale == 1 else (_whole(first[0] * scale, how, least), _whole(first[1] * scale, how, least))
 
 
 def _whole(side: float, how: EvalConfig, least: int) -> int:
-    return max(least, int(side) if how.rounding == "down" else round(side))
+    return max(least, int(side) if how.rounding == "floor" else round(side))
 
 
 def _scaled(base_B3HW: Tensor, target: Size, scale: float, how: EvalConfig) -> Tensor:

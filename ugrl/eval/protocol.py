@@ -31,7 +31,7 @@ _FIELD: dict[str, Any] = {
     "mirror": True,
     "combine": "max",
     "combine_of": "logits",
-    "rounding": "down",
+    "rounding": "floor",
     "crf": True,
     "crf_iterations": 10,
     "crf_bi_w": 4.0,
