@@ -158,8 +158,9 @@ def _measured(cell: Cell, name: str, final: bool) -> Measure:
 
 def _how(findings: Findings, cells: Sequence[Cell], final: bool) -> str:
     space, search = findings.search.space, findings.search
-    chooses = not (space.sampler.name == "grid" and space.scheduler.name == "none" and not space.repeats.skip)
-    sees = "which the search sees" if chooses else "which steers nothing: every point runs to its end with every seed"
+    sees = (
+        "which the search sees" if space.steers else "which steers nothing: every point runs to its end with every seed"
+    )
     split = f"the untouched split '{space.final.split}'" if final else f"split '{space.split}', {sees}"
     text = f"Measured here: mean ± standard error over seeds, on {split}; configuration {space.config}, "
     text += (

@@ -51,7 +51,7 @@ def remarks(search: Search) -> list[str]:
     found = []
     if space.objectives[0].name == "auto" and (why := why_no_masks(manifest, space.split, search.objective)):
         found.append(f"objective auto: {why}")
-    if rows < FEW:
+    if rows < FEW and space.steers:
         limit = ", by eval.limit" if rows < manifest.rows(space.split) else ""
         found.append(
             f"split '{space.split}' steers the search with {rows} images{limit}: too few to tell configurations apart; "
@@ -60,9 +60,10 @@ def remarks(search: Search) -> list[str]:
     shown = {tag for tags in manifest.tags(space.split)[:rows] for tag in tags}
     if absent := [line(name, 40) for k, name in enumerate(manifest.class_names, 1) if k not in shown]:
         names = ", ".join(absent[:NAMED]) + (" …" if len(absent) > NAMED else "")
+        without = "steer the search" if space.steers else "show in its scores"
         found.append(
             f"split '{space.split}' has no image of {len(absent)} of {len(manifest.class_names)} classes ({names}): "
-            "how well they are learned does not steer the search"
+            f"how well they are learned does not {without}"
         )
     if space.paper and TUNE_VAL in manifest.splits:
         rows, held = manifest.rows(search.base.data.train_split), manifest.rows(TUNE_VAL)
