@@ -110,13 +110,12 @@ def evaluate(
     labels = masks or keep is not None
     with_cam, decode = labels and cfg.eval.cam, labels and segment
     n = len(reader) if cfg.eval.limit == 0 else min(cfg.eval.limit, len(reader))
-    segmentation = MaskScores("seg", names, device, segmentation_labels, keep)
+    segmentation = MaskScores("seg", names, device, segmentation_labels, keep) if decode else None
+    crf = CrfScores(names, device, cfg.eval, keep) if decode and cfg.eval.crf else None
     collectors: list[Collector] = [TagScores(names)]
     if with_cam:  # before the segmentation, which takes over some of the CAM's passes
         collectors += _cam_collectors(cfg, names, device, prototypes if masks else None, affinity_trained, par, keep)
-    crf = CrfScores(names, device, cfg.eval, keep) if decode and cfg.eval.crf else None
-    if decode:
-        collectors += [segmentation, *([crf] if crf else [])]
+    collectors += [scores for scores in (segmentation, crf) if scores is not None]
 
     given_up = False
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
@@ -137,15 +136,12 @@ def evaluate(
         net.train(was_training)
         raise GivenUp
 
-    found: dict[str, float] = {}
-    tables: dict[str, dict[str, float]] = {}
-    for collector in collectors:
-        scores = collector.result()
-        found |= scores.metrics
-        tables |= scores.classes
+    found = [collector.result() for collector in collectors]
+    values = {name: value for scores in found for name, value in scores.metrics.items()}
+    tables = {name: table for scores in found for name, table in scores.classes.items()}
     # What cannot be computed (no pair of one kind, say) is absent rather than NaN.
-    metrics = {name: found[name] for name in METRICS if math.isfinite(found.get(name, math.nan))}
-    verdict = collapse(metrics, segmentation.only if masks and decode else None)
+    metrics = {name: values[name] for name in METRICS if math.isfinite(values.get(name, math.nan))}
+    verdict = collapse(metrics, segmentation.only if masks and segmentation else None)
     metrics["collapsed"] = float(bool(verdict))
     net.train(was_training)
     return EvalResult(
