@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ugrl.data.reader import ShardReader
-from ugrl.eval.evaluate import seg_scores, shape_batches
 from ugrl.eval.palette import PALETTE, denormalize
+from ugrl.eval.passes import seg_scores, shape_batches
 from ugrl.method.cam import multi_scale_cam
 from ugrl.train.restore import restore
 

@@ -30,7 +30,9 @@ def test_the_surface_is_what_the_readme_says() -> None:
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(commands) == {"prepare", "check", "eval", "predict"}
     common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
-    assert options(commands["eval"].format_help()) == common | {"--data", "--split", "--refined-cam", "--json"}
+    measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
+    measured |= {"--protocol", "--set", "--out", "--json"}
+    assert options(commands["eval"].format_help()) == common | measured
     assert options(commands["predict"].format_help()) == common | {"--out"}
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()

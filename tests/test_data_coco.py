@@ -10,10 +10,12 @@ from PIL import Image
 from pycocotools import mask as official
 from pycocotools.coco import COCO
 
+from ugrl.cli import main
 from ugrl.data.coco import CocoSource
 from ugrl.data.coco_masks import decode_counts, spans
 from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
+from ugrl.data.shards import Manifest
 from ugrl.data.source import RowError, open_source
 from ugrl.errors import DataError
 
@@ -161,6 +163,72 @@ def test_objects_are_painted_in_file_order_and_crowds_only_where_nothing_lies(tm
     np.testing.assert_array_equal(labels_of(row), expected)
     assert row.tags == (1, 2, 3)  # the crowd's class is among them
     assert source.class_names == ("person", "stop sign", "toothbrush")
+
+
+def smallest_on_top(annotations, masks, index, shape):
+    """Pixel by pixel: of what lies there, the object with the smallest area; of equal ones the first."""
+    expected = np.zeros(shape, np.uint8)
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            there = [k for k, mask in enumerate(masks) if mask[y, x]]
+            if there:
+                top = min(there, key=lambda k: (annotations[k]["area"], k))
+                expected[y, x] = index[annotations[top]["category_id"]]
+    return expected
+
+
+@pytest.mark.parametrize("areas", [True, False])
+def test_the_smallest_object_lies_on_top_and_crowds_have_their_class(tmp_path, areas):
+    """Polygons and both forms of RLE, with the area that the file gives and without one."""
+    runs = rect(2, 2, 9, 9)
+    shapes = [
+        (13, 1, rect(0, 0, 30, 10)),  # a crowd, the largest
+        (90, 0, [SQUARE]),
+        (1, 0, [OVER]),
+        (90, 0, {"size": [20, 30], "counts": decode_counts(runs["counts"])}),
+        (1, 1, rect(3, 3, 10, 10)),  # as large as the one before: that one stays on top
+    ]
+    content = tree([(1, c, crowd, s) for c, crowd, s in shapes])
+    masks = [painted(s, 20, 30) for _, _, s in shapes]
+    for annotation, mask in zip(content["annotations"], masks, strict=True):
+        annotation["area"] = float(mask.sum())
+    annotations = json.loads(json.dumps(content["annotations"]))
+    if not areas:
+        for annotation in content["annotations"]:
+            annotation["area"] = None
+    source = CocoSource(build(tmp_path, content), masks="smallest-on-top")
+    want = smallest_on_top(annotations, masks, {1: 1, 13: 2, 90: 3}, (20, 30))
+    got = labels_of(source.row("train", "000000000001"))
+    np.testing.assert_array_equal(got, want)
+    assert (got == 2).any() and not (got == 255).any() and len(np.unique(got)) == 4
+    other = labels_of(CocoSource(tmp_path).row("train", "000000000001"))
+    assert (other != got).any() and (other == 255).any()
+
+
+def test_how_masks_are_painted_is_written_down_checked_and_part_of_what_is_resumed(tmp_path, capsys):
+    root, out = build(tmp_path / "coco", tree([(1, 1, 0, [SQUARE]), (2, 90, 0, [OVER])], (1, 2))), tmp_path / "shards"
+    words = ["prepare", "coco", "--root", str(root), "--out", str(out), "--tune-val", "0"]
+    with pytest.MonkeyPatch.context() as patch:  # killed after the first shard
+        whole, seen = CocoSource.row, []
+
+        def row(self, split, id):
+            seen.append(id)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            return whole(self, split, id)
+
+        patch.setattr(CocoSource, "row", row)
+        assert main([*words, "--masks", "smallest-on-top", "--shard-rows", "1"]) == 130
+    assert main([*words, "--shard-rows", "1"]) == 2
+    assert "begun with source.masks 'smallest-on-top', now 'file-order'" in capsys.readouterr().err
+    assert main([*words, "--masks", "smallest-on-top", "--shard-rows", "1"]) == 0
+    assert Manifest.load(out).options["masks"] == "smallest-on-top"
+    assert main(["prepare", "--verify", str(out), "--masks", "smallest-on-top"]) == 0
+    assert "masks smallest-on-top" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["prepare", "--verify", str(out), "--masks", "file-order"]) == 2
+    assert "masks painted by 'smallest-on-top'; expected file-order" in capsys.readouterr().err
+    with pytest.raises(DataError, match="masks is 'biggest'; expected file-order or smallest-on-top"):
+        CocoSource(root, masks="biggest")
 
 
 @pytest.mark.parametrize("year", [2014, 2017])

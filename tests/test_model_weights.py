@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import re
 import socket
 import threading
@@ -309,3 +310,71 @@ def test_hub_falls_back_to_the_older_file_and_keeps_it(monkeypatch, tmp_path):
 def test_strides_do_not_matter(tmp_path):
     torch.save(to_segformer(make().state_dict()), tmp_path / "mit.pth")
     load_backbone_weights(MiT(replace(SPECS["tiny"], strides=(4, 2, 2, 1))), str(tmp_path / "mit.pth"))
+
+
+# -- weights that have seen masks ---------------------------------------------------------------------
+
+
+def test_weights_with_a_segmentation_head_are_doubted(tmp_path):
+    """As transformers saves it, and as the authors of SegFormer do."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    SegformerForSemanticSegmentation(SegformerConfig(num_labels=150)).save_pretrained(tmp_path)
+    report = load_backbone_weights(MiT(SPECS["mit_b0"]), str(tmp_path))
+    assert report.warning == (
+        "carries a segmentation head (decode_head, 150 classes): trained on masks, so results are not those of tags "
+        "alone"
+    )
+    head = {"decode_head.linear_pred.weight": torch.zeros(19, 8, 1, 1), "decode_head.linear_fuse.conv.weight": WIDE}
+    torch.save({"state_dict": {**to_segformer(make().state_dict()), **head}}, tmp_path / "mit.pth")
+    assert "(decode_head, 19 classes)" in load_backbone_weights(make(), str(tmp_path / "mit.pth")).warning
+
+
+WIDE = torch.zeros(8, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("head", "warning"),
+    [
+        ({"head.weight": torch.zeros(1000, 8), "head.bias": torch.zeros(1000)}, ""),
+        ({"head.weight": torch.zeros(21841, 8)}, ""),
+        ({}, ""),
+        ({"head.weight": torch.zeros(20, 8)}, "carries a classifier of 20 classes, not ImageNet's"),
+        ({"classifier.weight": torch.zeros(21, 8, 1, 1)}, "carries a segmentation head (a convolution, 21 classes)"),
+        ({"auxiliary_head.conv_seg.weight": torch.zeros(60, 8, 1, 1)}, "(auxiliary_head, 60 classes)"),
+    ],
+)
+def test_what_a_head_tells_of_its_training(tmp_path, head, warning):
+    torch.save({**to_segformer(make().state_dict()), **head}, tmp_path / "mit.pth")
+    found = load_backbone_weights(make(), str(tmp_path / "mit.pth")).warning
+    assert warning in found and bool(found) == bool(warning)
+
+
+def test_a_backbone_of_timm_is_doubted_by_its_head_and_not_by_its_own_convolutions(tmp_path):
+    import timm
+
+    from ugrl.model.families import make_backbone
+    from ugrl.model.pretrained import load_weights
+
+    name = "tf_efficientnet_lite0"  # which ends in a convolution of 1 x 1 that is no head
+    for classes, doubted in ((1000, False), (21, True)):
+        torch.save(timm.create_model(name, num_classes=classes).state_dict(), tmp_path / "net.pth")
+        report = load_weights(make_backbone(f"timm/{name}"), str(tmp_path / "net.pth"))
+        assert bool(report.warning) == doubted and "all" in report.text
+
+
+def test_a_run_says_what_was_loaded_and_keeps_it(tmp_path, shards, capsys):
+    from tests.tiny import tiny_tree
+    from ugrl.config import build
+    from ugrl.train.loop import Trainer
+
+    head = {"decode_head.classifier.weight": torch.zeros(150, 8, 1, 1)}
+    torch.save({**to_segformer(make().state_dict()), **head}, tmp_path / "mit.pth")
+    tree = tiny_tree(steps=1, cls_warmup_iters=0, lr_warmup_iters=0)
+    tree["model"]["weights"] = str(tmp_path / "mit.pth")
+    Trainer(build(tree), shards=shards, out=tmp_path / "run", device="cpu").fit()
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "weights mit.pth (segformer): all" in shown
+    assert f"warning: model.weights {tmp_path / 'mit.pth'} carries a segmentation head" in shown
+    told = json.loads((tmp_path / "run/weights.json").read_text())
+    assert told["loaded"].startswith("mit.pth (segformer): all") and "150 classes" in told["warning"]

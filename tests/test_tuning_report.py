@@ -333,15 +333,26 @@ def test_rows_are_compared_on_one_split(tmp_path: Path) -> None:
     assert "With one seed each the noise is not known" in section.sentences[0]
 
 
+def test_a_grid_on_the_split_that_is_measured_says_that_it_chose_nothing(tmp_path: Path) -> None:
+    grid = {"sampler": "grid", "repeats": {"seeds": 2, "skip": False}, "split": "val"}
+    story = table3(tmp_path, **grid)
+    for setting in ("Base", "I"):
+        story.add(seeds=2, setting=setting)
+    section = paper_section(story.findings(), tmp_path / "plots")
+    assert section is not None and "on split 'val', which steers nothing: every point" in section.sentences[-1]
+
+
 def test_table_4_and_figure_7_invent_nothing(tmp_path: Path) -> None:
-    keeps = {"method.contrast.keep": {"choice": [0.05, 0.2, 0.35, 0.8]}}
+    keeps = {"method.contrast.keep": {"choice": [0.05, 0.2, 0.35, 0.4]}}
     story = Story(tmp_path / "t", search=keeps, first=[], paper="table4", scheduler={"name": "none"})
-    for keep in (0.05, 0.2, 0.35, 0.8):
+    for keep in (0.05, 0.2, 0.35, 0.4):
         story.add(seeds=2, keep=keep)
     section = paper_section(story.findings(), tmp_path / "t" / "plots")
     assert section is not None and section.image == "paper.png" and plots(tmp_path / "t") == {"paper"}
-    assert [row[-1] for row in section.rows] == ["not known here"] * 2 + ["the paper's choice", "not known here"]
-    assert "not known here: the paper's chosen value is K 0.35" in section.sentences[0]
+    assert section.header[-2:] == ("seg printed, VOC", "seg printed, COCO")
+    printed = [("75.8", "44.1"), ("76.3", "47.3"), ("77.4", "48.2"), ("not printed", "not printed")]
+    assert [row[-2:] for row in section.rows] == printed
+    assert "its best, and its choice, is K 0.35 on both data sets" in section.sentences[0]
     assert [s.split("with ")[1].split(" mIoU")[0] for s in section.sentences[1:3]] == ["seg", "CAM"]
 
     widths = {p: SPACE["search"][p] for p in ("method.uncertainty.d_cls", "method.contrast.d_seg")}
@@ -351,6 +362,7 @@ def test_table_4_and_figure_7_invent_nothing(tmp_path: Path) -> None:
     section = paper_section(story.findings(), tmp_path / "f" / "plots")
     assert section is not None and [row[:2] for row in section.rows][0] == ("256", "512")
     assert [row[4] for row in section.rows] == ["15.6", "13.3", "17.2", "19.2"]
+    assert [row[5] for row in section.rows].count("the peak of both curves") == 1
     assert (tmp_path / "f" / "plots" / "paper.png").stat().st_size > 10_000
 
 

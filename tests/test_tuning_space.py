@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from tuning.space.advice import weak_rung
-from tuning.space.space import differences, trial_config
+from tuning.space.advice import remarks, weak_rung
+from tuning.space.search import Search
+from tuning.space.space import SearchSpace, differences, trial_config
 from tuning.space.space_file import build_space, load_space
 from ugrl import config as configs
+from ugrl.data.prepare import prepare
+from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import ConfigError
+from ugrl.storage import place
 
 SPACE: dict[str, Any] = {
     "config": "shapes",
@@ -247,13 +251,29 @@ def test_a_grid_has_all_its_points_and_sets_the_budget() -> None:
     assert build_space({**tree, "trials": 4}).trials == 4
 
 
-@pytest.mark.parametrize(("name", "trials", "seeds"), [("table3", 5, 3), ("table4", 5, 3), ("fig7", 16, 2)])
+@pytest.mark.parametrize(("name", "trials", "seeds"), [("table3", 5, 3), ("table4", 6, 3), ("fig7", 16, 2)])
 def test_the_papers_tables_run_on_any_configuration(name: str, trials: int, seeds: int) -> None:
     for config in ("voc", "shapes"):
         space = load_space(name, config=config)
         assert (space.trials, space.repeats.seeds, space.repeats.skip) == (trials, seeds, False)
-        assert space.paper == name and space.final.every and space.final.split == "val"
-        assert space.scheduler.name == "none"
+        assert space.paper == name and space.split == "val" and not (space.final.every or space.final.best)
+        assert space.scheduler.name == "none" and space.base().train.keep_best == 0
+
+
+def test_a_table_of_the_paper_is_to_train_on_all_of_train(shards: Path, tmp_path: Path) -> None:
+    """Shards whose train split was cut are warned of, before anything is paid for."""
+    space = load_space("table4", config="shapes")
+    assert space.search[0].options == (0.05, 0.2, 0.35, 0.5, 0.65, 0.8)
+    said, *others = remarks(_search(space, shards, tmp_path))[::-1]
+    assert not space.steers and not any("steer" in text for text in others)  # of few images, too: they decide nothing
+    assert said.startswith("table4 trains on 20 of 24 training images: 'tune_val' was cut out of them")
+    whole = tmp_path / "whole"
+    prepare(ShapesSource(ShapesSpec(train=24, val=16, size=48, difficulty=0.5, seed=3)), whole, tune_val=0)
+    assert not any("training images" in text for text in remarks(_search(space, whole, tmp_path)))
+
+
+def _search(space: SearchSpace, shards: Path, out: Path) -> Search:
+    return Search(space, space.base(), place(shards), space.objectives, out)
 
 
 def test_differences_name_the_first_key() -> None:

@@ -7,17 +7,16 @@ for any split, ``predict`` writes masks for images. Nothing heavy is imported be
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ugrl import eval_cli
 from ugrl.command import Parser, check_words, folder_for, guarded, pasted
 from ugrl.config import SCALES
 from ugrl.data import cli as prepare_cli
-from ugrl.errors import CheckpointError, DataError, UgrlError
+from ugrl.errors import DataError, UgrlError
 from ugrl.text import line
 
 EPILOG = """\
@@ -30,12 +29,6 @@ what exists:
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
 Each takes --help.
-"""
-EVAL = """\
-examples:
-  ugrl eval runs/voc --data shards                        the newest checkpoint on split 'val'
-  ugrl eval runs/voc --data shards --best --json          the best one, for another program
-  ugrl eval runs/voc --data shards --scales 0.75 1 1.25 --mirror --crf
 """
 PREDICT = """\
 examples:
@@ -62,8 +55,8 @@ def scale(text: str) -> float:
 
 def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best", action="store_true", help="the best checkpoint of the run instead of the newest")
-    parser.add_argument("--scales", type=scale, nargs="+", metavar="S", help="scales of the input to average")
-    parser.add_argument("--mirror", action="store_true", help="average with the mirror image")
+    parser.add_argument("--scales", type=scale, nargs="+", metavar="S", help="scales of the input to combine")
+    parser.add_argument("--mirror", action="store_true", help="combine with the mirror image")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
@@ -84,17 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare_cli.add_check_arguments(p)
     p.set_defaults(run=prepare_cli.run_check)
 
-    p = commands.add_parser(
-        "eval", help="the validation table of a checkpoint, for any split", description="Measure.", epilog=EVAL
-    )
-    p.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
-    p.add_argument("--data", required=True, metavar="DIR|URI", help="prepared shards")
-    p.add_argument("--split", default="val", help="default: val")
-    p.add_argument("--refined-cam", action="store_true", help="also the CAM refined by PAR")
-    p.add_argument("--crf", action="store_true", help="also with a dense CRF")
-    p.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    p = commands.add_parser("eval", help="the validation table of a checkpoint, for any split")
+    eval_cli.add_arguments(p)
     _checkpoint_options(p)
-    p.set_defaults(run=run_eval)
+    p.set_defaults(run=lambda args: eval_cli.run(args, choose))
 
     p = commands.add_parser(
         "predict", help="palette masks for images of any size", description="Write masks.", epilog=PREDICT
@@ -126,65 +112,6 @@ def choose(where: str, *, best: bool) -> tuple[Path, str]:
         return path, f"checkpoint: {path.name}, " + ("the best" if marked else "the newest: none is marked as the best")
     hint = ", and the best" if marked == path.name else f"; --best takes {marked}" if marked else ""
     return path, f"checkpoint: {path.name}, the newest{hint}"
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """``ugrl eval``."""
-    from ugrl.data.progress import Progress
-    from ugrl.data.reader import ShardReader
-    from ugrl.device import resolve
-    from ugrl.storage import place
-    from ugrl.terminal import Terminal
-    from ugrl.train.build import build_par
-    from ugrl.train.measure import measure
-    from ugrl.train.progress import result_table
-    from ugrl.train.restore import restore
-
-    device = resolve(args.device)
-    path, chosen = choose(args.checkpoint, best=args.best)
-    reader = ShardReader(args.data, args.split)
-    got = restore(path, device=device)
-    if reader.manifest.class_names != got.class_names:
-        raise CheckpointError(
-            f"{place(args.checkpoint)}: trained on {_names(got.class_names)}; {reader.manifest.root} has "
-            f"{_names(reader.manifest.class_names)}"
-        )
-    cfg = replace(
-        got.cfg,
-        eval=replace(
-            got.cfg.eval,
-            refined_cam=args.refined_cam or got.cfg.eval.refined_cam,
-            seg_scales=tuple(args.scales) if args.scales else got.cfg.eval.seg_scales,
-            mirror=args.mirror or got.cfg.eval.mirror,
-            crf=args.crf or got.cfg.eval.crf,
-        ),
-    )
-    par = build_par(replace(cfg, method=replace(cfg.method, cam=replace(cfg.method.cam, refine="par"))))
-    total = min(cfg.eval.limit or len(reader), len(reader))
-    Terminal(stderr=True).print(f"{chosen}; split '{args.split}': {total} images", soft_wrap=True)
-    with Progress(total=total, what="images") as bar:
-        result = measure(got, reader, device=device, cfg=cfg, par=par, on_batch=lambda ids: bar.advance(len(ids)))
-    if args.json:
-        told = {
-            "checkpoint": place(args.checkpoint).public,
-            "step": got.step,
-            "data": place(args.data).public,
-            "split": args.split,
-            "images": result.images,
-            "metrics": result.metrics,
-            "classes": {
-                k: {n: v if math.isfinite(v) else None for n, v in c.items()} for k, c in result.classes.items()
-            },
-        }
-        print(json.dumps(told, indent=1))
-    else:
-        Terminal().print(result_table(result))
-    return 0
-
-
-def _names(names: tuple[str, ...]) -> str:
-    shown = ", ".join(line(n, 40) for n in names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} classes ({shown})"
 
 
 def run_predict(args: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from ugrl.eval.selection import why_no_masks
 from ugrl.text import line
 from ugrl.train.check import judged_rows
 
+# The split that is cut out of train for searches.
+TUNE_VAL = "tune_val"
 # Steps after the warm-ups by which a network tells its classes apart; half of what follows them where that is less.
 ROOM = 1000
 # Images by whose mean score two configurations can hardly be told apart.
@@ -49,7 +51,7 @@ def remarks(search: Search) -> list[str]:
     found = []
     if space.objectives[0].name == "auto" and (why := why_no_masks(manifest, space.split, search.objective)):
         found.append(f"objective auto: {why}")
-    if rows < FEW:
+    if rows < FEW and space.steers:
         limit = ", by eval.limit" if rows < manifest.rows(space.split) else ""
         found.append(
             f"split '{space.split}' steers the search with {rows} images{limit}: too few to tell configurations apart; "
@@ -58,9 +60,16 @@ def remarks(search: Search) -> list[str]:
     shown = {tag for tags in manifest.tags(space.split)[:rows] for tag in tags}
     if absent := [line(name, 40) for k, name in enumerate(manifest.class_names, 1) if k not in shown]:
         names = ", ".join(absent[:NAMED]) + (" …" if len(absent) > NAMED else "")
+        without = "steer the search" if space.steers else "show in its scores"
         found.append(
             f"split '{space.split}' has no image of {len(absent)} of {len(manifest.class_names)} classes ({names}): "
-            "how well they are learned does not steer the search"
+            f"how well they are learned does not {without}"
+        )
+    if space.paper and TUNE_VAL in manifest.splits:
+        rows, held = manifest.rows(search.base.data.train_split), manifest.rows(TUNE_VAL)
+        found.append(
+            f"{space.paper} trains on {rows} of {rows + held} training images: '{TUNE_VAL}' was cut out of them, and "
+            "the paper trains on all; expected shards of ugrl prepare with --tune-val 0"
         )
     weak = weak_rung(space, search.base)
     return [*found, *([weak] if weak else [])]

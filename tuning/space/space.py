@@ -79,6 +79,12 @@ class SearchSpace:
     first: tuple[Mapping[str, Any], ...] = ()
 
     @property
+    def steers(self) -> bool:
+        """Whether scores decide anything: not in a grid whose points all run to the end with all their seeds."""
+        whole = self.sampler.name == "grid" and self.scheduler.name == "none" and not self.repeats.skip
+        return not whole or bool(self.final.best)
+
+    @property
     def trials(self) -> int:
         """Trials that are to end."""
         return self.budget.trials

@@ -344,6 +344,42 @@ class EvalConfig:
     objective: str = "auto"
     """Metric that ranks checkpoints and trials: ``seg_miou``, ``cam_miou``, ``tag_map`` or ``tag_f1``. ``auto``:
     ``seg_miou`` where every validation image has a mask, else ``tag_map``."""
+    resize: Literal["native", "long_side", "square"] = "native"
+    """Size of the images that are segmented: their own; resized first so that the longer side is ``eval.side``; or
+    squeezed to squares of ``eval.side`` times the scale. Scores are always counted at an image's own size."""
+    side: int = _num(512, ge=32, le=4096)
+    """Side for ``eval.resize``, in pixels."""
+    rounding: Literal["nearest", "floor"] = "nearest"
+    """How the sides of resized images become whole pixels."""
+    combine: Literal["mean", "max"] = "mean"
+    """How the scores of several scales become one: their mean, or the largest of each class."""
+    combine_of: Literal["probabilities", "logits"] = "probabilities"
+    """What is combined over scales and mirror images: class probabilities, or logits, whose softmax is taken last."""
+    combine_at: Literal["image", "decoder"] = "image"
+    """Where scores are combined: at the image's size, or on the decoder's map of the first of ``eval.seg_scales``,
+    before they are enlarged."""
+    mirror_by: Literal["mean", "sum"] = "mean"
+    """How a map and the one of the mirrored image become one. A sum of logits has sharper probabilities than their
+    mean, which only a CRF sees."""
+    cam_side: int = _num(0, ge=0, le=4096)
+    """Side of the square to which images are squeezed for their CAM, in pixels. 0: their own size."""
+    refined_background: float | None = _num(None, gt=0, lt=1)
+    """Background score with which PAR refines the CAM that is scored. ``null``: ``eval.cam_background``."""
+    crf_backend: Literal["auto", "own", "pydensecrf"] = "auto"
+    """What computes the CRF: this project's own code, or ``pydensecrf`` (``pip install 'ugrl[crf]'``). ``auto``:
+    pydensecrf where it is installed. The result says which."""
+    crf_iterations: int = _num(10, ge=0, le=1000)
+    """Mean-field iterations of the CRF."""
+    crf_pos_w: float = _num(3.0, ge=0)
+    """Weight of the CRF's kernel of positions."""
+    crf_pos_std: float = _num(3.0, gt=0)
+    """Standard deviation of that kernel, in pixels."""
+    crf_bi_w: float = _num(4.0, ge=0)
+    """Weight of the CRF's kernel of positions and colours."""
+    crf_bi_xy_std: float = _num(64.0, gt=0)
+    """Standard deviation of that kernel in position, in pixels."""
+    crf_bi_rgb_std: float = _num(5.0, gt=0)
+    """Standard deviation of that kernel in colour, in levels of 255."""
     cam_scales: tuple[float, ...] | None = _num(None, **SCALES)
     """Factors of the image size at which a CAM that is scored is computed. ``null``: those of ``method.cam.scales``.
     Without a backward pass a larger factor is affordable."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ugrl.command import folder_for
 from ugrl.data.source import SOURCES, RowError, Source, open_source
 from ugrl.errors import ConfigError, DataError
-from ugrl.text import line, plain
+from ugrl.text import brief, line, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _OWN = {
     "keep_unannotated": "coco",
     "year": "coco",
+    "masks": "coco",
     "labels": "voc",
     "train_list": "voc",
     "train": "shapes",
@@ -38,6 +39,7 @@ examples:
   ugrl prepare folder --root photos --out shards --on-error skip     photos/images, photos/tags.csv, photos/masks
   ugrl prepare voc --root VOCdevkit/VOC2012 --out shards
   ugrl prepare coco --root coco --out shards
+  ugrl prepare coco --root coco --out shards --masks smallest-on-top   as several papers measure
   ugrl prepare shapes --out shards --train 1200 --val 200            generated images
   ugrl prepare --verify shards                                       are its files whole?
 """
@@ -69,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     coco = parser.add_argument_group("coco")
     coco.add_argument("--year", type=int, choices=(2014, 2017), help="layout (default: the one that is there)")
     coco.add_argument("--keep-unannotated", action="store_const", const=True, help="keep images without any annotation")
+    coco.add_argument(
+        "--masks",
+        choices=("file-order", "smallest-on-top"),
+        help="objects in file order and crowds ignored, or the smallest object on top and crowds of their class "
+        "(default file-order); beside --verify: what the folder must have been painted by",
+    )
     voc = parser.add_argument_group("voc")
     voc.add_argument("--labels", choices=("xml", "mask"), help="where image tags come from (default xml)")
     voc.add_argument("--train-list", metavar="NAME", help="split list used as train (default train_aug, else train)")
@@ -97,7 +105,12 @@ def run(args: argparse.Namespace) -> int:
     if args.verify is not None:
         if args.source or args.out:
             raise ConfigError("--verify stands alone; expected no SOURCE and no --out beside it")
-        console.print(summary(verify(args.verify)))
+        manifest = verify(args.verify)
+        if args.masks is not None and (have := manifest.options.get("masks", "file-order")) != args.masks:
+            raise DataError(
+                f"{line(args.verify)}: masks painted by {brief(have)}; expected {args.masks}: prepare again"
+            )
+        console.print(summary(manifest))
         return 0
     if not args.source:
         raise ConfigError(f"no SOURCE; expected one of {', '.join(SOURCES)}")
@@ -242,7 +255,8 @@ def summary(manifest: Manifest) -> Table:
     """Splits, rows, masks, what was left out, shards and size."""
     from rich.table import Table
 
-    table = Table(title=plain(f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes"))
+    how = f", masks {line(manifest.options['masks'])}" if "masks" in manifest.options else ""
+    table = Table(title=plain(f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes{how}"))
     table.add_column("split")
     for column in ("rows", "with masks", "left out", "shards", "MB"):
         table.add_column(column, justify="right")

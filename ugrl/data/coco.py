@@ -6,8 +6,10 @@ Expected under the root::
     train2017/000000000009.jpg              val2017/…
     (2014: instances_train2014.json and train2014/COCO_train2014_000000000009.jpg)
 
-Category ids in ascending order become 1…F (the raw ids have gaps). Objects are painted in file order,
-later over earlier; crowd regions become 255 where no object lies. Crowds set tags like objects do. An image with an
+Category ids in ascending order become 1…F (the raw ids have gaps). By default objects are painted in file order,
+later over earlier; crowd regions become 255 where no object lies. With ``masks="smallest-on-top"`` the object of the
+smallest ``area`` is painted last and a crowd is painted as its class, as a converter does by which several papers
+measure (of equal areas the first in the file stays on top). Crowds set tags like objects do. An image with an
 object of which only the box is known has tags and no mask: one without that object would be wrong.
 
 What is wrong with one image or annotation is a row that cannot be used, so that ``--on-error skip`` leaves it out and
@@ -17,6 +19,7 @@ counts it; what makes the ids ambiguous is refused.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ from ugrl.text import brief, line
 from ugrl.types import IGNORE, Row
 
 YEARS = (2014, 2017)
+MASKS = ("file-order", "smallest-on-top")
 _SPLITS = ("train", "val")
 _MOST_JSON = 4096 * foreign.MB
 _MOST_SIDE = 1 << 16
@@ -50,6 +54,7 @@ class _Found(NamedTuple):
     category_id: Any
     crowd: Any
     segmentation: Any
+    area: Any
 
 
 class _Object(NamedTuple):
@@ -57,6 +62,7 @@ class _Object(NamedTuple):
     category_id: int
     crowd: bool
     segmentation: Any
+    area: float | None
 
 
 @dataclass(slots=True)
@@ -83,14 +89,26 @@ class CocoSource:
         root: Folder with ``annotations`` and the image folders.
         year: 2014 or 2017; found from the files where ``None``.
         keep_unannotated: Whether images without any annotation stay, as pure background.
+        masks: How objects that overlap are painted, one of :data:`MASKS`.
 
     Raises:
-        DataError: Missing files, broken JSON, ids or names that occur twice, categories that differ between the splits.
+        DataError: Another value of ``masks``; missing files, broken JSON, ids or names that occur twice, categories
+            that differ between the splits.
     """
 
     name = "coco"
 
-    def __init__(self, root: str | Path | None, *, year: int | None = None, keep_unannotated: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | Path | None,
+        *,
+        year: int | None = None,
+        keep_unannotated: bool = False,
+        masks: str = MASKS[0],
+    ) -> None:
+        if masks not in MASKS:
+            raise DataError(f"coco: masks is {brief(masks)}; expected {' or '.join(MASKS)}")
+        self._masks = masks
         self.root = check_root(root, self.name)
         self._year = _find_year(self.root, year)
         self._keep = keep_unannotated
@@ -128,8 +146,8 @@ class CocoSource:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Year and whether unannotated images stay."""
-        return {"year": self._year, "keep_unannotated": self._keep}
+        """Year, whether unannotated images stay, and how masks are painted."""
+        return {"year": self._year, "keep_unannotated": self._keep, "masks": self._masks}
 
     def splits(self) -> dict[str, list[str]]:
         """File stems in the JSON's order, then what belongs to no image of it."""
@@ -172,19 +190,39 @@ class CocoSource:
     def _paint(self, image: _Image, where: str) -> np.ndarray:
         """uint8 labels (H, W)."""
         flat = np.zeros(image.width * image.height, np.uint8)
-        # Objects first, in file order; then crowds, only where nothing lies.
-        for annotation in sorted(image.objects, key=lambda a: a.crowd):
+        found = []
+        for annotation in image.objects:
             try:
-                parts = spans(annotation.segmentation, image.height, image.width)
+                found.append((annotation, spans(annotation.segmentation, image.height, image.width)))
             except ValueError as error:
                 raise RowError(f"{where}: annotation {brief(annotation.id)} has {error}", "broken annotation") from None
+        by_size = self._masks == "smallest-on-top"
+        if by_size:
+            found = [found[k] for k in _largest_first([_area(a, parts) for a, parts in found])]
+        else:  # objects in file order; then crowds, only where nothing lies
+            found.sort(key=lambda pair: pair[0].crowd)
+        for annotation, parts in found:
             for start, inside in parts:
                 view = flat[start : start + len(inside)]
-                if annotation.crowd:
+                if annotation.crowd and not by_size:
                     view[inside & (view == 0)] = IGNORE
                 else:
                     view[inside] = self._label[annotation.category_id]
         return flat.reshape(image.width, image.height).T
+
+
+def _largest_first(areas: list[float]) -> list[int]:
+    """Positions from the largest to the smallest area; of equal ones the first comes last, and so lies on top.
+
+    >>> _largest_first([5, 9, 5])
+    [1, 2, 0]
+    """
+    return sorted(range(len(areas)), key=lambda k: areas[k])[::-1]
+
+
+def _area(annotation: _Object, parts: list[tuple[int, np.ndarray]]) -> float:
+    """The area that the file gives, else the pixels."""
+    return float(sum(inside.sum() for _, inside in parts)) if annotation.area is None else annotation.area
 
 
 def _tell(path: Path, images: list[_Image]) -> None:
@@ -236,7 +274,8 @@ def _slim(tree: dict[str, Any]) -> Any:
             shape = ("broken",)  # refused with the annotation's id when it is painted
         if all(not len(np.atleast_1d(p)) for p in shape):
             shape = None
-    return _Found(tree.get("id", "?"), tree["image_id"], tree["category_id"], tree.get("iscrowd", 0), shape)
+    keys = (tree.get("id", "?"), tree["image_id"], tree["category_id"], tree.get("iscrowd", 0))
+    return _Found(*keys, shape, tree.get("area"))
 
 
 def _entries(tree: Any, key: str, where: str) -> list[Any]:
@@ -335,4 +374,6 @@ def _read_object(found: _Found, categories: dict[int, str]) -> _Object:
         crowd = _CROWD.get(crowd.strip().lower(), crowd)
     if crowd not in (0, 1, None):
         raise DataError(f"iscrowd {brief(crowd)}; expected 0 or 1")
-    return _Object(found.id, category, bool(crowd), found.segmentation)
+    # Only the order of masks follows from it: an area that is none is as good as no area.
+    area = found.area if isinstance(found.area, int | float) and math.isfinite(found.area) else None
+    return _Object(found.id, category, bool(crowd), found.segmentation, area)

@@ -41,6 +41,20 @@ _PATHS = re.compile(r"(.+?)\.\w{1,5}(?:\s+\S*SegmentationClass\w*/\1\.png)?")
 MOST_LINE = 1000
 
 
+def list_entry(text: str) -> tuple[str, ...]:
+    """The ids that a line of a list may stand for: the line itself, else without a suffix, else out of its two paths.
+
+    >>> list_entry("2007_000032"), list_entry("2007_000032.jpg")
+    (('2007_000032',), ('2007_000032.jpg', '2007_000032'))
+    >>> list_entry("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png")[-1]
+    '2007_000032'
+    """
+    if found := _PATHS.fullmatch(text.partition("JPEGImages/")[2]):
+        return text, found[1]
+    bare = without_suffix(text)
+    return (text, bare) if bare != text else (text,)
+
+
 class VocSource:
     """See the module; a :class:`ugrl.data.source.Source`.
 
@@ -94,10 +108,10 @@ class VocSource:
 
     def _id(self, text: str) -> str:
         """What a line of a list names."""
-        if found := _PATHS.fullmatch(text.partition("JPEGImages/")[2]):
-            return found[1]
-        bare = without_suffix(text)
-        return bare if bare != text and bare in self._names and text not in self._names else text
+        whole, *rest = list_entry(text)
+        if rest and "JPEGImages/" in text:
+            return rest[-1]
+        return next((id for id in rest if id in self._names and whole not in self._names), whole)
 
     @cached_property
     def _names(self) -> dict[str, str]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ugrl.config import Config
-from ugrl.eval.crf import dense_crf
+from ugrl.config import Config, EvalConfig
+from ugrl.eval.crf import find_backend, sharpen
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
 from ugrl.eval.passes import BatchPasses
@@ -19,6 +20,9 @@ from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.types import IGNORE
+
+# Told the name of the scores (``seg``, ``cam``, …), the id of an image and its uint8 labels (H, W).
+Keep = Callable[[str, str, np.ndarray], None]
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class MaskScores:
         names: Names of the foreground classes, in the order of their indices.
         device: Device that the counts are added up on.
         labels_of: The labels of a batch, (B, H, W).
+        keep: Told the labels of every image, where they are wanted.
     """
 
     def __init__(
@@ -78,13 +83,20 @@ class MaskScores:
         names: Sequence[str],
         device: torch.device,
         labels_of: Callable[[BatchPasses], Tensor],
+        keep: Keep | None = None,
     ) -> None:
-        self.name, self.names, self.labels_of = name, ("background", *names), labels_of
+        self.name, self.names, self.labels_of, self.keep = name, ("background", *names), labels_of, keep
         self.found = Confusion(len(self.names), device=device)
 
     def add(self, seen: BatchPasses) -> None:
-        """Count a batch."""
-        self.found.add(self.labels_of(seen), seen.labels_BHW)
+        """Count a batch; one without masks is only kept."""
+        labels_BHW, batch = self.labels_of(seen), seen.batch
+        if batch.masks_BHW is not None:
+            self.found.add(labels_BHW, seen.labels_BHW)
+        if self.keep is not None:
+            host_BHW = labels_BHW.to(torch.uint8).cpu().numpy()
+            for id, labels_HW, (y0, y1, x0, x1) in zip(batch.ids, host_BHW, batch.boxes_B4.tolist(), strict=True):
+                self.keep(self.name, id, labels_HW[y0:y1, x0:x1])
 
     def result(self) -> Scores:
         """``<name>_miou``, and what an empty mask scores, ``<name>_background_miou``."""
@@ -101,16 +113,18 @@ class MaskScores:
 class CrfScores(MaskScores):
     """IoU of the segmentation after a dense CRF, image by image."""
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        super().__init__("crf", names, device, segmentation_labels)
+    def __init__(self, names: Sequence[str], device: torch.device, how: EvalConfig, keep: Keep | None = None) -> None:
+        super().__init__("crf", names, device, self._sharpened, keep)
+        self.how, self.backend = how, find_backend(how.crf_backend)
 
-    def add(self, seen: BatchPasses) -> None:
-        """Count a batch."""
-        probs_BCHW, labels_BHW = seen.seg_probs_BCHW, seen.labels_BHW
+    def _sharpened(self, seen: BatchPasses) -> Tensor:
+        probs_BCHW = seen.seg_probs_BCHW
+        labels_BHW = torch.full((len(probs_BCHW), *probs_BCHW.shape[-2:]), IGNORE)
         for k, (_, h, _, w) in enumerate(seen.batch.boxes_B4.tolist()):  # without what small images were padded with
             image_HW3 = denormalize(seen.images_host_B3HW[k, :, :h, :w].numpy())
-            sharp = dense_crf(probs_BCHW[k, :, :h, :w].cpu().numpy(), image_HW3)
-            self.found.add(torch.from_numpy(sharp.argmax(0)).to(labels_BHW.device), labels_BHW[k, :h, :w])
+            sharp = sharpen(probs_BCHW[k, :, :h, :w].cpu().numpy(), image_HW3, self.how)
+            labels_BHW[k, :h, :w] = torch.from_numpy(sharp.argmax(0))
+        return labels_BHW.to(probs_BCHW.device)
 
 
 class UncertaintyScores:
@@ -159,7 +173,8 @@ def refined_labels(par: PAR) -> Callable[[BatchPasses], Tensor]:
     """The labels of the CAM refined by PAR; what stays undecided is background."""
 
     def labels_of(seen: BatchPasses) -> Tensor:
-        t, batch = seen.cfg.eval.cam_background, seen.batch
+        e, batch = seen.cfg.eval, seen.batch
+        t = e.cam_background if e.refined_background is None else e.refined_background
         fine_BHW, _ = refine_labels(
             seen.cam.cam_PHW,
             batch.pairs_P2,

@@ -1,4 +1,4 @@
-"""Fully connected CRF as post-processing, without a compiled dependency.
+"""Fully connected CRF as post-processing: own code without a compiled dependency, or ``pydensecrf`` where it is there.
 
 Mean field of Krähenbühl and Koltun (NeurIPS 2011): a Potts model whose pairwise term is the sum of a Gaussian in
 position and one in position and colour, both normalised symmetrically. The position filter is exact up to a cut at
@@ -10,17 +10,24 @@ Public CRF implementations filter on the same lattice.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ugrl.errors import UgrlError
+from ugrl.config import EvalConfig
+from ugrl.errors import ConfigError, UgrlError
+
+Backend = Literal["own", "pydensecrf"]
 
 NEGLIGIBLE = 1e-3
 """A class whose probability is nowhere above this takes no part: what it could send cannot make it win anywhere."""
+LEAST = 1e-10
+"""Smaller probabilities count as this one: their logarithm is finite."""
 
 
 class PermutohedralLattice:
@@ -131,6 +138,7 @@ def dense_crf(
     bi_w: float = 4.0,
     bi_xy_std: float = 64.0,
     bi_rgb_std: float = 5.0,
+    backend: Backend = "own",
 ) -> np.ndarray:
     """Sharpen class probabilities along the edges of an image.
 
@@ -146,6 +154,7 @@ def dense_crf(
         bi_w: Weight of the position-and-colour kernel.
         bi_xy_std: Its deviation in pixels.
         bi_rgb_std: Its deviation in grey levels.
+        backend: What computes it, see :func:`find_backend`; the two give nearly the same labels.
 
     Returns:
         float32 (C, H, W), summing to 1; classes that are negligible everywhere (below 0.001) become 0.
@@ -160,8 +169,13 @@ def dense_crf(
     everything = torch.from_numpy(np.ascontiguousarray(probs_CHW, dtype=np.float32))
     kept = (everything.flatten(1).amax(1) > NEGLIGIBLE).nonzero().flatten()
     probs = everything[kept]
+    out = torch.zeros_like(everything)
+    if backend == "pydensecrf":
+        kernels = (pos_w, pos_xy_std, bi_w, bi_xy_std, bi_rgb_std)
+        out[kept] = torch.from_numpy(_pydensecrf(probs.numpy(), image_HW3, iterations, *kernels))
+        return out.numpy()
     classes, height, width = probs.shape
-    unary_CHW = probs.clamp_min(1e-10).log()
+    unary_CHW = probs.clamp_min(LEAST).log()
 
     y_HW, x_HW = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     colour_N3 = torch.from_numpy(image_HW3.astype(np.float64)).view(-1, 3) / bi_rgb_std
@@ -176,6 +190,68 @@ def dense_crf(
         alike_NC = lattice.filter(belief_CHW.flatten(1).t() * bi_norm_N1) * bi_norm_N1
         alike_CHW = alike_NC.t().view(classes, height, width)
         belief_CHW = (unary_CHW + pos_w * near_CHW + bi_w * alike_CHW).softmax(0)
-    out = torch.zeros_like(everything)
     out[kept] = belief_CHW
     return out.numpy()
+
+
+def _pydensecrf(
+    probs_CHW: np.ndarray,
+    image_HW3: np.ndarray,
+    iterations: int,
+    pos_w: float,
+    pos_xy_std: float,
+    bi_w: float,
+    bi_xy_std: float,
+    bi_rgb_std: float,
+) -> np.ndarray:
+    from pydensecrf.densecrf import DenseCRF2D
+
+    classes, height, width = probs_CHW.shape
+    field = DenseCRF2D(width, height, classes)
+    field.setUnaryEnergy(np.ascontiguousarray(-np.log(probs_CHW.clip(LEAST)).reshape(classes, -1)))
+    field.addPairwiseGaussian(sxy=pos_xy_std, compat=pos_w)
+    image = np.array(image_HW3, dtype=np.uint8, order="C")  # a copy: the package takes no read-only memory
+    field.addPairwiseBilateral(sxy=bi_xy_std, srgb=bi_rgb_std, rgbim=image, compat=bi_w)
+    return np.array(field.inference(iterations), dtype=np.float32).reshape(probs_CHW.shape)
+
+
+def find_backend(name: str) -> Backend:
+    """What computes a CRF on this machine.
+
+    Args:
+        name: ``eval.crf_backend``; ``auto`` is ``pydensecrf`` where it is installed.
+
+    Raises:
+        ConfigError: It is to be ``pydensecrf``, which is not installed.
+    """
+    there = importlib.util.find_spec("pydensecrf") is not None
+    if name == "pydensecrf" and not there:
+        raise ConfigError(
+            "eval.crf_backend is pydensecrf, which is not installed; pip install 'ugrl[crf]', or eval.crf_backend=own"
+        )
+    return "pydensecrf" if there and name != "own" else "own"
+
+
+def sharpen(probs_CHW: np.ndarray, image_HW3: np.ndarray, how: EvalConfig) -> np.ndarray:
+    """:func:`dense_crf` as the configuration says.
+
+    Args:
+        probs_CHW: Class probabilities.
+        image_HW3: uint8 RGB.
+        how: The keys ``crf_…`` are read.
+
+    Raises:
+        ConfigError: As :func:`find_backend`.
+        UgrlError: As :func:`dense_crf`.
+    """
+    return dense_crf(
+        probs_CHW,
+        image_HW3,
+        iterations=how.crf_iterations,
+        pos_w=how.crf_pos_w,
+        pos_xy_std=how.crf_pos_std,
+        bi_w=how.crf_bi_w,
+        bi_xy_std=how.crf_bi_xy_std,
+        bi_rgb_std=how.crf_bi_rgb_std,
+        backend=find_backend(how.crf_backend),
+    )

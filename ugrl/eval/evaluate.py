@@ -17,6 +17,7 @@ from ugrl.distributed import all_reduce_sum, rank, world_size
 from ugrl.eval.collectors import (
     Collector,
     CrfScores,
+    Keep,
     MaskScores,
     TagScores,
     UncertaintyScores,
@@ -51,12 +52,14 @@ class EvalResult:
         classes: Metric → class name → value, for the table.
         images: Images seen, over all ranks.
         verdict: In which way the network is collapsed, in words; empty where it is not.
+        crf: What computed the CRF, ``own`` or ``pydensecrf``; empty where none was.
     """
 
     metrics: dict[str, float]
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
     images: int = 0
     verdict: str = ""
+    crf: str = ""
 
 
 class GivenUp(Exception):
@@ -76,6 +79,8 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[Sequence[str]], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    segment: bool = True,
+    keep: Keep | None = None,
 ) -> EvalResult:
     """Evaluate a network on one split; each rank takes every W-th image.
 
@@ -90,6 +95,8 @@ def evaluate(
         dtype: Type of the network's weights.
         on_batch: Called with the ids of each batch of this rank, once it is through.
         stop: Asked after each batch; on every rank or on none. Once one says yes, all of them give up.
+        segment: Whether the segmentation is measured.
+        keep: Told the labels of every image, also of those without masks.
 
     Returns:
         The metrics, the same on every rank.
@@ -100,16 +107,15 @@ def evaluate(
     was_training = net.training
     net.eval()
     names, masks = reader.manifest.class_names, reader.has_masks
-    with_cam = masks and cfg.eval.cam
+    labels = masks or keep is not None
+    with_cam, decode = labels and cfg.eval.cam, labels and segment
     n = len(reader) if cfg.eval.limit == 0 else min(cfg.eval.limit, len(reader))
-    segmentation = MaskScores("seg", names, device, segmentation_labels)
+    segmentation = MaskScores("seg", names, device, segmentation_labels, keep) if decode else None
+    crf = CrfScores(names, device, cfg.eval, keep) if decode and cfg.eval.crf else None
     collectors: list[Collector] = [TagScores(names)]
     if with_cam:  # before the segmentation, which takes over some of the CAM's passes
-        collectors += _cam_collectors(cfg, names, device, prototypes, affinity_trained, par)
-    if masks:
-        collectors.append(segmentation)
-    if masks and cfg.eval.crf:
-        collectors.append(CrfScores(names, device))
+        collectors += _cam_collectors(cfg, names, device, prototypes if masks else None, affinity_trained, par, keep)
+    collectors += [scores for scores in (segmentation, crf) if scores is not None]
 
     given_up = False
     amp = cfg.eval.amp == "auto" and device.type == "cuda" and dtype == torch.float32
@@ -117,7 +123,7 @@ def evaluate(
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for read in shape_batches(reader, indices, cfg.data.threads, net.min_size):
             batch = read.to(device, dtype)
-            plain = net(batch.images_B3HW, decode=masks, affinity=with_cam and affinity_trained, embed=False)
+            plain = net(batch.images_B3HW, decode=decode, affinity=with_cam and affinity_trained, embed=False)
             seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)
             for collector in collectors:
                 collector.add(seen)
@@ -130,18 +136,17 @@ def evaluate(
         net.train(was_training)
         raise GivenUp
 
-    found: dict[str, float] = {}
-    tables: dict[str, dict[str, float]] = {}
-    for collector in collectors:
-        scores = collector.result()
-        found |= scores.metrics
-        tables |= scores.classes
+    found = [collector.result() for collector in collectors]
+    values = {name: value for scores in found for name, value in scores.metrics.items()}
+    tables = {name: table for scores in found for name, table in scores.classes.items()}
     # What cannot be computed (no pair of one kind, say) is absent rather than NaN.
-    metrics = {name: found[name] for name in METRICS if math.isfinite(found.get(name, math.nan))}
-    verdict = collapse(metrics, segmentation.only if masks else None)
+    metrics = {name: values[name] for name in METRICS if math.isfinite(values.get(name, math.nan))}
+    verdict = collapse(metrics, segmentation.only if masks and segmentation else None)
     metrics["collapsed"] = float(bool(verdict))
     net.train(was_training)
-    return EvalResult(metrics, {name: tables[name] for name in TABLES if name in tables}, n, verdict)
+    return EvalResult(
+        metrics, {name: tables[name] for name in TABLES if name in tables}, n, verdict, crf.backend if crf else ""
+    )
 
 
 def _cam_collectors(
@@ -151,11 +156,12 @@ def _cam_collectors(
     prototypes: Prototypes | None,
     affinity_trained: bool,
     par: PAR | None,
+    keep: Keep | None,
 ) -> list[Collector]:
     """What is measured of the CAM; arguments as of :func:`evaluate`."""
-    found: list[Collector] = [MaskScores("cam", names, device, cam_labels)]
+    found: list[Collector] = [MaskScores("cam", names, device, cam_labels, keep)]
     if cfg.eval.refined_cam and par is not None:
-        found.append(MaskScores("refined", names, device, refined_labels(par)))
+        found.append(MaskScores("refined", names, device, refined_labels(par), keep))
     if prototypes is not None:
         found.append(UncertaintyScores(cfg, prototypes, affinity_trained))
     return found

@@ -11,15 +11,17 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ugrl.bilinear import resize
-from ugrl.config import Config
+from ugrl.config import Config, EvalConfig
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
+from ugrl.eval.combine import combined_scores, shares_passes
+from ugrl.grid import resize_maps
 from ugrl.method.cam import CamOutput, CamPass, multi_scale_cam
 from ugrl.model.network import UGRLNet
-from ugrl.model.specs import scaled
 from ugrl.types import IGNORE, Batch, ModelOutput, Sample, collate
 
 # Pixels that one evaluation batch may hold: images of one size are batched up to it.
@@ -104,23 +106,7 @@ def seg_scores(
         mirror: Whether to add each scale's mirror image.
         known: Logits by (scale, mirrored) of passes that were made already.
     """
-    size = (images_B3HW.shape[-2], images_B3HW.shape[-1])
-    total: Tensor | None = None
-    for scale in scales:
-        x: Tensor | None = None
-        for flip in (False, True) if mirror else (False,):
-            logits = (known or {}).get((scale, flip))
-            if logits is None:
-                if x is None:
-                    x = images_B3HW
-                    if scale != 1.0:
-                        x = resize(x, scaled(size, scale, net.min_size))
-                logits = net.segment(x.flip(-1) if flip else x)
-            p = resize(logits.float(), size).softmax(1)
-            p = p.flip(-1) if flip else p
-            total = p if total is None else total + p
-    assert total is not None
-    return total / (len(scales) * (2 if mirror else 1))
+    return combined_scores(net, images_B3HW, EvalConfig(seg_scales=scales, mirror=mirror), known)
 
 
 class BatchPasses:
@@ -128,7 +114,7 @@ class BatchPasses:
 
     Args:
         net: Network in eval mode.
-        cfg: The run: ``eval.seg_scales``, ``eval.cam_scales``, ``eval.mirror`` and ``method.cam`` are read.
+        cfg: The run: ``eval`` and ``method.cam`` are read.
         batch: On the network's device.
         images_host_B3HW: Images of the batch as they were read, on the CPU.
         plain: Output of the plain pass at scale 1.
@@ -141,9 +127,10 @@ class BatchPasses:
         self.net, self.cfg, self.batch, self.images_host_B3HW, self.plain = net, cfg, batch, images_host_B3HW, plain
         flips = (False, True) if cfg.eval.mirror else (False,)
         decodes = plain.seg_BChw is not None
-        self._wanted = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if decodes else set()
+        shared = decodes and shares_passes(cfg.eval)
+        self._wanted = {(scale, flip) for scale in cfg.eval.seg_scales for flip in flips} if shared else set()
         self.logits: dict[tuple[float, bool], Tensor] = {}
-        if plain.seg_BChw is not None:
+        if plain.seg_BChw is not None and cfg.eval.resize == "native":
             self.logits[1.0, False] = plain.seg_BChw
 
     @cached_property
@@ -161,6 +148,8 @@ class BatchPasses:
     def cam(self) -> CamOutput:
         """The CAM of the present pairs. Its passes also give the segmentation's logits where both want the same."""
         c, batch = self.cfg.method.cam, self.batch
+        if self.cfg.eval.cam_side:
+            return self._squeezed_cam(self.cfg.eval.cam_side)
         return multi_scale_cam(
             self._forward,
             batch.images_B3HW,
@@ -170,6 +159,34 @@ class BatchPasses:
             mirror=c.mirror,
             least=self.net.min_size,
         )
+
+    def _squeezed_cam(self, side: int) -> CamOutput:
+        """The CAM of the images squeezed to squares, enlarged to the images; features are those of the plain pass."""
+        c, batch, boxes = self.cfg.method.cam, self.batch, self.batch.boxes_B4.tolist()
+        squares = [
+            resize(image[None, :, y0:y1, x0:x1], (side, side))
+            for image, (y0, y1, x0, x1) in zip(batch.images_B3HW, boxes, strict=True)
+        ]
+
+        def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
+            features, _ = self.net.encoder(images)
+            return self.net.raw_from(features[3]), features[3], None
+
+        whole_B4 = torch.tensor([[0, side, 0, side]] * len(boxes))
+        squeezed = multi_scale_cam(
+            forward,
+            torch.cat(squares),
+            batch.pairs_P2,
+            whole_B4,
+            scales=self.cfg.eval.cam_scales or c.scales,
+            mirror=c.mirror,
+            least=self.net.min_size,
+        )
+        cam_PHW = squeezed.cam_PHW.new_zeros((len(batch.pairs_P2), *batch.images_B3HW.shape[-2:]))
+        for pair, b in enumerate(batch.pairs_P2[:, 0].tolist()):
+            y0, y1, x0, x1 = boxes[b]
+            cam_PHW[pair : pair + 1, y0:y1, x0:x1] = resize_maps(squeezed.cam_PHW[pair : pair + 1], (y1 - y0, x1 - x0))
+        return CamOutput(cam_PHW, self.plain.features[3], self.plain.affinity_BNN)
 
     def _forward(self, images_B3HW: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
         net, key = self.net, (view.scale, view.mirrored)
@@ -184,5 +201,4 @@ class BatchPasses:
     @cached_property
     def seg_probs_BCHW(self) -> Tensor:
         """The segmentation's probabilities. Ask for :attr:`cam` before, if at all: some passes are the same."""
-        e = self.cfg.eval
-        return seg_scores(self.net, self.batch.images_B3HW, e.seg_scales, e.mirror, known=self.logits)
+        return combined_scores(self.net, self.batch.images_B3HW, self.cfg.eval, known=self.logits)

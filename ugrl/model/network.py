@@ -69,6 +69,7 @@ class UGRLNet(nn.Module):
         dim: D, channels of F4.
         stride: Pixels of the image per cell of the decoder's map (F1's grid, but for plain ViTs).
         loaded: What ``model.weights`` filled, in words; empty without.
+        doubt: Why these may not be weights of an ImageNet classifier, in one line; empty where nothing says so.
         min_size: Shortest image side that the encoder takes.
     """
 
@@ -114,7 +115,7 @@ class UGRLNet(nn.Module):
             raise ConfigError(f"model.pooling: got '{pooling}', expected gmp or gap")
         self.backbone = backbone
         self.pooling = pooling
-        self.loaded = ""
+        self.loaded = self.doubt = ""
         self.encoder = make_backbone(
             backbone, drop_path=drop_path, output_stride=output_stride, frozen=frozen, aux=aux_classifier
         )

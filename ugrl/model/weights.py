@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -107,12 +107,14 @@ class WeightReport:
         layout: See the table above.
         tensors: How many of the encoder's tensors it filled: all of them.
         ignored: Names in the file that belong to a head.
+        warning: Why these may not be weights of an ImageNet classifier, in one line; empty where nothing says so.
     """
 
     path: Path
     layout: str
     tensors: int
     ignored: tuple[str, ...]
+    warning: str = ""
 
     @property
     def text(self) -> str:
@@ -136,11 +138,52 @@ def load_backbone_weights(encoder: MiT, source: str) -> WeightReport:
         CheckpointError: The source cannot be found, read or downloaded, or does not fit this encoder.
     """
     path = locate(source)
-    state, layout, ignored = convert(read_tensors(path), str(path))
+    found = read_tensors(path)
+    state, layout, ignored = convert(found, str(path))
     own = encoder.state_dict()
     _check(own, state, str(path), str(encoder.spec.dims) + " x " + str(encoder.spec.depths))
     encoder.load_state_dict({name: state[name].to(own[name].dtype) for name in own})
-    return WeightReport(path, layout, len(own), ignored)
+    warning = "" if layout == "ugrl" else supervision(found, ignored)  # its own head has learned from tags
+    return WeightReport(path, layout, len(own), ignored, warning)
+
+
+# Parts of the names of heads that answer for every pixel.
+_DENSE = re.compile(
+    r"(?:^|\.)(decode_head|auxiliary_head|aux_head|aux_classifier|seg_head|segmentation_head|sem_seg_head|mask_head"
+    r"|decoder|fcn_head)(?:\.|$)"
+)
+# The layer of a head that names the classes, as various programs call it.
+_LAST = (r"\b(?:classifier|conv_seg|cls_seg|linear_pred)\b", r"\b(?:head|heads|fc)\b")
+# Classes of ImageNet's lists, whole and as they were cleaned, with and without a background.
+_IMAGENET = (1000, 1001, 10450, 11221, 11821, 12000, 21841, 21842, 21843)
+
+
+def supervision(state: Mapping[str, Tensor], ignored: Sequence[str]) -> str:
+    """Why an encoder may have been trained on masks, or on other classes than ImageNet's: one line, or nothing.
+
+    Args:
+        state: All tensors of a file.
+        ignored: Names among them that belong to a head.
+
+    >>> import torch
+    >>> supervision({"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}, ["decode_head.conv_seg.weight"])
+    'carries a segmentation head (decode_head, 150 classes): trained on masks, so results are not those of tags alone'
+    >>> supervision({"head.weight": torch.zeros(1000, 8)}, ["head.weight"])
+    ''
+    """
+    heads = {n: state[n] for n in ignored if n in state and n.endswith("weight") and state[n].ndim in (2, 4)}
+    named = [[t for n, t in heads.items() if re.search(pattern, n)] for pattern in _LAST]
+    last = next((found[-1] for found in named if found), None)
+    classes = 0 if last is None else int(last.shape[0])
+    part = next((match[1] for n in heads if (match := _DENSE.search(n))), "")
+    if not part and last is not None and last.ndim == 4 and classes not in _IMAGENET:
+        part = "a convolution"  # behind pooling a classifier may be one, too, but of ImageNet's classes
+    if part:
+        count = f", {classes} classes" if classes else ""
+        return f"carries a segmentation head ({part}{count}): trained on masks, so results are not those of tags alone"
+    if classes and classes not in _IMAGENET:
+        return f"carries a classifier of {classes} classes, not ImageNet's: results may not be those of tags alone"
+    return ""
 
 
 def locate(source: str) -> Path:

@@ -57,7 +57,8 @@ def build_net(cfg: Config, num_classes: int, *, pretrained: bool = True) -> UGRL
     if cfg.data.crop % multiple:
         raise ConfigError(f"data.crop is {cfg.data.crop}: {m.backbone} takes multiples of {multiple} px")
     if pretrained and m.weights:
-        net.loaded = load_weights(net.encoder, m.weights).text
+        report = load_weights(net.encoder, m.weights)
+        net.loaded, net.doubt = report.text, report.warning
     return net
 
 

@@ -12,6 +12,7 @@ from ugrl.data.order import steps_per_epoch
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.errors import DataError
+from ugrl.eval.crf import find_backend
 from ugrl.eval.selection import NEEDS_MASKS, masks_text, resolve_objective
 from ugrl.method.schedule import FULL
 from ugrl.model.specs import TIMM
@@ -37,13 +38,15 @@ def check_run(
     Raises:
         DataError: A split is missing or empty, has too few rows for a batch, or shows no class; no mask has a pixel
             that counts; with the setting Full, a training image has no mask.
-        ConfigError: There is no such backbone; the split cannot supply the objective.
+        ConfigError: There is no such backbone; the split cannot supply the objective; the CRF's package is missing.
         CheckpointError: The weights cannot be had.
     """
     if cfg.model.backbone.startswith(TIMM):
         from ugrl.model.families import check_backbone
 
         check_backbone(cfg.model.backbone, cfg.model.aux_classifier)
+    if cfg.eval.crf:
+        find_backend(cfg.eval.crf_backend)
     split = split or cfg.data.val_split
     train = cfg.data.train_split
     steps_per_epoch(manifest.split(train).rows, cfg.train.global_batch)

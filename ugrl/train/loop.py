@@ -235,6 +235,10 @@ class Trainer:
             loaded=self.net.loaded,
         ):
             self.say(text)
+        if self.net.loaded:
+            self.folder.note_weights(str(cfg.model.weights), self.net.loaded, self.net.doubt)
+        if self.net.doubt:
+            self.say(f"warning: model.weights {cfg.model.weights} {self.net.doubt}")
         if cfg.eval.objective == "auto" and (why := why_no_masks(self.manifest, val, self.objective)):
             self.say(why)
 

@@ -9,6 +9,7 @@ import torch
 from ugrl.config import Config
 from ugrl.data.reader import ShardReader
 from ugrl.device import resolve
+from ugrl.eval.collectors import Keep
 from ugrl.eval.evaluate import EvalResult, evaluate
 from ugrl.method.refine import PAR
 from ugrl.method.schedule import Schedule
@@ -25,6 +26,8 @@ def measure(
     cfg: Config | None = None,
     par: PAR | None = None,
     on_batch: Callable[[Sequence[str]], None] | None = None,
+    segment: bool = True,
+    keep: Keep | None = None,
 ) -> EvalResult:
     """Evaluate what a checkpoint holds.
 
@@ -35,6 +38,8 @@ def measure(
         cfg: Instead of the checkpoint's own configuration.
         par: Refinement of the CAM, where it is wanted.
         on_batch: Called with the ids of each batch, once it is through.
+        segment: Whether the segmentation is measured.
+        keep: Told the labels of every image.
     """
     cfg = cfg or got.cfg
     return evaluate(
@@ -46,6 +51,8 @@ def measure(
         affinity_trained=Schedule.of(cfg).affinity_trained(got.step),
         par=par,
         on_batch=on_batch,
+        segment=segment,
+        keep=keep,
     )
 
 

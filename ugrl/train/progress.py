@@ -295,7 +295,8 @@ def scores_text(metrics: Mapping[str, float]) -> str:
 
 def result_table(result: EvalResult) -> Table:
     """Per-class values, the means and what no skill scores, in percent."""
-    table = Table(title=f"{result.images} images (percent)", caption=plain(result.verdict) if result.verdict else None)
+    below = [text for text in (result.verdict, f"CRF by {result.crf}" if result.crf else "") if text]
+    table = Table(title=f"{result.images} images (percent)", caption=plain("; ".join(below)) if below else None)
     table.add_column("class")
     groups = list(result.classes)
     for group in groups:

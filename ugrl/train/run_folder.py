@@ -153,6 +153,12 @@ class RunFolder:
             check=self.check,
         )
 
+    def note_weights(self, source: str, loaded: str, warning: str) -> None:
+        """What ``model.weights`` filled, in ``weights.json``: a resumed run loads none and leaves the file as it is."""
+        if self.main is not None:
+            told = {"weights": source, "loaded": loaded, "warning": warning or None}
+            write_whole(self.main / "weights.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
     def record(self, line: dict[str, float]) -> None:
         """Add a line to ``metrics.jsonl``."""
         if self.main is not None:
