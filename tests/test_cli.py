@@ -31,7 +31,8 @@ def test_the_surface_is_what_the_readme_says() -> None:
     assert set(commands) == {"prepare", "check", "eval", "predict"}
     common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
     assert options(commands["eval"].format_help()) == common | {"--data", "--split", "--refined-cam", "--json"}
-    assert options(commands["predict"].format_help()) == common | {"--out"}
+    own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
+    assert options(commands["predict"].format_help()) == common | own | {"--on-error"}
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()
     )
