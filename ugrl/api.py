@@ -170,7 +170,7 @@ def train(
 
     Example::
 
-        run = ugrl.train("own", TINY, data=ugrl.prepare("photos"), out="run")
+        run = ugrl.train("own", {"train.steps": 10}, data=ugrl.prepare("photos"), out="run")
         run.metrics["tag_map"]
         run.load().predict("photos/images/a.jpg").save("mask.png")
     """
@@ -231,9 +231,8 @@ def tune(space: str | Path = "shapes", overrides: Mapping[str, Any] | None = Non
         UgrlError: As the command says it.
     """
     try:
-        module = import_module("tuning.api")
+        return import_module("tuning.api").tune(space, overrides, **options)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"ugrl.tune needs the package '{error.name}', which is not installed; install ugrl with its requirements"
         ) from None
-    return module.tune(space, overrides, **options)
