@@ -17,12 +17,12 @@ from tests.backbone_kit import config, network
 from tests.contracts import BackboneContract, jittered
 from ugrl.config import build, load
 from ugrl.errors import CheckpointError, ConfigError
-from ugrl.eval.predict import predict_image
 from ugrl.model.backbone import MEAN, STD, Backbone
 from ugrl.model.families import check_backbone, make_backbone
 from ugrl.model.noise import sample_noise
 from ugrl.model.pretrained import check_weights, load_weights
 from ugrl.model.specs import crop_multiple
+from ugrl.predict.forward import How, segment
 from ugrl.train.build import build_net
 from ugrl.train.flops import step_gflop
 from ugrl.train.progress import header
@@ -84,7 +84,7 @@ class TimmContract(BackboneContract):
         net = self.network()
         for height, width in ((65, 97), (40, 7)):
             image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
-            labels = predict_image(net, image, device=torch.device("cpu"), scales=(1.0, 0.75), mirror=True)
+            labels = segment(net, [image], How((1.0, 0.75), mirror=True), torch.device("cpu"))[0].labels_HW
             assert labels.shape == (height, width)
 
     def test_drop_path_follows_the_image(self):

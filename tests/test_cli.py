@@ -33,7 +33,8 @@ def test_the_surface_is_what_the_readme_says() -> None:
     measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
     measured |= {"--protocol", "--set", "--out", "--json"}
     assert options(commands["eval"].format_help()) == common | measured
-    assert options(commands["predict"].format_help()) == common | {"--out"}
+    own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
+    assert options(commands["predict"].format_help()) == common | own | {"--on-error"}
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()
     )

@@ -138,7 +138,6 @@ def tune(words: list[str]) -> None:
         tune_cli.build_report_parser().parse_args(words[1:])
         return
     args = tune_cli.build_parser().parse_intermixed_args(words)
-    args.config = shipped_or_awaited(args.config)
     if args.space is not None or not args.resume:
         tune_cli.read_space(args)
 

@@ -29,8 +29,13 @@ MAY = {
     "ugrl.method": GROUND,
     "ugrl.eval": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method"},
     "ugrl.train": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval"},
-    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.eval_cli"},
+    "ugrl.predict": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.cli": GROUND
+    | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.eval_cli", "ugrl.predict"},
     "ugrl.eval_cli": GROUND | {"ugrl", "ugrl.data", "ugrl.eval", "ugrl.train"},
+    "ugrl.api": GROUND | {"ugrl.data", "ugrl.train", "ugrl.predict"},
+    # For type checkers alone: what is imported when it is first used.
+    "ugrl": GROUND | {"ugrl.api", "ugrl.model", "ugrl.method", "ugrl.predict"},
     "cluster": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli"} | GROUND,
     "tuning": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli", "cluster"} | GROUND,
     "bench": {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "cluster", "tuning"}

@@ -11,7 +11,7 @@ import pytest
 import cluster.cli
 import tuning.cli
 import ugrl.cli
-from tests.test_docs import ROOT, commands, shipped_or_awaited
+from tests.test_docs import ROOT, commands
 from ugrl.data.shards import Manifest
 
 PAGE = ROOT / "docs" / "reproduce.md"
@@ -59,7 +59,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(words: list[str], *more: str) -> None:
     """A command of the page, with what shortens it."""
     words = [w.replace("2014", "2017") if words[i - 1] == "--year" else w for i, w in enumerate(words)]
-    words = [shipped_or_awaited(w) or w if words[i - 1] == "--config" else w for i, w in enumerate(words)]
     assert MAINS[words[0]]([*words[1:], *more]) == 0, " ".join(words)
 
 

@@ -26,8 +26,8 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.data.source import open_source
 from ugrl.errors import CheckpointError, ConfigError
-from ugrl.eval.predict import predict_image
 from ugrl.model.noise import sample_noise
+from ugrl.predict.forward import How, segment
 from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
 from ugrl.train.restore import restore
@@ -286,7 +286,7 @@ def test_validation_counts_what_the_network_predicts(
         row = reader[i]
         image = np.asarray(Image.open(io.BytesIO(row.image)).convert("RGB"))
         labels = np.asarray(Image.open(io.BytesIO(row.mask or b"")))
-        predicted = predict_image(trainer.net, image, device=torch.device("cpu"), scales=scales, mirror=mirror)
+        predicted = segment(trainer.net, [image], How(scales, mirror), torch.device("cpu"))[0].labels_HW
         np.add.at(counts, (labels[labels != 255], predicted[labels != 255]), 1)
     hit = np.diag(counts)
     iou = hit / (counts.sum(0) + counts.sum(1) - hit).clip(1)

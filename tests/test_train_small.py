@@ -22,8 +22,8 @@ from ugrl.data.shards import Manifest
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.metrics import Confusion
-from ugrl.eval.predict import predict_image
 from ugrl.model.specs import SPECS, least_crop
+from ugrl.predict.forward import How, segment
 from ugrl.train.build import build_net
 from ugrl.train.check import check_run
 from ugrl.train.loop import Trainer
@@ -48,7 +48,7 @@ def test_small_images_are_evaluated_as_they_are_predicted(tmp_path: Path) -> Non
         labels = torch.from_numpy(np.array(decode_labels(row.mask or b"", row.id)))
         for confusion, crf in zip(want.values(), (False, True), strict=True):
             pixels = decode_pixels(row.image, row.id)
-            guess = predict_image(net, pixels, device=torch.device("cpu"), scales=(1.0, 0.5), crf=crf)
+            guess = segment(net, [pixels], How((1.0, 0.5), crf=crf), torch.device("cpu"))[0].labels_HW
             confusion.add(torch.from_numpy(guess), labels)
         empty.add(torch.zeros_like(labels), labels)
     assert result.images == 3 and 0 < result.metrics["cam_miou"] <= 1

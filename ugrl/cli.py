@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ugrl import eval_cli
-from ugrl.command import Parser, check_words, folder_for, guarded, pasted
+from ugrl.command import Parser, check_words, guarded, pasted
 from ugrl.config import SCALES
 from ugrl.data import cli as prepare_cli
-from ugrl.errors import DataError, UgrlError
+from ugrl.errors import UgrlError
+from ugrl.eval_cli import add_arguments as add_eval_arguments
+from ugrl.eval_cli import run as run_eval
+from ugrl.predict import cli as predict_cli
 from ugrl.text import line
 
 EPILOG = """\
@@ -24,19 +26,11 @@ what exists:
   ugrl prepare    images and labels → Parquet shards (coco, voc, folder, shapes)
   ugrl check      tags and masks of a data set held against each other
   ugrl eval       the validation table of a checkpoint, for any split
-  ugrl predict    palette masks for images of any size
+  ugrl predict    masks, overlays, scores and more for images of any size
   ugrl-train      one training run: one process, or --workers N on Ray Train
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
 Each takes --help.
-"""
-PREDICT = """\
-examples:
-  ugrl predict runs/voc photos --out masks --best         masks/NAME.png for each photos/NAME.jpg
-  ugrl predict runs/voc a.jpg b.png --out masks --scales 0.75 1 1.25 --mirror
-
-The value of a pixel is its class, 0 is background. A mask that `ugrl predict` has written is written anew, any other
-file is left alone. An image that cannot be used is named, the others are done, and the status is 2.
 """
 # What people type, and what they mean by it.
 ELSEWHERE = {"train": "ugrl-train", "tune": "ugrl-tune", "search": "ugrl-tune", "report": "ugrl-tune report"}
@@ -78,19 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=prepare_cli.run_check)
 
     p = commands.add_parser("eval", help="the validation table of a checkpoint, for any split")
-    eval_cli.add_arguments(p)
+    add_eval_arguments(p)
     _checkpoint_options(p)
-    p.set_defaults(run=lambda args: eval_cli.run(args, choose))
+    p.set_defaults(run=lambda args: run_eval(args, choose))
 
-    p = commands.add_parser(
-        "predict", help="palette masks for images of any size", description="Write masks.", epilog=PREDICT
-    )
-    p.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
-    p.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    p.add_argument("--out", type=folder_for, required=True, metavar="DIR", help="folder for the masks")
-    p.add_argument("--crf", action="store_true", help="sharpen with a dense CRF")
+    p = commands.add_parser("predict", help="masks, overlays, scores and more for images of any size")
+    predict_cli.add_arguments(p)
     _checkpoint_options(p)
-    p.set_defaults(run=run_predict)
+    p.set_defaults(run=lambda args: predict_cli.run(args, choose))
     return parser
 
 
@@ -112,46 +101,6 @@ def choose(where: str, *, best: bool) -> tuple[Path, str]:
         return path, f"checkpoint: {path.name}, " + ("the best" if marked else "the newest: none is marked as the best")
     hint = ", and the best" if marked == path.name else f"; --best takes {marked}" if marked else ""
     return path, f"checkpoint: {path.name}, the newest{hint}"
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    """``ugrl predict``."""
-    from ugrl.command import complain
-    from ugrl.data.progress import Progress
-    from ugrl.device import resolve
-    from ugrl.eval.predict import find_images, plan_targets, predict
-    from ugrl.terminal import Terminal
-    from ugrl.train.restore import restore
-
-    targets = plan_targets(find_images(args.images), args.out)
-    device = resolve(args.device)
-    path, chosen = choose(args.checkpoint, best=args.best)
-    got = restore(path, device=device)
-    console, broken = Terminal(stderr=True), 0
-    console.print(f"{chosen}; {len(targets)} images", soft_wrap=True)
-
-    def skipped(error: DataError) -> None:
-        nonlocal broken
-        broken += 1
-        complain(str(error))
-        bar.advance(1)
-
-    with Progress(total=len(targets), what="images") as bar:
-        for target, labels in predict(
-            got.net,
-            targets,
-            device=device,
-            scales=tuple(args.scales) if args.scales else got.cfg.eval.seg_scales,
-            mirror=args.mirror or got.cfg.eval.mirror,
-            crf=args.crf,
-            on_error=skipped,
-        ):
-            shown = [got.class_names[v - 1] for v in sorted({*labels.ravel().tolist()} - {0})]
-            print(line(f"{target}: {', '.join(shown) or 'background only'}", most=2000))
-            bar.advance(1)
-    if broken and len(targets) > 1:
-        console.print(f"{broken} of {len(targets)} images could not be used")
-    return 2 if broken else 0
 
 
 def main(argv: list[str] | None = None) -> int:

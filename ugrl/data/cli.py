@@ -162,7 +162,7 @@ def run_check(args: argparse.Namespace) -> int:
         console.print(summary(manifest))
         show(inventory_of(manifest, progress=True), console)
         return 0
-    source = open_source(_layout(root), root)
+    source = open_source(layout(root), root)
     inventory, unusable = _count(source)
     for split, errors in unusable.items():
         console.print(plain(f"{split}: {len(errors)} images cannot be used, the first: {errors[0]}"), soft_wrap=True)
@@ -170,7 +170,7 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layout(root: Path) -> str:
+def layout(root: Path) -> str:
     """The source whose files lie in a folder."""
     from ugrl.data.shards import MANIFEST
 

@@ -171,3 +171,33 @@ def spans(segmentation: Any, height: int, width: int) -> list[tuple[int, np.ndar
             raise ValueError(f"a coordinate of {far:g} for {width}×{height} pixels; expected one near the image")
         out.append(polygon_span(xy, height, width))
     return out
+
+
+def encode_counts(counts: list[int]) -> str:
+    """The compressed RLE string of run lengths: the inverse of :func:`decode_counts`.
+
+    >>> encode_counts([0, 3, 2, 5, 2]), decode_counts(encode_counts([7, 1, 300, 2]))
+    ('03220', [7, 1, 300, 2])
+    """
+    text = []
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            bits = value & 0x1F
+            value >>= 5
+            more = value != (-1 if bits & 0x10 else 0)
+            text.append(chr(48 + bits + 0x20 * more))
+    return "".join(text)
+
+
+def rle_of(mask_HW: np.ndarray) -> dict[str, Any]:
+    """A mask (bool) as COCO's compressed RLE, ``{"size": [H, W], "counts": text}``: equal to the official encoder's.
+
+    >>> rle_of(np.array([[False, True], [False, True]]))
+    {'size': [2, 2], 'counts': '22'}
+    """
+    flat = np.asarray(mask_HW, bool).ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": list(mask_HW.shape), "counts": encode_counts([0, *counts] if flat[:1].any() else counts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,25 @@ PALETTE = voc_palette()
 WRITER = "ugrl predict"
 
 
-def write_mask(path: Path, labels_HW: np.ndarray) -> None:
-    """Write uint8 labels as a palette PNG (the format of VOC's submissions)."""
+def write_mask(
+    path: Path, labels_HW: np.ndarray, colours: np.ndarray = PALETTE, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write uint8 labels as a palette PNG (the format of VOC's submissions).
+
+    Args:
+        path: The file.
+        labels_HW: uint8.
+        colours: uint8 (256, 3), by label.
+        notes: Texts to keep in the file, by keyword.
+    """
     image = Image.fromarray(labels_HW.astype(np.uint8), mode="P")
-    image.putpalette(PALETTE.flatten().tolist())
-    note = PngInfo()
-    note.add_text("Software", WRITER)
+    image.putpalette(colours.flatten().tolist())
+    texts = PngInfo()
+    texts.add_text("Software", WRITER)
+    for name, text in (notes or {}).items():
+        texts.add_itxt(name, text)
     with replacing(path, durable=False) as draft:
-        image.save(draft, format="PNG", pnginfo=note)
+        image.save(draft, format="PNG", pnginfo=texts)
 
 
 def denormalize(image_3HW: np.ndarray) -> np.ndarray:

@@ -1,0 +1,493 @@
+"""Masks and what goes with them: from pictures of every kind, in parts, again after a stop, for other programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as official
+from pycocotools.coco import COCO
+
+from tests.tiny import tiny_tree
+from ugrl.cli import main
+from ugrl.config import build
+from ugrl.data.augment import normalize
+from ugrl.data.coco_masks import rle_of
+from ugrl.data.voc import CLASS_NAMES
+from ugrl.errors import ConfigError, DataError
+from ugrl.method.cam import multi_scale_cam
+from ugrl.method.class_vectors import batch_vectors
+from ugrl.model.network import UGRLNet
+from ugrl.predict import PALETTES, exports
+from ugrl.predict.folder import PER_U, UNKNOWN, read_note
+from ugrl.predict.forward import How, segment
+from ugrl.predict.inputs import as_picture, find_images
+from ugrl.predict.maps import shown_classes
+from ugrl.predict.model import Model
+from ugrl.predict.overlay import overlay
+from ugrl.predict.palettes import OKABE_ITO, least_distance, palette
+from ugrl.predict.prediction import Prediction
+from ugrl.predict.tiles import Tiling, weights
+from ugrl.train.loop import Trainer
+from ugrl.types import Sample, collate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Past its warm-up: prototypes and affinity are in use. The masks show several classes."""
+    out = tmp_path_factory.mktemp("predict") / "run"
+    trainer = Trainer(build(tiny_tree(eval_every=6)), shards=shards, out=out, quiet=True, device="cpu")
+    trainer.net.decoder.classify.weight.data *= 20
+    trainer.fit()
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Model:
+    return Model(run, device="cpu")
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Patches of colours, so that a network has something to see."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return np.kron(small, np.ones((8, 8, 1), np.uint8))[:height, :width]
+
+
+def photos(folder: Path, names: str = "a b c", size: tuple[int, int] = (40, 56)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, name in enumerate(names.split()):
+        Image.fromarray(noise(*size, seed=k)).save(folder / f"{name}.png")
+    return folder
+
+
+def predict(*words: object) -> int:
+    return main(["predict", *map(str, words), "--device", "cpu"])
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "film", "f10 f9 f100 e2", (8, 8))
+    (folder / "notes.txt").write_text("no image")
+    names = ["e2.png", "f9.png", "f10.png", "f100.png"]
+    assert [p.name for p in find_images([folder])] == names
+    assert [p.name for p in find_images([tmp_path / "film" / "*"])] == names
+    assert [p.name for p in find_images([tmp_path / "**" / "f?.png", folder / "f9.png"])] == ["f9.png"]
+    (tmp_path / "[x]").mkdir()
+    photos(tmp_path / "[x]", "y", (8, 8))
+    assert [p.name for p in find_images([tmp_path / "[x]"])] == ["y.png"]
+    for path, words in ((folder / "g*", "no image has a name of this pattern"), (folder / "g.png", "no such image")):
+        with pytest.raises(DataError, match=words):
+            find_images([path])
+
+
+def test_an_image_is_the_same_by_path_by_picture_and_by_array(model: Model, tmp_path: Path) -> None:
+    pixels = noise(40, 56)
+    turned = Image.fromarray(pixels)
+    note = Image.Exif()
+    note[0x0112] = 6  # the camera was turned: the upright picture is 40 wide
+    turned.save(tmp_path / "turned.png", exif=note)
+    upright = np.rot90(pixels, -1)
+    with Image.open(tmp_path / "turned.png") as image:
+        kinds = (tmp_path / "turned.png", str(tmp_path / "turned.png"), image, np.ascontiguousarray(upright))
+        found = [model.predict(kind) for kind in kinds]
+    for one in found:
+        assert (one.image == upright).all() and (one.mask == found[0].mask).all() and one.scores == found[0].scores
+    grey = noise(40, 56)[..., 0]
+    assert (as_picture(grey).pixels_HW3 == grey[..., None]).all()
+    alpha = np.dstack([pixels, np.zeros((40, 56), np.uint8)])
+    assert (as_picture(alpha).pixels_HW3 == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3)), "an array of float64; expected uint8"),
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\); expected \(height, width, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+        (7, "'int'; expected a path, a Pillow image or a NumPy array"),
+        ("nowhere.jpg", "nowhere.jpg: no such image"),
+    ],
+)
+def test_what_is_no_image_is_named(image: object, words: str, model: Model) -> None:
+    with pytest.raises(DataError, match=words):
+        model.predict(image)
+    if not isinstance(image, str):
+        with pytest.raises(DataError, match="image 2: "):
+            model.predict([noise(40, 40), image])
+
+
+def test_a_list_gives_a_list_and_a_bad_image_does_not_lose_the_others(model: Model, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in")
+    (folder / "b.png").write_text("no image")
+    with pytest.raises(DataError, match=r"b\.png: not a"):
+        model.predict(folder)
+    with pytest.warns(UserWarning, match=r"b\.png: not a") as told:
+        found = model.predict(folder, on_error="skip", batch=2)
+    assert len(told) == 1 and [None if p is None else p.path.name for p in found] == ["a.png", None, "c.png"]
+    assert isinstance(model.predict(folder / "a.png"), Prediction)
+    assert len(model.predict(str(folder / "[a]*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"scales": (0.0,)}, "scales: 0.0; expected 0.1 … 8"),
+        ({"batch": 0}, "batch is 0"),
+        ({"tile": 64}, "tile is 64; expected at least 128"),
+        ({"tile": 256, "overlap": 200}, "overlap is 200; expected 0 … 128"),
+        ({"overlap": 32}, "without a tile"),
+        ({"palette": "vco"}, "did you mean 'voc'"),
+        ({"on_error": "ignore"}, "expected 'raise' or 'skip'"),
+    ],
+)
+def test_options_out_of_range_are_refused(more: dict, words: str, model: Model) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model.predict(noise(40, 40), **more)
+
+
+def test_a_batch_changes_nothing(model: Model) -> None:
+    images = [noise(40, 56, 1), noise(48, 40, 2), noise(40, 56, 3), noise(40, 56, 4)]
+    for one, many in zip([model.predict(i) for i in images], model.predict(images, batch=3), strict=True):
+        assert (one.mask == many.mask).all()
+        assert list(one.scores.values()) == pytest.approx(list(many.scores.values()), abs=1e-5)
+
+
+# -- in parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [100, 128, 129, 160, 224, 300, 1000])
+@pytest.mark.parametrize("tiling", [Tiling(128, 32), Tiling(128, 64), Tiling(256, 0), Tiling(192, 96)])
+def test_parts_cover_an_axis_once(tiling: Tiling, length: int) -> None:
+    spans = tiling.spans(length)
+    total, core = np.zeros(length), np.zeros(length, int)
+    for i, span in enumerate(spans):
+        assert span.start % 32 == 0 and span.length <= tiling.size
+        total[span.start : span.stop] += weights(spans, i)
+        core[span.core[0] : span.core[1]] += 1
+        assert span.start <= span.core[0] < span.core[1] <= span.stop
+    assert abs(total - 1).max() < 1e-6 and (core == 1).all()
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> UGRLNet:
+    """A network whose logits depend on what is nearer than 192 pixels alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UGRLNet(num_classes=3, backbone="timm/test_resnet", decoder_dim=16, d_seg=8).eval()
+    net.decoder.classify.weight.data *= 20
+    return net
+
+
+def test_parts_of_a_convolutional_network_are_exact_away_from_the_seams(convolutional: UGRLNet) -> None:
+    image, tiling = noise(576, 448), Tiling.of(384, 192)
+    (whole,) = segment(convolutional, [image], How(), CPU)
+    (parts,) = segment(convolutional, [image], How(tiling=tiling, batch=2), CPU)
+    assert len(np.unique(whole.labels_HW)) > 1
+    rows = [(0, 192), (384, 576)]  # in one part alone
+    for (top, bottom), (left, right) in ((row, column) for row in rows for column in [(0, 64), (384, 448)]):
+        same = whole.labels_HW[top:bottom, left:right] == parts.labels_HW[top:bottom, left:right]
+        assert same.mean() > 0.9995  # but for ties that rounding decides
+    assert (whole.labels_HW == parts.labels_HW).mean() > 0.97
+    assert whole.scores_F == pytest.approx(parts.scores_F, abs=0.02)
+
+
+def test_parts_that_hold_the_whole_image_change_nothing(convolutional: UGRLNet) -> None:
+    image = noise(200, 160)
+    found = [segment(convolutional, [image], How(tiling=t), CPU)[0] for t in (None, Tiling.of(224))]
+    assert (found[0].labels_HW == found[1].labels_HW).all() and (found[0].scores_F == found[1].scores_F).all()
+
+
+def test_scales_mirror_and_crf_work_in_parts(convolutional: UGRLNet) -> None:
+    how = How((1.0, 0.5), mirror=True, crf=True, tiling=Tiling.of(128, 32))
+    (found,) = segment(convolutional, [noise(150, 170)], how, CPU)
+    assert found.labels_HW.shape == (150, 170) and found.labels_HW.max() <= 3
+
+
+def test_an_image_too_large_is_told_about_parts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ugrl.predict.forward.MOST_PIXELS", 200 * 300 - 1)
+    with pytest.raises(DataError, match="image 1: 300 × 200 pixels; expected at most .* --tile 1024"):
+        model.predict(noise(200, 300))
+    found = model.predict(noise(200, 300), tile=128)
+    assert found.mask.shape == (200, 300) and found.uncertainty.shape == (200, 300)
+
+
+# -- CAM and uncertainty --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(48, 64), (45, 70), (12, 50)])
+def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as_tags(
+    size: tuple[int, int], model: Model
+) -> None:
+    found = model.predict(noise(*size, seed=5))
+    shown = shown_classes(found.mask, np.array(list(found.scores.values())))
+    assert shown and [model.names.index(name) + 1 for name in found.cam] == list(shown)
+    tags = np.isin(np.arange(len(model.names)) + 1, shown).astype(np.float32)
+    extra = [(0, max(0, model.net.min_size - side)) for side in size]
+    padded = np.pad(normalize(found.image), [(0, 0), *extra], "edge")
+    batch = collate([Sample("x", padded, tags, None, np.array([0, size[0], 0, size[1]]))])
+    c = model.config.method
+    assert model._affinity
+    with torch.no_grad():
+        cam = multi_scale_cam(
+            lambda x, view: model.net.cam(x, affinity=view.plain),
+            batch.images_B3HW,
+            batch.pairs_P2,
+            batch.boxes_B4,
+            scales=c.cam.scales,
+            mirror=c.cam.mirror,
+            least=model.net.min_size,
+        )
+        r, present = batch_vectors(batch, cam, radius=c.uncertainty.radius, local=True)
+        u, known = model.prototypes.uncertainty(r, present)
+    for k, cam_HW in enumerate(found.cam.values()):
+        assert cam_HW == pytest.approx(cam.cam_PHW[k, : size[0], : size[1]].numpy(), abs=2e-4)
+    want = torch.where(known, u, torch.nan)[0].numpy()
+    assert np.isfinite(want).any()
+    for label in range(len(want)):
+        where = found.uncertainty[found.mask == label]
+        assert where == pytest.approx(np.full(where.shape, want[label]), abs=1e-4, nan_ok=True)
+    named = {
+        name: want[([*model.names].index(name) + 1) if name != "background" else 0] for name in found.class_uncertainty
+    }
+    assert found.class_uncertainty == pytest.approx(named, abs=1e-4)
+
+
+def test_cam_and_uncertainty_in_parts_are_near_those_of_the_whole(model: Model) -> None:
+    """An attention network sees less in a part: only the frame is the same."""
+    whole = model.predict(noise(160, 160))
+    parts = model.predict(noise(160, 160), tile=128)
+    for found in (whole, parts):
+        for cam_HW in found.cam.values():
+            assert cam_HW.shape == (160, 160) and 0 <= cam_HW.min() and cam_HW.max() < 1
+        assert ((found.uncertainty >= 0) | np.isnan(found.uncertainty)).all()
+    assert parts.class_uncertainty["background"] == pytest.approx(whole.class_uncertainty["background"], abs=0.3)
+
+
+def test_a_prediction_without_a_network_says_so() -> None:
+    bare = Prediction(np.zeros((2, 2), np.uint8), {"cat": 0.1}, np.zeros((2, 2, 3), np.uint8), ("cat",))
+    assert bare.classes == () and bare.to_coco() == []
+    with pytest.raises(DataError, match="no network"):
+        _ = bare.cam
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def test_safe_colours_are_told_apart_by_everybody() -> None:
+    """ΔE of the nearest two of background and 20 classes, whatever a viewer's sight; VOC's own are 1 apart."""
+    assert {name: palette(name).shape for name in PALETTES} == dict.fromkeys(PALETTES, (256, 3))
+    for name, least in (("safe", 17), ("tol", 15)):
+        colours = palette(name)
+        assert colours[0].tolist() == [0, 0, 0] and colours[255].tolist() == [224, 224, 192]
+        assert least_distance(colours[:21]) > least and least_distance(colours[:81]) > 6
+    assert least_distance(palette("voc")[:21]) < 2
+    assert [bytes(c).hex().upper() for c in palette("safe")[1:8]] == list(OKABE_ITO)
+
+
+def test_an_overlay_shows_the_image_the_colours_and_the_names() -> None:
+    image, mask = np.full((64, 64, 3), 100, np.uint8), np.zeros((64, 64), np.uint8)
+    mask[:32, :32], mask[40:44, 40:44] = 2, 1
+    colours = palette("safe")
+    picture = overlay(image, mask, ("cat", "dog"), colours, alpha=0.5, legend=False)
+    assert picture.size == (320, 320)  # enlarged five times
+    small = np.asarray(picture)[2::5, 2::5]
+    assert (small[mask == 0] == 100).all()
+    assert small[10, 10].tolist() == pytest.approx(((100 + colours[2].astype(int)) / 2).tolist(), abs=1)
+    assert small[31, 10].tolist() == colours[2].tolist()  # the outline
+    below = np.asarray(overlay(image, mask, ("cat", "dog"), colours))[320:]
+    for label in (1, 2):
+        assert (below == colours[label]).all(-1).sum() > 50
+    assert (below == 255).all(-1).mean() > 0.5
+    long = overlay(image, np.full((64, 64), 1, np.uint8), ("x" * 300,), colours)
+    assert long.width == 320
+    empty = np.asarray(overlay(image, np.zeros_like(mask), ("cat", "dog"), colours))
+    assert empty.shape[0] > 320  # which says: background
+
+
+def test_a_mask_is_saved_as_png_and_never_over_its_image(model: Model, tmp_path: Path) -> None:
+    path = photos(tmp_path, "a") / "a.png"
+    before = path.read_bytes()
+    found = model.predict(path, palette="tol")
+    for name, words in ((path, "is the image itself"), (tmp_path / "m.jpg", "written as .png")):
+        with pytest.raises(DataError, match=words):
+            found.save(name)
+    assert path.read_bytes() == before
+    with Image.open(found.save(tmp_path / "new" / "m.png")) as mask:
+        assert (np.asarray(mask) == found.mask).all() and mask.getpalette()[3:6] == palette("tol")[1].tolist()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        found.save(tmp_path / "file" / "m.png")
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_everything_that_can_be_asked_for(run: Path, model: Model, tmp_path: Path) -> None:
+    folder, out = photos(tmp_path / "in", "f2 f10 f1"), tmp_path / "out"
+    wanted = ["scores.csv", "scores.json", "coco", "voc"]
+    words = [run, folder, "--out", out, "--overlay", "--cam", "--uncertainty", "--palette", "safe", "--export", *wanted]
+    assert predict(*words) == 0
+    found = {p.path.name: p for p in model.predict(folder, palette="safe")}
+    assert list(found) == ["f1.png", "f2.png", "f10.png"]
+    with open(out / "scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    rows = json.loads((out / "scores.json").read_text())
+    assert [row["image"] for row in table] == [row["image"] for row in rows] == list(found)
+    coco = COCO(str(out / "coco.json"))
+    assert {c["name"]: c["id"] for c in coco.dataset["categories"]} == {n: k + 1 for k, n in enumerate(model.names)}
+    for number, (name, p) in enumerate(found.items(), start=1):
+        assert rows[number - 1]["scores"] == pytest.approx(p.scores, abs=1e-6)
+        assert {n: float(table[number - 1][n]) for n in model.names} == pytest.approx(p.scores, abs=1e-6)
+        assert rows[number - 1]["uncertainty"] == pytest.approx(p.class_uncertainty, abs=1e-6)
+        with Image.open(out / name) as mask:
+            assert (np.asarray(mask) == p.mask).all()
+            assert mask.getpalette()[: 3 * 256] == palette("safe").ravel().tolist()
+        with Image.open(out / "overlay" / name.replace(".png", ".jpg")) as picture:
+            assert picture.size == p.overlay().size
+        u = np.asarray(Image.open(out / "uncertainty" / name))
+        known = np.isfinite(p.uncertainty)
+        assert (u[~known] == UNKNOWN).all() and abs(u[known] / PER_U - p.uncertainty[known]).max() <= 0.5 / PER_U + 1e-5
+        for label, cam_HW in zip(map(model.names.index, p.cam), p.cam.values(), strict=True):
+            (file,) = (out / "cam").glob(f"{Path(name).stem}_{label + 1:03d}_*.png")
+            assert abs(np.asarray(Image.open(file)) / 255 - cam_HW).max() <= 0.5 / 255 + 1e-6
+        assert coco.loadImgs(number)[0]["file_name"] == name
+        drawn = np.zeros_like(p.mask)
+        for a in coco.loadAnns(coco.getAnnIds(number)):
+            drawn[coco.annToMask(a) > 0] = a["category_id"]
+            assert (
+                a["area"] == official.area(a["segmentation"])
+                and a["bbox"] == official.toBbox(a["segmentation"]).tolist()
+            )
+        assert (drawn == p.mask).all()
+    lines = (out / "voc" / "labelmap.txt").read_text().splitlines()
+    assert lines[:2] == ["# label:color_rgb:parts:actions", "background:0,0,0::"] and len(lines) == 2 + len(model.names)
+    assert (out / "voc/ImageSets/Segmentation/default.txt").read_text().split() == ["f1", "f2", "f10"]
+    painted = np.asarray(Image.open(out / "voc/SegmentationClass/f2.png").convert("RGB"))
+    rgb = {tuple(map(int, row.split(":")[1].split(","))): k for k, row in enumerate(lines[1:])}
+    assert (np.array([[rgb[tuple(c)] for c in row] for row in painted.tolist()]) == found["f2.png"].mask).all()
+
+
+def test_rle_is_the_official_one() -> None:
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        mask = rng.random(tuple(rng.integers(1, 40, 2))) < rng.random()
+        mask = np.kron(mask, np.ones((1 + k % 3 * 9, 1 + k % 2 * 5))) > 0
+        want = official.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert rle_of(mask) == {"size": want["size"], "counts": want["counts"].decode()}
+
+
+def test_the_archive_for_voc_s_server(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = photos(tmp_path / "in", "a"), tmp_path / "out"
+    assert predict(run, folder, "--out", out, "--export", "voc-server") == 2
+    assert "expected VOC's twenty in their order" in capsys.readouterr().err and not out.exists()
+    assert predict(run, folder, "--out", out, "--palette", "safe") == 0
+    made = read_note(out / "a.png")[1]
+    assert made is not None
+    exports.submission(out, {out / "a.png": made}, CLASS_NAMES)
+    with tarfile.open(out / "submission.tar.gz") as archive:
+        (member,) = archive.getmembers()
+        assert member.name == "results/VOC2012/Segmentation/comp6_test_cls/a.png"
+        mask = Image.open(archive.extractfile(member))
+        assert mask.mode == "P" and mask.getpalette()[3:6] == [128, 0, 0]
+        assert (np.asarray(mask) == np.asarray(Image.open(out / "a.png"))).all()
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "submission.tar.gz"]
+
+
+def told(text: str) -> dict[str, bool]:
+    """Image → whether its line says that it was finished before."""
+    return {Path(line.split(": ")[0]).stem: "finished before" in line for line in text.splitlines()}
+
+
+def test_a_second_run_continues(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = photos(tmp_path / "in"), tmp_path / "out"
+    good = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(good[:200])
+    words = [run, folder, "--out", out, "--overlay"]
+    assert predict(*words, "--on-error", "raise") == 2
+    err = capsys.readouterr().err
+    assert "b.png: truncated" in err and not (out / "c.png").exists()
+    (folder / "b.png").write_bytes(good)
+    assert predict(*words) == 0
+    assert told(capsys.readouterr().out) == {"a": True, "b": False, "c": False}
+    # What is asked for in addition is made, what is missing or of another image is made again.
+    assert predict(*words, "--batch", 2, "--uncertainty") == 0
+    assert told(capsys.readouterr().out) == {"a": False, "b": False, "c": False}
+    (out / "overlay/a.jpg").unlink()
+    Image.fromarray(noise(24, 24)).save(folder / "b.png")
+    assert predict(*words, "--uncertainty") == 0
+    assert told(capsys.readouterr().out) == {"a": False, "b": False, "c": True}
+    assert (out / "overlay/a.jpg").exists() and np.asarray(Image.open(out / "b.png")).shape == (24, 24)
+
+
+def test_other_options_are_never_mixed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = photos(tmp_path / "in"), tmp_path / "out"
+    assert predict(run, folder, "--out", out, "--overlay") == 0
+    capsys.readouterr()
+    assert predict(run, folder / "a.png", "--out", out, "--mirror") == 2
+    text, err = capsys.readouterr()
+    assert "b.png: a mask of another checkpoint or of other options" in err and not text and err.count("error: ") == 1
+    # All of them anew; what belonged to the old ones goes.
+    assert predict(run, folder, "--out", out, "--mirror") == 0
+    assert told(capsys.readouterr().out) == {"a": False, "b": False, "c": False}
+    assert not list((out / "overlay").iterdir())
+    photos(tmp_path / "more", "d")
+    assert predict(run, tmp_path / "more", "--out", out, "--mirror") == 0
+    assert sorted(p.name for p in out.glob("*.png")) == ["a.png", "b.png", "c.png", "d.png"]
+
+
+@pytest.mark.parametrize("where", ["overlay/a.jpg", "uncertainty/a.png", "scores.csv", "coco.json", "cam"])
+def test_files_of_others_stay(where: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = photos(tmp_path / "in", "a"), tmp_path / "out"
+    words = [run, folder, "--out", out, "--overlay", "--uncertainty", "--cam", "--export", "coco", "scores.csv"]
+    if where == "cam":
+        assert predict(*words) == 0
+        (mine,) = list((out / "cam").glob("a_*.png"))[:1]
+        for path in out.glob("*.*"):
+            path.unlink()
+        where = f"cam/{mine.name}"
+    theirs = out / where
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (3, 3)).save(theirs, format="PNG")
+    before = theirs.read_bytes()
+    assert predict(*words) == 2
+    assert f"{theirs.name}: exists" in capsys.readouterr().err and theirs.read_bytes() == before
+
+
+def test_an_overlay_is_no_place_for_an_overlay(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert predict(run, photos(tmp_path / "in", "a"), "--out", out, "--overlay") == 0
+    before = (out / "overlay/a.jpg").read_bytes()
+    assert predict(run, out / "overlay", "--out", out, "--overlay") == 2
+    assert "the overlay of" in capsys.readouterr().err and (out / "overlay/a.jpg").read_bytes() == before
+
+
+def test_a_fingerprint_is_of_the_weights(model: Model, run: Path) -> None:
+    again = Model(run, device="cpu")
+    assert again.fingerprint == model.fingerprint
+    other = Model(run, device="cpu")
+    with torch.no_grad():
+        other.net.classifier.weight[0, 0] += 1e-3
+    assert other.fingerprint != model.fingerprint
+
+
+def test_a_note_of_any_content_is_read(tmp_path: Path) -> None:
+    from ugrl.eval.palette import write_mask
+
+    path = tmp_path / "a.png"
+    for text in ("", "[]", "{", '{"fingerprint": 1}', "null"):
+        write_mask(path, np.zeros((2, 2), np.uint8), notes={"ugrl": text})
+        assert read_note(path) == (True, None)
+    os.truncate(path, 20)
+    assert read_note(path) == (False, None)
