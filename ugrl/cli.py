@@ -19,7 +19,6 @@ from ugrl.errors import UgrlError
 from ugrl.eval_cli import add_arguments as add_eval_arguments
 from ugrl.eval_cli import run as run_eval
 from ugrl.predict import cli as predict_cli
-from ugrl.text import line
 
 EPILOG = """\
 what exists:
