@@ -207,6 +207,23 @@ def test_a_cam_of_squares_is_enlarged_to_the_image(net: UGRLNet, shards: Path) -
     )
 
 
+@torch.no_grad()
+def test_a_cam_that_is_scored_may_have_scales_of_its_own(net: UGRLNet, shards: Path) -> None:
+    (read, *_) = shape_batches(ShardReader(shards, "val"), [0, 1, 2], 0, net.min_size)
+    plain = net(read.images_B3HW, affinity=False, embed=False)
+
+    def cam(scales: list[float], scored: list[float] | None) -> torch.Tensor:
+        tree = tiny_tree()
+        tree["method"] = tree.get("method", {}) | {"cam": tree.get("method", {}).get("cam", {}) | {"scales": scales}}
+        cfg = build(tree | {"eval": {"cam_scales": scored}})
+        return BatchPasses(net, cfg, read, read.images_B3HW, plain).cam.cam_PHW
+
+    torch.testing.assert_close(cam([1.0], [1.0, 1.5]), cam([1.0, 1.5], None), rtol=0, atol=0)
+    assert not torch.equal(cam([1.0], [1.0, 1.5]), cam([1.0], None))
+    with pytest.raises(ConfigError, match=r"eval.cam_scales is \[0.5\]; expected 1.0 among them, or null"):
+        cam([1.0], [0.5])
+
+
 # -- CRF by another package -------------------------------------------------------------------------
 
 
