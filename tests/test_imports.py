@@ -29,7 +29,8 @@ MAY = {
     "ugrl.method": GROUND,
     "ugrl.eval": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method"},
     "ugrl.train": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval"},
-    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.view": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.view"},
     "cluster": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli"} | GROUND,
     "tuning": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli", "cluster"} | GROUND,
     "bench": {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "cluster", "tuning"}

@@ -19,6 +19,7 @@ from ugrl.config import SCALES
 from ugrl.data import cli as prepare_cli
 from ugrl.errors import CheckpointError, DataError, UgrlError
 from ugrl.text import line
+from ugrl.view import cli as view_cli
 
 EPILOG = """\
 what exists:
@@ -26,6 +27,8 @@ what exists:
   ugrl check      tags and masks of a data set held against each other
   ugrl eval       the validation table of a checkpoint, for any split
   ugrl predict    palette masks for images of any size
+  ugrl view       a page of photographs with what a run, or two, makes of them
+  ugrl figures    the paper's figures for a run, PNG and PDF
   ugrl-train      one training run: one process, or --workers N on Ray Train
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
@@ -105,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--crf", action="store_true", help="sharpen with a dense CRF")
     _checkpoint_options(p)
     p.set_defaults(run=run_predict)
+
+    p = commands.add_parser("view", help="a page of photographs with what a run, or two, makes of them")
+    view_cli.add_arguments(p)
+    p.set_defaults(run=view_cli.run_view)
+
+    p = commands.add_parser("figures", help="the paper's figures for a run, PNG and PDF")
+    view_cli.add_figures_arguments(p)
+    p.set_defaults(run=view_cli.run_figures)
     return parser
 
 
