@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -138,13 +139,13 @@ def test_some_photographs_have_a_mask_and_some_no_tag(run: Run, shards: Path, tm
     (root / "masks").mkdir()
     (root / "classes.txt").write_text("\n".join(names))
     rng = np.random.default_rng(0)
-    for name, (w, h) in {"a": (40, 60), "b": (40, 60), "c": (70, 50), "d": (9, 7)}.items():
+    for name, (w, h) in {"a": (40, 60), "b": (40, 60), "c": (70, 50), "d": (9, 7), "e": (40, 40)}.items():
         Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(root / "images" / f"{name}.png")
     labels = np.zeros((60, 40), np.uint8)
     labels[:20] = 1
     Image.fromarray(labels).save(root / "masks" / "b.png")
-    (root / "tags.csv").write_text(f"file,split,tags\na.png,val,{names[0]}\nb.png,val,{names[0]}\nc.png,val,\n"
-                                   f"d.png,val,{names[1]}\n")  # fmt: skip
+    rows = ["file,split,tags", f"a.png,val,{names[0]}", f"b.png,val,{names[0]}", "c.png,val,", f"d.png,val,{names[1]}"]
+    (root / "tags.csv").write_text("\n".join([*rows, f"e.png,train,{names[2]}"]))
     prepare(FolderSource(root), tmp_path / "out", tune_val=0, progress=False)
     reader = ShardReader(tmp_path / "out", "val")
     found = {look.id: look for batch in looks(run, reader, range(len(reader))) for look in batch}
@@ -345,7 +346,7 @@ def test_serving_ends_with_ctrl_c_and_leaves_nothing(trained: Path, shards: Path
     done = subprocess.Popen(
         [sys.executable, "-c", f"{code}raise SystemExit(main({words!r}))"],
         cwd=tmp_path,
-        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -408,7 +409,8 @@ addEventListener("load", () => setTimeout(() => {{
   for (const frame of document.querySelectorAll("iframe")) {{
     const page = frame.contentDocument, view = frame.contentWindow;
     const small = [...page.querySelectorAll("figcaption, .numbers, label, #legend *, p")];
-    const key = (key, target = page.body) => target.dispatchEvent(new view.KeyboardEvent("keydown", {{ key, bubbles: true }}));
+    const key = (key, target = page.body) =>
+      target.dispatchEvent(new view.KeyboardEvent("keydown", {{ key, bubbles: true }}));
     const wide = page.documentElement.scrollWidth;
     key("j"); key("j");
     const second = page.activeElement === page.querySelectorAll(".card")[1];
@@ -416,7 +418,8 @@ addEventListener("load", () => setTimeout(() => {{
     const large = page.querySelector("dialog"), first = large.querySelector("h2").textContent;
     key("ArrowRight");
     told.push([frame.width, wide, Math.min(...small.map((e) => parseFloat(view.getComputedStyle(e).fontSize))),
-      page.querySelectorAll(".card:first-child img").length, second, large.open, first !== large.querySelector("h2").textContent,
+      page.querySelectorAll(".card:first-child img").length, second, large.open,
+      first !== large.querySelector("h2").textContent,
       [...page.querySelectorAll(".card:first-child img")].filter((e) => !e.naturalWidth).length,
       page.querySelectorAll("#filters[open]").length, large.scrollWidth - large.clientWidth,
       Math.min(...[...page.querySelectorAll(".card:first-child .stack")].map((e) => e.clientWidth))].join(" "));
@@ -428,9 +431,7 @@ addEventListener("load", () => setTimeout(() => {{
 
 @browser
 @pytest.mark.parametrize("runs", [1, 2])
-def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(
-    runs: int, shown: Path, both: Path, tmp_path: Path
-) -> None:
+def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(runs: int, shown: Path, both: Path, tmp_path: Path) -> None:
     frames = tmp_path / "frames.html"
     frames.write_text(FRAMES.format((shown if runs == 1 else both).as_uri()))
     found = re.search(r'<pre id="found">([^<]+)</pre>', dom(frames.as_uri(), tmp_path))
@@ -461,9 +462,7 @@ def test_figures_are_written_as_png_and_pdf(
     assert all(p.read_bytes().startswith(b"%PDF") for p in (tmp_path / "f").glob("*.pdf"))
 
 
-def test_what_cannot_be_drawn_is_said(run: Run, few: Path) -> None:
-    fresh = open_run  # a run of one class with a prototype, and shards without masks
-    del fresh
+def test_what_cannot_be_drawn_is_said(run: Run) -> None:
     prototypes = run.got.prototypes
     kept = prototypes.prototypes_Cd.clone()
     try:

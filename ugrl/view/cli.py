@@ -95,7 +95,9 @@ def _opened(args: argparse.Namespace) -> tuple[list[Run], ShardReader, list[int]
 
     device: torch.device = resolve(args.device)
     reader = open_split(args.data, args.split)
-    runs = [open_run(where, best=args.best, device=device) for where in (args.checkpoint, args.other) if where is not None]
+    runs = [
+        open_run(where, best=args.best, device=device) for where in (args.checkpoint, args.other) if where is not None
+    ]
     check_classes(runs, reader.manifest)
     indices = list(range(min(args.limit, len(reader))))
     which = "; ".join(f"{run.name}: {run.checkpoint}" for run in runs)

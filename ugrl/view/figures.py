@@ -406,7 +406,7 @@ def risk(found: Found, colours: np.ndarray) -> Figure | str:
     ax.set_ylabel("risk: mean 1 − IoU of their CAMs")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, math.ceil(10 * max(0.1, min(1.0, max(risk_n.mean() * 1.35, 0.1)))) / 10)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="best")
     return figure
 
 

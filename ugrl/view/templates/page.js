@@ -31,7 +31,10 @@ $("class").append(option("", "all"), ...classes.map((name, c) => option(c, name)
 if (two) {
   $("run").append(option("", "both"), ...runs.map((run, k) => option(k, run.name)));
   $("sort").append(option("gain", "difference of the runs"));
-} else $("run-label").hidden = true;
+} else {
+  $("run").append(option("", "one"));
+  $("run-label").hidden = true;
+}
 for (const [name, text] of LAYERS) {
   const box = made("input", { type: "checkbox", name: "layer", value: name });
   box.checked = true;
@@ -311,7 +314,7 @@ grey.style.background = data.ignored;
 $("legend").append(made("span", {}, grey, "undecided or ignored"));
 const scale = made("span", { class: "scale" });
 scale.style.background = `linear-gradient(to right, ${data.heat.join(",")})`;
-$("legend").append(made("span", {}, "0", scale, `1: CAM, u`));
+$("legend").append(made("span", {}, "0", scale, "1 and more: CAM, u"));
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("input", (event) => { if (event.target.id === "opacity") { look(); keep(); } else show(); });
 addEventListener("hashchange", () => { restore(); show(); });
