@@ -210,7 +210,8 @@ from cluster.cli import main as train
 from tuning.cli import main as tune
 from ugrl.cli import main as ugrl
 calls = [(ugrl, w) for w in (["--help"], ["--version"], ["prepare", "--help"], ["eval", "-h"], ["predict", "-h"],
-         ["view", "--help"], ["figures", "-h"], ["evl"], ["train"], ["predict", "r", "i", "--out", "m", "--scales", "nan"])]
+         ["view", "--help"], ["figures", "-h"], ["evl"], ["train"],
+         ["predict", "r", "i", "--out", "m", "--scales", "nan"])]
 calls += [(train, w) for w in (["--help"], ["--version"], ["--wrong"], ["--data", "x"], ["--workers", "0"])]
 calls += [(tune, w) for w in (["--help"], ["--version"], ["--wrong"], ["report", "--help"], ["--data", ""])]
 for main, words in calls:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def sources(text: str, names: list[str]) -> list[dict[str, str]]:
 
 def opened(source: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
+
+
+@pytest.fixture(scope="module")
+def apart(trained: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of one run with its pictures beside it."""
+    out = tmp_path_factory.mktemp("page") / "a b#.html"
+    words = ["view", str(trained), "--data", str(shards), "--out", str(out), "--embed", "0", "--device", "cpu"]
+    assert main(words) == 0
+    return out
 
 
 # -- what is collected ------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def test_a_large_page_keeps_its_pictures_in_a_folder(
     assert "big.html: 5 photographs, " in (said := capsys.readouterr()).out and "with 30 pictures in " in said.out
     assert "the first 5 of 16 images (--limit)" in said.err
     text = (tmp_path / "big.html").read_text()
-    named = {p for files in sources(text, facts(text)["pictures"]) for p in files.values()}
+    named = {unquote(p) for files in sources(text, facts(text)["pictures"]) for p in files.values()}
     assert named == {str(p.relative_to(tmp_path)) for p in (tmp_path / "big_files").iterdir()} and len(named) == 30
     (tmp_path / "big_files" / "note.txt").write_text("mine")
     assert main([*words, "--embed", "0", "--limit", "2", "--size", "32"]) == 0  # its own page is written anew
@@ -430,18 +440,37 @@ addEventListener("load", () => setTimeout(() => {{
 
 
 @browser
-@pytest.mark.parametrize("runs", [1, 2])
-def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(runs: int, shown: Path, both: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["shown", "both", "apart"])
+def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     frames = tmp_path / "frames.html"
-    frames.write_text(FRAMES.format((shown if runs == 1 else both).as_uri()))
-    found = re.search(r'<pre id="found">([^<]+)</pre>', dom(frames.as_uri(), tmp_path))
+    frames.write_text(FRAMES.format(request.getfixturevalue(kind).as_uri()))
+    check_frames(dom(frames.as_uri(), tmp_path), images=19 if kind == "both" else 11)
+
+
+def check_frames(text: str, images: int) -> None:
+    found = re.search(r'<pre id="found">([^<]+)</pre>', text)
     assert found is not None
     for part, filters in zip(found[1].split(";"), (0, 1), strict=True):
-        width, content, font, images, second, large, moved, missing, open, beyond, tile = part.split()
+        width, content, font, count, second, large, moved, missing, open, beyond, tile = part.split()
         assert int(content) <= int(width) and float(font) >= 13  # nothing moves sideways
-        assert int(images) == (11 if runs == 1 else 19) and missing == "0"
+        assert int(count) == images and missing == "0"
         assert (second, large, moved) == ("true", "true", "true") and int(open) == filters and int(beyond) <= 0
         assert int(tile) >= 150
+
+
+@browser
+def test_a_browser_takes_a_served_page(apart: Path, tmp_path: Path) -> None:
+    files = {str(p.relative_to(apart.parent)): p.read_bytes() for p in (apart, *sorted(apart.parent.glob("*/*")))}
+    with Server(page.Page({**files, "frames.html": FRAMES.format("/").encode()})) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            check_frames(dom(f"{server.url}frames.html", tmp_path), images=11)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 # -- figures ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -209,8 +210,8 @@ def _sources(shown: Shown, names: Sequence[str], start: str, files: dict[str, by
         elif files is None:
             sources.append(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
         else:
-            sources.append(f"{start}-{name}.{kind}")
-            files[sources[-1]] = data
+            files[where := f"{start}-{name}.{kind}"] = data
+            sources.append(quote(where))
     return sources
 
 

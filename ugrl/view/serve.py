@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mimetypes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 from ugrl.errors import ConfigError
 from ugrl.view.page import Page
@@ -53,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         # A page of another site may lead a name of its own to this machine; it is not answered.
         host = self.headers.get("Host", "").rpartition(":")[0]
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         data = self.server.files.get(path) if host in (LOOPBACK, "localhost") else None
         if data is None:
             self.send_error(404)
