@@ -172,7 +172,7 @@ function numbers(photo) {
     parts.append(`${word} `, made("b", { text: value }), " · u ", made("b", { text: fixed(run.most_u) }));
     if (run.guessed.length) parts.append(` · also guessed: ${listed(run.guessed)}`);
   }
-  if (shown.length > 1) {
+  if (two) {
     const [a, b] = photo.runs;
     if (known(a.miou) && known(b.miou)) {
       const gain = 100 * (b.miou - a.miou);
