@@ -28,7 +28,10 @@ def test_the_surface_is_what_the_readme_says() -> None:
     """Adding or dropping an option is a decision: this list is its record."""
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"prepare", "check", "eval", "predict"}
+    assert set(commands) == {"prepare", "check", "eval", "predict", "view", "figures"}
+    looking = {"--help", "--version", "--best", "--device", "--data", "--split", "--limit", "--palette", "--out"}
+    assert options(commands["view"].format_help()) == looking | {"--size", "--embed", "--serve", "--port"}
+    assert options(commands["figures"].format_help()) == looking | {"--images"}
     common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
     measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
     measured |= {"--protocol", "--set", "--out", "--json"}
@@ -210,7 +213,8 @@ from cluster.cli import main as train
 from tuning.cli import main as tune
 from ugrl.cli import main as ugrl
 calls = [(ugrl, w) for w in (["--help"], ["--version"], ["prepare", "--help"], ["eval", "-h"], ["predict", "-h"],
-         ["evl"], ["train"], ["predict", "r", "i", "--out", "m", "--scales", "nan"])]
+         ["view", "--help"], ["figures", "-h"], ["evl"], ["train"],
+         ["predict", "r", "i", "--out", "m", "--scales", "nan"])]
 calls += [(train, w) for w in (["--help"], ["--version"], ["--wrong"], ["--data", "x"], ["--workers", "0"])]
 calls += [(tune, w) for w in (["--help"], ["--version"], ["--wrong"], ["report", "--help"], ["--data", ""])]
 for main, words in calls:

@@ -30,8 +30,10 @@ MAY = {
     "ugrl.eval": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method"},
     "ugrl.train": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval"},
     "ugrl.predict": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.view": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
     "ugrl.cli": GROUND
-    | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.eval_cli", "ugrl.predict"},
+    | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.eval_cli", "ugrl.predict"}
+    | {"ugrl.view"},
     "ugrl.eval_cli": GROUND | {"ugrl", "ugrl.data", "ugrl.eval", "ugrl.train"},
     "ugrl.api": GROUND | {"ugrl.data", "ugrl.train", "ugrl.predict"},
     # For type checkers alone: what is imported when it is first used.

@@ -19,6 +19,7 @@ from ugrl.errors import UgrlError
 from ugrl.eval_cli import add_arguments as add_eval_arguments
 from ugrl.eval_cli import run as run_eval
 from ugrl.predict import cli as predict_cli
+from ugrl.view import cli as view_cli
 
 EPILOG = """\
 what exists:
@@ -26,6 +27,8 @@ what exists:
   ugrl check      tags and masks of a data set held against each other
   ugrl eval       the validation table of a checkpoint, for any split
   ugrl predict    masks, overlays, scores and more for images of any size
+  ugrl view       a page of photographs with what a run, or two, makes of them
+  ugrl figures    the paper's figures for a run, PNG and PDF
   ugrl-train      one training run: one process, or --workers N on Ray Train
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
@@ -79,6 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     predict_cli.add_arguments(p)
     _checkpoint_options(p)
     p.set_defaults(run=lambda args: predict_cli.run(args, choose))
+
+    p = commands.add_parser("view", help="a page of photographs with what a run, or two, makes of them")
+    view_cli.add_arguments(p)
+    p.set_defaults(run=view_cli.run_view)
+
+    p = commands.add_parser("figures", help="the paper's figures for a run, PNG and PDF")
+    view_cli.add_figures_arguments(p)
+    p.set_defaults(run=view_cli.run_figures)
     return parser
 
 

@@ -136,25 +136,33 @@ class UncertaintyScores:
 
     def add(self, seen: BatchPasses) -> None:
         """Count a batch."""
-        batch, cam, labels_BHW = seen.batch, seen.cam, seen.labels_BHW
         radius = self.cfg.method.uncertainty.radius
-        r_BCD, present_BC = batch_vectors(batch, cam, radius=radius, local=self.affinity_trained)
+        r_BCD, present_BC = batch_vectors(seen.batch, seen.cam, radius=radius, local=self.affinity_trained)
         u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
-        pb, pf = batch.pairs_P2.to(labels_BHW.device).unbind(1)
-        hot = cam.cam_PHW > self.cfg.eval.cam_background
-        truth = labels_BHW[pb] == (pf + 1)[:, None, None]
-        valid = labels_BHW[pb] != IGNORE
-        inter = (hot & truth & valid).flatten(1).sum(1)
-        union = ((hot | truth) & valid).flatten(1).sum(1)
-        ok = known_BC[pb, pf + 1] & (union > 0)
-        # A NaN is left out by the metrics; masking would have to wait for the device.
-        iou = (inter / union.clamp_min(1)).where(ok, torch.nan)
-        self.found.add(u_BC[pb, pf + 1], iou, seen.probs_BF[pb, pf])
+        self.found.add(*uncertain_pairs(seen, u_BC, known_BC))
 
     def result(self) -> Scores:
         """``u_auroc, p_auroc``."""
         self.found.reduce()
         return Scores({k: v for k, v in self.found.compute().items() if k != "u_pairs"})
+
+
+def uncertain_pairs(seen: BatchPasses, u_BC: Tensor, known_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, IoU of the CAM with the ground truth, and the classifier's probability, of each present pair, (P,) each.
+
+    The IoU is NaN where there is no u, or neither CAM nor truth has a pixel of the class.
+    """
+    batch, labels_BHW = seen.batch, seen.labels_BHW
+    pb, pf = batch.pairs_P2.to(labels_BHW.device).unbind(1)
+    hot = seen.cam.cam_PHW > seen.cfg.eval.cam_background
+    truth = labels_BHW[pb] == (pf + 1)[:, None, None]
+    valid = labels_BHW[pb] != IGNORE
+    inter = (hot & truth & valid).flatten(1).sum(1)
+    union = ((hot | truth) & valid).flatten(1).sum(1)
+    ok = known_BC[pb, pf + 1] & (union > 0)
+    # A NaN is left out by the metrics; masking would have to wait for the device.
+    iou = (inter / union.clamp_min(1)).where(ok, torch.nan)
+    return u_BC[pb, pf + 1], iou, seen.probs_BF[pb, pf]
 
 
 def segmentation_labels(seen: BatchPasses) -> Tensor:

@@ -1,0 +1,106 @@
+"""Small pictures of photographs, maps and labels, as bytes of files that a browser shows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ugrl.eval.palette import PALETTE
+from ugrl.types import IGNORE
+
+PALETTES = ("safe", "voc")
+# Okabe and Ito's colours, which people of every kind of sight tell apart, without black.
+OKABE_ITO = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
+# A map in [0, 1] from dark blue over teal to yellow: lightness rises all the way, so that grey shows it too.
+HEAT = ((13, 8, 80), (60, 75, 170), (32, 144, 140), (120, 200, 90), (253, 231, 37))
+LEVELS = 64
+
+
+def colours(name: str) -> np.ndarray:
+    """Colours by label, uint8 (256, 3): 0 is black, 255 a light grey.
+
+    Args:
+        name: ``voc``, the devkit's; ``safe``, seven that colour-blind people tell apart, then lighter and darker ones.
+
+    >>> colours("safe")[[0, 1, 8, 255]].tolist()
+    [[0, 0, 0], [230, 159, 0], [244, 213, 140], [224, 224, 192]]
+    """
+    if name == "voc":
+        return PALETTE
+    base = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in OKABE_ITO], np.float64)
+    white, black = np.full(3, 255.0), np.zeros(3)
+    rounds = [base, 0.45 * base + 0.55 * white, 0.55 * base + 0.45 * black]
+    found = np.resize(np.concatenate(rounds), (256, 3)).round().astype(np.uint8)
+    found = np.roll(found, 1, axis=0)
+    found[0], found[IGNORE] = 0, PALETTE[IGNORE]
+    return found
+
+
+def heat(x_HW: np.ndarray) -> np.ndarray:
+    """A map in [0, 1] in the colours of :data:`HEAT`, uint8 (H, W, 3)."""
+    at = np.clip(x_HW, 0, 1) * (len(HEAT) - 1)
+    stops = np.array(HEAT, np.float64)
+    low = np.minimum(at.astype(int), len(HEAT) - 2)
+    part = (at - low)[..., None]
+    return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
+
+
+def fitted(size: Sequence[int], most: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side is at most ``most``; nothing is enlarged.
+
+    >>> fitted((300, 500), 200), fitted((64, 48), 200)
+    ((200, 120), (48, 64))
+    """
+    h, w = size[0], size[1]
+    share = min(1.0, most / max(h, w))
+    return max(1, round(w * share)), max(1, round(h * share))
+
+
+def photo(image_HW3: np.ndarray, size: tuple[int, int]) -> bytes:
+    """A photograph as WebP."""
+    return _webp(Image.fromarray(image_HW3).resize(size, Image.Resampling.BOX), 76)
+
+
+def warm(map_HW: np.ndarray, size: tuple[int, int]) -> bytes:
+    """A map in [0, 1] as WebP."""
+    small = Image.fromarray(map_HW.astype(np.float32), mode="F").resize(size, Image.Resampling.BILINEAR)
+    return _webp(Image.fromarray(heat(np.asarray(small))), 68)
+
+
+def labels(labels_HW: np.ndarray, size: tuple[int, int], palette: np.ndarray) -> bytes:
+    """Labels as a palette PNG in which background is clear."""
+    return _indexed(labels_HW, size, palette, {0: 0, IGNORE: 150})
+
+
+def levels(map_HW: np.ndarray, size: tuple[int, int], most: float = 1.0) -> bytes:
+    """A map of few values in [0, most] as a palette PNG; what is NaN is clear, what is more has the last colour."""
+    known = np.isfinite(map_HW)
+    steps = np.where(known, np.clip(np.nan_to_num(map_HW) / most, 0, 1) * (LEVELS - 1), 0).round().astype(np.uint8)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[1 : LEVELS + 1] = heat(np.linspace(0, 1, LEVELS))
+    return _indexed(np.where(known, steps + 1, 0).astype(np.uint8), size, palette, {0: 0})
+
+
+def _indexed(index_HW: np.ndarray, size: tuple[int, int], palette: np.ndarray, alpha: dict[int, int]) -> bytes:
+    image = Image.fromarray(index_HW, mode="L").resize(size, Image.Resampling.NEAREST)
+    index = np.asarray(image)
+    most = int(index.max(initial=0))
+    if most == IGNORE:  # the label of ignored pixels goes down to the first free one: a short palette is a small file
+        free = int(index[index < IGNORE].max(initial=0)) + 1
+        palette = np.concatenate([palette[:free], palette[IGNORE:]])
+        alpha = {**alpha, free: alpha.get(IGNORE, 255)}
+        index, most = np.where(index == IGNORE, free, index).astype(np.uint8), free
+    made = Image.fromarray(index, mode="P")
+    made.putpalette(palette[: most + 1].flatten().tolist())
+    out = io.BytesIO()
+    made.save(out, "PNG", optimize=True, transparency=bytes(alpha.get(v, 255) for v in range(most + 1)))
+    return out.getvalue()
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=quality, method=4)
+    return out.getvalue()
