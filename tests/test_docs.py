@@ -257,7 +257,10 @@ def test_options_and_keys_within_the_text_exist(page: Path) -> None:
             known = [p for p in paths if fnmatch.fnmatch(p, key) or p.startswith(key + ".")]
             assert known, f"{span}: no such key"
             if eq:
-                config.build(config.override({"train": {"steps": 10**5}}, config.parse_overrides([span])))
+                tree: dict[str, Any] = {"train": {"steps": 10**5}}
+                if "aux" in span:  # of plain ViTs alone
+                    tree["model"] = {"backbone": "timm/vit_small_patch16_224", "aux_classifier": 2}
+                config.build(config.override(tree, config.parse_overrides([span])))
 
 
 def test_every_key_is_in_the_documentation() -> None:
