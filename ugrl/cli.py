@@ -1,7 +1,8 @@
 """``ugrl``: everything but training and searching.
 
 ``prepare`` turns a data set into shards, ``check`` says what looks wrong in one, ``eval`` prints a checkpoint's table
-for any split, ``predict`` writes masks for images. Nothing heavy is imported before the words are understood.
+for any split, ``predict`` writes masks for images, ``export`` files for other programs. Nothing heavy is imported
+before the words are understood.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ugrl.command import Parser, check_words, folder_for, guarded, pasted
 from ugrl.config import SCALES
 from ugrl.data import cli as prepare_cli
 from ugrl.errors import CheckpointError, DataError, UgrlError
+from ugrl.export import cli as export_cli
 from ugrl.text import line
 
 EPILOG = """\
@@ -26,6 +28,7 @@ what exists:
   ugrl check      tags and masks of a data set held against each other
   ugrl eval       the validation table of a checkpoint, for any split
   ugrl predict    palette masks for images of any size
+  ugrl export     ONNX, torch.export, a hub folder, transformers
   ugrl-train      one training run: one process, or --workers N on Ray Train
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
@@ -105,6 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--crf", action="store_true", help="sharpen with a dense CRF")
     _checkpoint_options(p)
     p.set_defaults(run=run_predict)
+
+    p = commands.add_parser("export", help="files that other programs read: ONNX, torch.export, hub, transformers")
+    export_cli.add_arguments(p)
+    p.set_defaults(run=lambda args: export_cli.run(args, choose))
     return parser
 
 
