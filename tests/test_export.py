@@ -14,12 +14,14 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.backbone_kit import network
 from tests.tiny import tiny_tree
 from ugrl.cli import main
 from ugrl.config import Config, build, override, public_dict
 from ugrl.errors import UgrlError
 from ugrl.export import check
 from ugrl.export.facts import licence_of, without_places
+from ugrl.export.graph import _whole_padding, cell
 from ugrl.train import checkpoint
 from ugrl.train.build import build_net, build_prototypes
 from ugrl.train.restore import restore
@@ -264,6 +266,25 @@ def test_files_that_say_something_else_are_refused(run: Path) -> None:
     for runner in (other, broken):
         with pytest.raises(UgrlError, match="was not written"):
             check.refuse_worse(check.compare(net, runner, images), "it")
+
+
+def test_sides_are_multiples_where_layers_of_timm_ask_for_the_size() -> None:
+    cells = {name: cell(network(f"timm/{name}", crop=64)) for name in ("test_vit", "test_resnet")}
+    assert cells == {"test_vit": 16, "test_resnet": 1}
+    assert cell(network("timm/tf_efficientnet_lite0", crop=64)) == 32
+    images = check.sample_images([], None, 64, 32)
+    assert all(i.shape[0] % 32 == 0 and i.shape[1] % 32 == 0 for i in images) and len({i.shape for i in images}) == 3
+
+
+def test_padding_in_whole_numbers_is_that_of_timm() -> None:
+    from timm.layers import padding
+
+    net, before = network("timm/test_resnet", crop=64), padding.get_same_padding
+    cases = [(x, k, s, d) for x in range(1, 70) for k in (1, 3, 5, 7) for s in (1, 2, 3) for d in (1, 2)]
+    wanted = [before(*c) for c in cases]
+    with _whole_padding(net):
+        assert [padding.get_same_padding(*c) for c in cases] == wanted
+    assert padding.get_same_padding is before
 
 
 def test_a_licence_is_told_where_it_is_known(run: Path) -> None:

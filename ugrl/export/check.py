@@ -20,6 +20,7 @@ from ugrl.errors import UgrlError
 from ugrl.eval.metrics import Confusion
 from ugrl.eval.predict import find_images, read_image
 from ugrl.model.network import UGRLNet
+from ugrl.model.specs import fitted
 
 #: Least mean IoU of an exported file's masks with the network's.
 LEAST_IOU = 0.999
@@ -58,13 +59,14 @@ class Comparison:
         )
 
 
-def sample_images(paths: Sequence[Path], size: tuple[int, int] | None, least: int) -> list[np.ndarray]:
+def sample_images(paths: Sequence[Path], size: tuple[int, int] | None, least: int, cell: int = 1) -> list[np.ndarray]:
     """Images to compare on, uint8 (H, W, 3): those given, or four generated ones.
 
     Args:
         paths: Images or folders of images.
         size: (H, W) to which all are resized; ``None``: the given ones keep theirs, the generated ones have odd sides.
         least: Shortest side; smaller images are enlarged.
+        cell: Sides must be multiples of it; others are resized to the nearest ones.
 
     Raises:
         DataError: An image cannot be used.
@@ -77,11 +79,11 @@ def sample_images(paths: Sequence[Path], size: tuple[int, int] | None, least: in
         source = ShapesSource(ShapesSpec(train=len(wanted), size=max(32, *(max(s) for s in wanted))))
         rows = [source.row("train", f"train_{k:06d}") for k in range(len(wanted))]
         images = [decode_pixels(r.image, r.id)[:h, :w] for r, (h, w) in zip(rows, wanted, strict=True)]
-    return [_fitted(image, size, least) for image in images]
+    return [_fitted(image, size, least, cell) for image in images]
 
 
-def _fitted(image_HW3: np.ndarray, size: tuple[int, int] | None, least: int) -> np.ndarray:
-    h, w = size or (max(least, image_HW3.shape[0]), max(least, image_HW3.shape[1]))
+def _fitted(image_HW3: np.ndarray, size: tuple[int, int] | None, least: int, cell: int) -> np.ndarray:
+    h, w = size or (fitted(image_HW3.shape[0], cell, least), fitted(image_HW3.shape[1], cell, least))
     if (h, w) == image_HW3.shape[:2]:
         return np.ascontiguousarray(image_HW3)
     return np.asarray(Image.fromarray(image_HW3).resize((w, h), Image.Resampling.BILINEAR))

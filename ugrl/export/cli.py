@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
     from ugrl.export.check import compare, refuse_worse, sample_images
     from ugrl.export.facts import gather
     from ugrl.export.folder import draft, publish
-    from ugrl.export.graph import smallest
+    from ugrl.export.graph import cell, smallest
     from ugrl.terminal import Terminal
     from ugrl.train.restore import restore
 
@@ -117,14 +117,15 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
     least = smallest(got.net, size) if captured else got.net.min_size
     if size is not None and min(size) < least:
         raise ConfigError(f"--size {size[0]} {size[1]}: {got.net.backbone} takes sides of {least} px and more")
-    images = sample_images(args.images, size, least)
+    step = cell(got.net) if captured and size is None else 1
+    images = sample_images(args.images, size, least, step)
     console = Terminal(stderr=True)
     console.print(f"{chosen}; {got.net.backbone}, {len(got.class_names)} classes and background", soft_wrap=True)
     with draft(args.out) as made:
         runner = write(args.to, got, made, size, facts)
         found = compare(got.net, runner, images, at_once=1 if size else 2)
         refuse_worse(found, f"--to {args.to}")
-        _write_card(made, args.to, facts, found.text, _size_text(size, least))
+        _write_card(made, args.to, facts, found.text, _size_text(size, least, step))
         record = {
             "to": args.to,
             "step": got.step,
@@ -132,6 +133,7 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
             "classes": ["background", *got.class_names],
             "size": list(size) if size else None,
             "least": least,
+            "multiple": step,
             "iou": found.iou,
             "largest_difference": found.logits,
         }
@@ -161,10 +163,11 @@ def write(to: str, got: Restored, folder: Path, size: tuple[int, int] | None, fa
     return to_safetensors.write(got, folder, facts)
 
 
-def _size_text(size: tuple[int, int] | None, least: int) -> str:
+def _size_text(size: tuple[int, int] | None, least: int, step: int) -> str:
     if size is not None:
         return f"One image at a time, of {size[0]} × {size[1]} px."
-    return f"Images of any size with sides of {least} px and more."
+    multiples = f" that are multiples of {step} px" if step > 1 else ""
+    return f"Images of any size with sides of {least} px and more{multiples}."
 
 
 def _write_card(folder: Path, to: str, facts: Facts, check: str, size: str) -> None:

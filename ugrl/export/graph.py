@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ugrl.bilinear import resize
 from ugrl.errors import UgrlError
 from ugrl.model.backbone import MEAN, STD
+from ugrl.model.encoder import MiT
 from ugrl.model.network import UGRLNet
 from ugrl.text import line
 
@@ -68,18 +69,21 @@ def capture(net: UGRLNet, size: tuple[int, int] | None) -> torch.export.Exported
     Raises:
         UgrlError: The encoder cannot be captured so.
     """
-    graph, least = Graph(net), smallest(net, size)
+    graph, least, step = Graph(net), smallest(net, size), cell(net)
     shapes: dict[str, Any] | None = None
     if size is None:
         # Sides that no two axes share, and that are multiples of nothing.
-        example = torch.zeros((2, least + 5, least * 2 + 1, 3), dtype=torch.uint8)
+        odd = 5 if step == 1 else step
+        example = torch.zeros((2, least + odd, least * 2 + odd, 3), dtype=torch.uint8)
         batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
-        height, width = (torch.export.Dim(n, min=least, max=LONGEST) for n in ("height", "width"))
+        height, width = (torch.export.Dim(n, min=least // step, max=LONGEST // step) for n in ("height", "width"))
+        if step > 1:
+            height, width = step * height, step * width
         shapes = {PIXELS: {0: batch, 1: height, 2: width}}
     else:
         example = torch.zeros((1, *size, 3), dtype=torch.uint8)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), _whole_padding(net):
             return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the exporter makes of a foreign model's code
         what = "images of any size" if size is None else f"images of {size[0]} × {size[1]} px"
@@ -92,7 +96,46 @@ def smallest(net: UGRLNet, size: tuple[int, int] | None = None) -> int:
 
     The exporter takes an axis of length one for a constant.
     """
-    return net.min_size if size is not None else 2 * net.min_size
+    if size is not None:
+        return net.min_size
+    step = cell(net)
+    return -(-2 * net.min_size // step) * step
+
+
+def cell(net: UGRLNet) -> int:
+    """What the sides of a program for any size must be multiples of, in px.
+
+    1, but for models of timm whose layers ask whether a side is a multiple: those that resize to whole patches, and
+    those that pad by the size of the image (TensorFlow's "same"). A program cannot ask.
+    """
+    if isinstance(net.encoder, MiT):
+        return 1
+    if net.encoder.info.multiple > 1:
+        return net.encoder.info.multiple
+    return 32 if any("Same" in type(m).__name__ for m in net.encoder.modules()) else 1
+
+
+@contextmanager
+def _whole_padding(net: UGRLNet) -> Iterator[None]:
+    """Padding of timm's "same" convolutions in whole numbers: by way of fractions the exporter does not come to an end.
+
+    The padding is kernel - stride + (-side mod stride), where the kernel, spread by its dilation, is no smaller than
+    the stride.
+    """
+    if isinstance(net.encoder, MiT):
+        yield
+        return
+    from timm.layers import padding
+
+    def same(x: Any, kernel_size: int, stride: int, dilation: int) -> Any:
+        return max(dilation * (kernel_size - 1) + 1 - stride + (-x) % stride, 0)
+
+    before = padding.get_same_padding
+    padding.get_same_padding = same
+    try:
+        yield
+    finally:
+        padding.get_same_padding = before
 
 
 @contextmanager
