@@ -28,7 +28,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
     """Adding or dropping an option is a decision: this list is its record."""
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"prepare", "check", "eval", "predict", "view", "figures"}
+    assert set(commands) == {"prepare", "check", "eval", "predict", "view", "figures", "export"}
     looking = {"--help", "--version", "--best", "--device", "--data", "--split", "--limit", "--palette", "--out"}
     assert options(commands["view"].format_help()) == looking | {"--size", "--embed", "--serve", "--port"}
     assert options(commands["figures"].format_help()) == looking | {"--images"}
@@ -38,6 +38,8 @@ def test_the_surface_is_what_the_readme_says() -> None:
     assert options(commands["eval"].format_help()) == common | measured
     own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
     assert options(commands["predict"].format_help()) == common | own | {"--on-error"}
+    exported = {"--help", "--version", "--best", "--to", "--out", "--size", "--images", "--data"}
+    assert options(commands["export"].format_help()) == exported
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()
     )
@@ -48,7 +50,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
 def test_a_bare_run_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for name in ("prepare", "eval", "predict", "ugrl-train", "ugrl-tune"):
+    for name in ("prepare", "eval", "predict", "export", "ugrl-train", "ugrl-tune"):
         assert name in text
 
 
@@ -213,7 +215,7 @@ from cluster.cli import main as train
 from tuning.cli import main as tune
 from ugrl.cli import main as ugrl
 calls = [(ugrl, w) for w in (["--help"], ["--version"], ["prepare", "--help"], ["eval", "-h"], ["predict", "-h"],
-         ["view", "--help"], ["figures", "-h"], ["evl"], ["train"],
+         ["view", "--help"], ["figures", "-h"], ["export", "-h"], ["evl"], ["train"],
          ["predict", "r", "i", "--out", "m", "--scales", "nan"])]
 calls += [(train, w) for w in (["--help"], ["--version"], ["--wrong"], ["--data", "x"], ["--workers", "0"])]
 calls += [(tune, w) for w in (["--help"], ["--version"], ["--wrong"], ["report", "--help"], ["--data", ""])]

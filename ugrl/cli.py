@@ -1,7 +1,8 @@
 """``ugrl``: everything but training and searching.
 
 ``prepare`` turns a data set into shards, ``check`` says what looks wrong in one, ``eval`` prints a checkpoint's table
-for any split, ``predict`` writes masks for images. Nothing heavy is imported before the words are understood.
+for any split, ``predict`` writes masks for images, ``export`` files for other programs. Nothing heavy is imported
+before the words are understood.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ugrl.data import cli as prepare_cli
 from ugrl.errors import UgrlError
 from ugrl.eval_cli import add_arguments as add_eval_arguments
 from ugrl.eval_cli import run as run_eval
+from ugrl.export import cli as export_cli
 from ugrl.predict import cli as predict_cli
 from ugrl.view import cli as view_cli
 
@@ -29,6 +31,7 @@ what exists:
   ugrl predict    masks, overlays, scores and more for images of any size
   ugrl view       a page of photographs with what a run, or two, makes of them
   ugrl figures    the paper's figures for a run, PNG and PDF
+  ugrl export     ONNX, torch.export, a hub folder, transformers
   ugrl-train      one training run: one process, or --workers N on Ray Train
   ugrl-tune       a hyperparameter search on Ray Tune and Optuna
 
@@ -90,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("figures", help="the paper's figures for a run, PNG and PDF")
     view_cli.add_figures_arguments(p)
     p.set_defaults(run=view_cli.run_figures)
+
+    p = commands.add_parser("export", help="files that other programs read: ONNX, torch.export, hub, transformers")
+    export_cli.add_arguments(p)
+    p.set_defaults(run=lambda args: export_cli.run(args, choose))
     return parser
 
 

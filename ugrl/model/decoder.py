@@ -124,13 +124,16 @@ class Decoder(nn.Module):
             features = tuple(enlarge(f) for enlarge, f in zip(self.pyramid, features, strict=True))
         weights, bias_D = self.composed()
         full = (features[0].shape[-2], features[0].shape[-1])
-        maps: dict[tuple[int, int], Tensor] = {full: per_position(features[0], weights[0], bias_D)}
+        maps = [per_position(features[0], weights[0], bias_D)]
         for feature, weight in zip(features[1:], weights[1:], strict=True):
-            size = (feature.shape[-2], feature.shape[-1])
             y = per_position(feature, weight)
-            maps[size] = maps[size] + y if size in maps else y
-        total = maps.pop(full)
-        for y in maps.values():
+            # A program for images of any size does not know which maps have one size.
+            if not torch.compiler.is_exporting() and maps[-1].shape[-2:] == y.shape[-2:]:
+                maps[-1] = maps[-1] + y
+            else:
+                maps.append(y)
+        total = maps[0]
+        for y in maps[1:]:
             total = total + resize(y, full)
         return F.relu(self.norm(total))
 

@@ -219,9 +219,11 @@ class TimmBackbone(Backbone):
     def _prepared(self, images_B3HW: Tensor) -> Tensor:
         """Images as the weights know them: whole patches, and the statistics of their training."""
         info, x = self.info, images_B3HW
-        height, width = (fitted(side, info.multiple, info.min_size) for side in x.shape[-2:])
-        if (height, width) != tuple(x.shape[-2:]):
-            x = resize(x, (height, width))
+        if info.multiple > 1:
+            height, width = (fitted(side, info.multiple, info.min_size) for side in x.shape[-2:])
+            # A program for images of any size always resizes; to the same size that changes nothing.
+            if torch.compiler.is_exporting() or (height, width) != tuple(x.shape[-2:]):
+                x = resize(x, (height, width))
         if (info.mean, info.std) != (MEAN, STD):
             x = x * self.factor_311.to(x.dtype) + self.offset_311.to(x.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.kind == CONVOLUTIONAL else x

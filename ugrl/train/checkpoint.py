@@ -100,19 +100,8 @@ def save(
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     try:
-        for name, tensors in parts.items():
-            _write_part(tmp / f"{name}.safetensors", tensors)
-        write_json(
-            tmp / "state.json",
-            {
-                "format": FORMAT,
-                "step": step,
-                "class_names": list(class_names),
-                "metrics": dict(metrics),
-                "data": data,
-                "config": config,
-            },
-        )
+        write_parts(tmp, parts)
+        write_state(tmp, step, config=config, class_names=class_names, metrics=metrics, data=data)
         old = folder / f".{final.name}.old"
         if final.exists():  # it stays until its successor is whole
             shutil.rmtree(old, ignore_errors=True)
@@ -124,6 +113,26 @@ def save(
         raise
     sync(folder)
     return final
+
+
+def write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write tensors into a folder, a file for each part; see the module's text."""
+    for name, tensors in parts.items():
+        _write_part(folder / f"{name}.safetensors", tensors)
+
+
+def write_state(
+    folder: Path,
+    step: int,
+    *,
+    config: dict[str, Any],
+    class_names: tuple[str, ...],
+    metrics: Mapping[str, float],
+    data: str | None = None,
+) -> None:
+    """Write ``state.json``; arguments as of :func:`save`."""
+    tree = {"format": FORMAT, "step": step, "class_names": list(class_names), "metrics": dict(metrics)}
+    write_json(folder / "state.json", {**tree, "data": data, "config": config})
 
 
 def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> None:
