@@ -18,9 +18,9 @@ from ugrl.data.images import decode_pixels
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import UgrlError
 from ugrl.eval.metrics import Confusion
-from ugrl.eval.predict import find_images, read_image
 from ugrl.model.network import UGRLNet
 from ugrl.model.specs import fitted
+from ugrl.predict.inputs import find_images, read_picture
 
 #: Least mean IoU of an exported file's masks with the network's.
 LEAST_IOU = 0.999
@@ -72,7 +72,7 @@ def sample_images(paths: Sequence[Path], size: tuple[int, int] | None, least: in
         DataError: An image cannot be used.
     """
     if paths:
-        images = [read_image(path) for path in find_images(list(paths))]
+        images = [read_picture(path).pixels_HW3 for path in find_images(paths)]
     else:
         sides = [(1.0, 1.0), (1.0, 1.0), (1.4, 2.1), (2.3, 1.2)]
         wanted = [size or (int(max(least, 40) * h) | 1, int(max(least, 40) * w) | 1) for h, w in sides]
