@@ -153,7 +153,8 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ugrl.train("own", data="shards", out="run")
     longer = ugrl.train("own", {"train.steps": 10}, data="photos/shards", out="run", resume=True, quiet=True)
     assert longer.metrics == pytest.approx(run.metrics) and ugrl.load(longer).step == 10
-    assert repr(ugrl.load("run")) == f"Model({tmp_path}/run/checkpoints/step_00000010: mit_b0, 2 classes, step 10)"
+    where = f"{tmp_path}/run/checkpoints/step_00000010"
+    assert repr(ugrl.load("run")) == f"Model({where}: timm/tf_efficientnet_lite0, 2 classes, step 10)"
 
 
 def test_a_configuration_is_taken_in_any_form(shards: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_how_masks_are_painted_is_written_down_checked_and_part_of_what_is_resum
     assert main([*words, "--masks", "smallest-on-top", "--shard-rows", "1"]) == 0
     assert Manifest.load(out).options["masks"] == "smallest-on-top"
     assert main(["prepare", "--verify", str(out), "--masks", "smallest-on-top"]) == 0
-    assert "masks smallest-on-top" in capsys.readouterr().out.replace("\n", " ")
+    assert "masks smallest-on-top" in " ".join(capsys.readouterr().out.split())
     assert main(["prepare", "--verify", str(out), "--masks", "file-order"]) == 2
     assert "masks painted by 'smallest-on-top'; expected file-order" in capsys.readouterr().err
     with pytest.raises(DataError, match="masks is 'biggest'; expected file-order or smallest-on-top"):

@@ -161,7 +161,11 @@ def test_the_commands_of_the_image_start_and_find_what_was_shipped(wheel: Path, 
     where, *shown = done.stdout.splitlines()
     assert where.count(str(tmp_path)) == 2  # not this checkout
     text = " ".join(" ".join(shown).split())
-    assert "ugrl prepare" in text and "coco100, own, own-gpu, shapes, voc" in text and "table3, table4, voc" in text
+    assert (
+        "ugrl prepare" in text
+        and "coco100, own, own-gpu, shapes, voc, voc-afa" in text
+        and "table3, table4, voc" in text
+    )
 
 
 def test_every_dependency_is_pinned_to_a_version_that_the_project_allows() -> None:
