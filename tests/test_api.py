@@ -54,7 +54,7 @@ def test_type_checkers_see_the_same_names() -> None:
         (api.prepare, "root out source tune_val on_error seed reuse quiet options"),
         (api.train, "config overrides data out resume device quiet"),
         (api.tune, "space overrides options"),
-        (Model.predict, "self images scales mirror crf tile overlap batch palette on_error"),
+        (Model.predict, "self images scales mirror crf tile overlap batch palette on_error protocol"),
         (Prediction.overlay, "self alpha legend palette"),
         (Prediction.save, "self path"),
         (Prediction.to_coco, "self image_id first_id"),
@@ -153,7 +153,8 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ugrl.train("own", data="shards", out="run")
     longer = ugrl.train("own", {"train.steps": 10}, data="photos/shards", out="run", resume=True, quiet=True)
     assert longer.metrics == pytest.approx(run.metrics) and ugrl.load(longer).step == 10
-    assert repr(ugrl.load("run")) == f"Model({tmp_path}/run/checkpoints/step_00000010: mit_b0, 2 classes, step 10)"
+    made_of = "timm/tf_efficientnet_lite0, 2 classes, step 10"
+    assert repr(ugrl.load("run")) == f"Model({tmp_path}/run/checkpoints/step_00000010: {made_of})"
 
 
 def test_a_configuration_is_taken_in_any_form(shards: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
     measured |= {"--protocol", "--set", "--out", "--json"}
     assert options(commands["eval"].format_help()) == common | measured
     own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
-    assert options(commands["predict"].format_help()) == common | own | {"--on-error"}
+    assert options(commands["predict"].format_help()) == common | own | {"--on-error", "--protocol"}
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
         commands["prepare"].format_help()
     )
