@@ -173,6 +173,20 @@ def gradients(name: str, step: int, *, parts: int = 0, **keys: Any) -> tuple[dic
     return {k: float(v) for k, v in out.terms.items()}, state
 
 
+@pytest.mark.parametrize("name", ["voc-afa", "voc-ugrl"])
+def test_pairs_keep_the_labels_of_the_cam_that_did_not_walk(name: str) -> None:
+    """With and without a contrastive loss."""
+    found = []
+    for propagate in ("none", "afa"):
+        cfg = config.load(name, {**SMALL, "method.cam.propagate": propagate, "method.cam.propagate_after": 1})
+        net = build_net(cfg, CLASSES).double().train()
+        step_fn = Step(cfg, net, build_prototypes(cfg, CLASSES, net.dim).double(), build_par(cfg))
+        found.append(step_fn.targets(batch_of(6001, "padded"), 6001))
+    plain, walked = found
+    assert not torch.equal(plain.labels_BHW, walked.labels_BHW)
+    assert torch.equal(plain.coarse_Bhw, walked.coarse_Bhw)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_step_of_a_recipe_takes_can_be_counted(name: str) -> None:
     """A dry run and a search count it, after the propagation has begun."""
