@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from ugrl import config as configs
-from ugrl.config import Config
+from ugrl.config import Config, EvalConfig
 from ugrl.data.reader import ShardReader
 from ugrl.device import resolve
 from ugrl.eval.collectors import cam_labels, segmentation_labels
+from ugrl.eval.combine import combined_scores
 from ugrl.eval.curve import ThresholdCurve
-from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
-from ugrl.eval.passes import BatchPasses, seg_scores, shape_batches
+from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighted_auroc
+from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
 from ugrl.grid import resize_maps
 from ugrl.method.class_vectors import batch_vectors
@@ -55,26 +56,6 @@ VERSION = 1
 
 
 # -- counts of a split ------------------------------------------------------------------------
-
-
-def weighted_auroc(score_n: Tensor, positive_n: Tensor, negative_n: Tensor) -> float:
-    """Probability that a positive scores above a negative, equal scores counting one half.
-
-    Args:
-        score_n: Scores, higher means positive.
-        positive_n: How many positives have the score.
-        negative_n: How many negatives have it.
-
-    Returns:
-        In [0, 1]; NaN where one of the two kinds is missing.
-    """
-    score, group = score_n.double().unique(return_inverse=True)
-    positive, negative = (
-        torch.zeros(len(score), dtype=torch.float64).index_add_(0, group, x.double()) for x in (positive_n, negative_n)
-    )
-    pairs = float(positive.sum() * negative.sum())
-    below = negative.cumsum(0) - negative / 2
-    return float((positive * below).sum()) / pairs if pairs else math.nan
 
 
 class PairScores:
@@ -241,7 +222,7 @@ class ValScores:
         self.tags.add(seen.probs_BF, seen.batch.tags_BF)
         self.cam.add(cam_labels(seen), seen.labels_BHW)
         self.pairs.add(seen, u_BC, known_BC)
-        native = seg_scores(seen.net, seen.batch.images_B3HW, (1.0,), False, known=seen.logits)
+        native = combined_scores(seen.net, seen.batch.images_B3HW, EvalConfig(), known=seen.logits)
         self.plain.add(native.argmax(1), seen.labels_BHW)
         self.averaged.add(segmentation_labels(seen), seen.labels_BHW)
 

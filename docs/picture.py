@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ugrl.config import EvalConfig
 from ugrl.data.reader import ShardReader
+from ugrl.eval.combine import combined_scores
 from ugrl.eval.palette import PALETTE, denormalize
-from ugrl.eval.passes import seg_scores, shape_batches
+from ugrl.eval.passes import shape_batches
 from ugrl.method.cam import multi_scale_cam
 from ugrl.train.restore import restore
 
@@ -51,9 +53,9 @@ def panels(run: str) -> list[list[np.ndarray]]:
         batch.boxes_B4,
         scales=cam_cfg.scales,
         mirror=cam_cfg.mirror,
-        least=net.encoder.spec.min_size,
+        least=net.min_size,
     ).cam_PHW
-    labels_BHW = seg_scores(net, batch.images_B3HW, (1.0,), False).argmax(1)
+    labels_BHW = combined_scores(net, batch.images_B3HW, EvalConfig()).argmax(1)
     assert batch.masks_BHW is not None
     rows = []
     for k in range(len(at)):

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from bench import real
-from bench.real_measure import LabelScores, refined_labels_at, weighted_auroc
+from bench.real_measure import LabelScores, refined_labels_at
 from bench.real_table import as_markdown, parts, summary
 from tests.reference_metrics import ref_auroc
 from tests.test_data_voc import save_mask, save_xml
@@ -29,7 +29,7 @@ from ugrl.config import Config
 from ugrl.data.reader import ShardReader
 from ugrl.data.voc import CLASS_NAMES
 from ugrl.eval.evaluate import evaluate
-from ugrl.eval.metrics import Confusion
+from ugrl.eval.metrics import Confusion, weighted_auroc
 from ugrl.eval.passes import shape_batches
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors

@@ -37,7 +37,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
     measured |= {"--protocol", "--set", "--out", "--json"}
     assert options(commands["eval"].format_help()) == common | measured
     own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
-    assert options(commands["predict"].format_help()) == common | own | {"--on-error"}
+    assert options(commands["predict"].format_help()) == common | own | {"--on-error", "--protocol"}
     exported = {"--help", "--version", "--best", "--to", "--out", "--size", "--images", "--data"}
     assert options(commands["export"].format_help()) == exported
     assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(

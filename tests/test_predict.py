@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from ugrl.cli import main
 from ugrl.config import build
 from ugrl.data.augment import normalize
 from ugrl.data.coco_masks import rle_of
+from ugrl.data.reader import ShardReader
 from ugrl.data.voc import CLASS_NAMES
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval.protocol import PROTOCOLS
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.model.network import UGRLNet
@@ -148,6 +151,8 @@ def test_a_list_gives_a_list_and_a_bad_image_does_not_lose_the_others(model: Mod
         ({"tile": 64}, "tile is 64; expected at least 128"),
         ({"tile": 256, "overlap": 200}, "overlap is 200; expected 0 … 128"),
         ({"overlap": 32}, "without a tile"),
+        ({"protocol": "dupl"}, "protocol is 'dupl'; expected native, afa, toco, seco"),
+        ({"protocol": "seco", "tile": 128}, "tile is 128, and eval.resize is square"),
         ({"palette": "vco"}, "did you mean 'voc'"),
         ({"on_error": "ignore"}, "expected 'raise' or 'skip'"),
     ],
@@ -162,6 +167,34 @@ def test_a_batch_changes_nothing(model: Model) -> None:
     for one, many in zip([model.predict(i) for i in images], model.predict(images, batch=3), strict=True):
         assert (one.mask == many.mask).all()
         assert list(one.scores.values()) == pytest.approx(list(many.scores.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_mask_is_the_one_that_an_evaluation_scores(protocol: str, run: Path, shards: Path, tmp_path: Path) -> None:
+    reader = ShardReader(shards, "val")
+    (tmp_path / "in").mkdir()
+    for row in (reader[0], reader[1]):
+        (tmp_path / "in" / f"{row.id}.png").write_bytes(row.image)
+    words = ["eval", str(run), "--data", str(shards), "--what", "seg", "--out", str(tmp_path / "scored")]
+    assert main([*words, "--protocol", protocol, "--set", "eval.limit=2", "--device", "cpu"]) == 0
+    assert predict(run, tmp_path / "in", "--out", tmp_path / "masks", "--protocol", protocol) == 0
+    scored = tmp_path / "scored" / ("seg" if protocol == "native" else "crf")
+    assert len(list(scored.iterdir())) == 2
+    for path in scored.iterdir():
+        one, other = (np.asarray(Image.open(p)) for p in (path, tmp_path / "masks" / path.name))
+        assert (one == other).mean() > 0.999  # but for ties that rounding decides
+
+
+def test_masks_and_maps_follow_the_section_eval_of_the_run(run: Path) -> None:
+    model = Model(run, device="cpu")
+    image = noise(40, 56)
+    own, plain = model.predict(image).cam, model.fingerprint
+    eval_ = replace(model.config.eval, resize="square", side=64, cam_scales=(1.0, 2.0))
+    model.config = replace(model.config, eval=eval_)
+    assert model.how().eval.resize == "square" and model.how(protocol="native").eval.resize == "native"
+    del model.fingerprint
+    assert model.fingerprint != plain
+    assert any((own[name] != cam).any() for name, cam in model.predict(image, protocol="native").cam.items())
 
 
 # -- in parts -------------------------------------------------------------------------------------

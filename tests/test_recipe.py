@@ -24,6 +24,7 @@ from ugrl.method.losses import affinity_loss, eligible_tokens
 from ugrl.train import checkpoint
 from ugrl.train.accumulate import run_step
 from ugrl.train.build import build_net, build_par, build_prototypes
+from ugrl.train.flops import step_gflop
 from ugrl.train.step import Step
 from ugrl.types import Batch, Row
 
@@ -64,6 +65,10 @@ def test_voc_and_coco_are_the_projects_own() -> None:
         (["method.cam.mode=train", "method.cam.share=always"], "method.cam.share is always; expected exact or never"),
         (["method.cam.mode=train", "method.cam.share=warmup"], "method.cam.share is warmup; expected exact or never"),
         (["method.cam.propagate=afa", "method.cam.refine=none"], "method.cam.refine is none; expected par"),
+        (
+            ["method.cam.propagate=afa", "method.loss.lambda3=0"],
+            "method.loss.lambda3 is 0: nothing trains the affinity",
+        ),
         (["data.pad=grey"], "'data.pad' is 'grey'; expected one of mean, black"),
         (["train.head_decay=none"], "'train.head_decay' is 'none'; expected one of weights, all"),
     ],
@@ -166,6 +171,28 @@ def gradients(name: str, step: int, *, parts: int = 0, **keys: Any) -> tuple[dic
     state = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
     state |= {n: x for n, x in net.named_buffers() if "running" in n}
     return {k: float(v) for k, v in out.terms.items()}, state
+
+
+@pytest.mark.parametrize("name", ["voc-afa", "voc-ugrl"])
+def test_pairs_keep_the_labels_of_the_cam_that_did_not_walk(name: str) -> None:
+    """With and without a contrastive loss."""
+    found = []
+    for propagate in ("none", "afa"):
+        cfg = config.load(name, {**SMALL, "method.cam.propagate": propagate, "method.cam.propagate_after": 1})
+        net = build_net(cfg, CLASSES).double().train()
+        step_fn = Step(cfg, net, build_prototypes(cfg, CLASSES, net.dim).double(), build_par(cfg))
+        found.append(step_fn.targets(batch_of(6001, "padded"), 6001))
+    plain, walked = found
+    assert not torch.equal(plain.labels_BHW, walked.labels_BHW)
+    assert torch.equal(plain.coarse_Bhw, walked.coarse_Bhw)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_step_of_a_recipe_takes_can_be_counted(name: str) -> None:
+    """A dry run and a search count it, after the propagation has begun."""
+    cfg = config.load(name, SMALL)
+    once = config.load(name, {**SMALL, "method.cam.scales": [1.0]})
+    assert step_gflop(cfg, CLASSES) > step_gflop(once, CLASSES) > 0
 
 
 @pytest.mark.parametrize("name", ["voc-afa", "voc-ugrl"])

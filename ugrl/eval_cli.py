@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = "Measure.", EXAMPLES + (parser.epilog or "")
     parser.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
     parser.add_argument("--data", required=True, metavar="DIR|URI", help="prepared shards")
-    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--split", help="default: val")
     parser.add_argument("--list", type=Path, metavar="FILE", help="the images that a text file names, one id a line")
     parser.add_argument(
         "--what", nargs="+", choices=WHAT, help="segmentation, CAM, CAM refined by PAR (default: what the run measures)"
@@ -100,6 +100,32 @@ def how_to_measure(cfg: Config, args: argparse.Namespace) -> tuple[EvalConfig, l
     return choose(cfg.eval, args.protocol, given)
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together; ``--split`` gets its default.
+
+    Raises:
+        ConfigError: One of them would do nothing.
+    """
+    if args.threshold is not None and args.threshold_from is not None:
+        raise ConfigError("--threshold and --threshold-from; expected one of the two")
+    if args.list is not None and args.split is not None:
+        raise ConfigError("--list and --split; expected one of the two: a list names images of any split")
+    args.split = args.split or "val"
+    what = " ".join(args.what or WHAT)
+    if args.what and "seg" not in args.what:
+        for option in ("crf", "scales", "mirror"):
+            if getattr(args, option):
+                instead = "--set eval.cam_scales=[1,2]" if option == "scales" else "--what seg beside it"
+                raise ConfigError(f"--{option} is for the segmentation, which --what {what} leaves out; try {instead}")
+    if args.what == ["seg"] and not args.refined_cam:
+        for option in ("threshold", "threshold_from"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise ConfigError(
+                    f"--{name} is for the CAM, which --what seg leaves out; expected cam or refined beside it"
+                )
+
+
 @dataclass
 class Measured:
     """What an evaluation was, and what it gave."""
@@ -130,8 +156,7 @@ def run(args: argparse.Namespace, choose_checkpoint: Callable[..., tuple[Path, s
     from ugrl.train.progress import result_table
     from ugrl.train.restore import restore
 
-    if args.threshold is not None and args.threshold_from is not None:
-        raise ConfigError("--threshold and --threshold-from; expected one of the two")
+    check_together(args)
     device = resolve(args.device)
     path, chosen = choose_checkpoint(args.checkpoint, best=args.best)
     manifest = Manifest.load(args.data)
@@ -177,7 +202,9 @@ def _measure(
     what = set(args.what or ()) | ({"refined"} if args.what and args.refined_cam else set())
     if what:
         how = replace(how, cam=bool(what & {"cam", "refined"}), refined_cam="refined" in what)
+    searched = args.threshold is not None or args.threshold_from is not None
     how = replace(how, refined_cam=how.refined_cam or args.refined_cam)
+    how = replace(how, cam=how.cam or args.refined_cam or searched)  # which the run may have switched off
     cfg = replace(got.cfg, eval=how)
     par = build_par(replace(cfg, method=replace(cfg.method, cam=replace(cfg.method.cam, refine="par"))))
     thresholds: dict[str, Threshold] = {}

@@ -10,6 +10,9 @@ from ugrl.config.tree import Config
 from ugrl.model.specs import SPECS, TIMM, crop_multiple, is_known, least_crop, min_size, no_plain_vit, wrong_weights
 from ugrl.text import nearest
 
+# Smallest side of a square for a CAM, in pixels; that of ``eval.side`` is the same.
+LEAST_SIDE = 32
+
 
 class Rule(NamedTuple):
     """A rule between keys.
@@ -107,6 +110,19 @@ RULES = (
         ("method.cam.low", "method.cam.high"),
         lambda cfg: cfg.method.cam.low <= cfg.method.cam.high,
         lambda cfg: f"method.cam.low is {cfg.method.cam.low}; expected ≤ method.cam.high {cfg.method.cam.high}",
+    ),
+    Rule(
+        ("method.cam.propagate", "method.loss.lambda3", "method.setting"),
+        lambda cfg: cfg.method.cam.propagate == "none" or cfg.method.loss.lambda3 > 0 or cfg.method.setting == "Full",
+        lambda cfg: (
+            f"method.cam.propagate is {cfg.method.cam.propagate}, and method.loss.lambda3 is 0: nothing trains the "
+            "affinity along which the CAM would walk; expected none, or a larger lambda3"
+        ),
+    ),
+    Rule(
+        ("eval.cam_side",),
+        lambda cfg: not 0 < cfg.eval.cam_side < LEAST_SIDE,
+        lambda cfg: f"eval.cam_side is {cfg.eval.cam_side}; expected 0 or ≥ {LEAST_SIDE}",
     ),
     Rule(
         ("eval.cam_scales",),

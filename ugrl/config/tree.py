@@ -332,9 +332,9 @@ class EvalConfig:
     refined_cam: bool = False
     """Whether validations also score the CAM that PAR refined (``refined_miou``); slow."""
     seg_scales: tuple[float, ...] = _num((1.0,), **SCALES)
-    """Factors of the image size over which the segmentation's probabilities are averaged."""
+    """Factors of the image size at which it is segmented; ``eval.combine`` says how the scores become one."""
     mirror: bool = False
-    """Whether the segmentation is also averaged with that of the mirrored image."""
+    """Whether the mirrored image is segmented, too; ``eval.mirror_by`` says how the two become one."""
     crf: bool = False
     """Whether validations also score the segmentation after a dense CRF (``crf_miou``); slow."""
     amp: Literal["off", "auto"] = "off"

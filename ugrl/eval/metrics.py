@@ -183,26 +183,33 @@ def average_precision(score_n: Tensor, positive_n: Tensor) -> float:
 
 
 def auroc(score_n: Tensor, positive_n: Tensor) -> float:
-    """Probability that a positive scores above a negative, equal scores counting one half.
-
-    Exact, from mean ranks (the Mann-Whitney U statistic).
+    """:func:`weighted_auroc` of single positives and negatives.
 
     Args:
         score_n: Scores, higher means positive.
         positive_n: bool.
+    """
+    return weighted_auroc(score_n, positive_n, ~positive_n)
+
+
+def weighted_auroc(score_n: Tensor, positive_n: Tensor, negative_n: Tensor) -> float:
+    """Probability that a positive scores above a negative, equal scores counting one half.
+
+    Exact: the Mann-Whitney U statistic.
+
+    Args:
+        score_n: Scores, higher means positive.
+        positive_n: How many positives have the score.
+        negative_n: How many negatives have it.
 
     Returns:
         In [0, 1]; NaN where one of the two kinds is missing.
     """
-    positives = int(positive_n.sum())
-    negatives = len(positive_n) - positives
-    if positives == 0 or negatives == 0:
-        return math.nan
-    _, group, count = score_n.double().unique(return_inverse=True, return_counts=True)
-    # Ranks from 1; a group of equals that ends at rank e and has k members has the mean rank e - (k - 1) / 2.
-    mean_rank = (count.cumsum(0).double() - (count.double() - 1) / 2)[group]
-    rank_sum = float(mean_rank[positive_n].sum())
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    score, group = score_n.double().unique(return_inverse=True)
+    positive, negative = (torch.zeros_like(score).index_add_(0, group, x.double()) for x in (positive_n, negative_n))
+    pairs = float(positive.sum() * negative.sum())
+    below = negative.cumsum(0) - negative / 2
+    return float((positive * below).sum()) / pairs if pairs else math.nan
 
 
 # A probability above this is a predicted tag.

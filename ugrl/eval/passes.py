@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ugrl.bilinear import resize
-from ugrl.config import Config, EvalConfig
+from ugrl.config import Config
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
 from ugrl.eval.combine import combined_scores, shares_passes
@@ -88,25 +88,6 @@ def pad_small(image_XHW: np.ndarray, least: int, mode: Literal["edge", "ignore"]
         return image_XHW
     widths = [(0, 0)] * (image_XHW.ndim - 2) + extra
     return np.pad(image_XHW, widths, "edge") if mode == "edge" else np.pad(image_XHW, widths, constant_values=IGNORE)
-
-
-def seg_scores(
-    net: UGRLNet,
-    images_B3HW: Tensor,
-    scales: tuple[float, ...],
-    mirror: bool,
-    known: Mapping[tuple[float, bool], Tensor] | None = None,
-) -> Tensor:
-    """Class probabilities (B, C, H, W), averaged over scales and mirror images.
-
-    Args:
-        net: Network in eval mode.
-        images_B3HW: Normalised images of any size.
-        scales: Factors of the image size.
-        mirror: Whether to add each scale's mirror image.
-        known: Logits by (scale, mirrored) of passes that were made already.
-    """
-    return combined_scores(net, images_B3HW, EvalConfig(seg_scales=scales, mirror=mirror), known)
 
 
 class BatchPasses:

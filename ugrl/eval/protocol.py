@@ -24,6 +24,7 @@ _PLAIN: dict[str, Any] = {
     "side": 512,
     "rounding": "nearest",
     "cam_side": 0,
+    "cam_scales": None,
     "crf": False,
 }
 _FIELD: dict[str, Any] = {
@@ -98,6 +99,8 @@ def words(options: Mapping[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     if isinstance(value, tuple):
         return f"[{','.join(_word(v) for v in value)}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -43,7 +43,7 @@ def search_thresholds(
     Args:
         net: Network; put into eval mode.
         reader: Images with masks: those of training, never those that the score is for.
-        cfg: The run: ``eval.cam_side``, ``eval.limit`` and ``method.cam`` are read.
+        cfg: The run: ``eval.cam_side``, ``eval.cam_scales``, ``eval.limit`` and ``method.cam`` are read.
         device: Device of the network.
         par: Refinement whose threshold is wanted as well.
         on_batch: Called with the ids of each batch, once it is through.

@@ -302,8 +302,13 @@ class TargetMaker:
             return pseudo_labels(
                 cam.aux_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=c.high, low=c.low
             )[0]
-        # Every coarser label is a sample of the next finer one, as its pool membership is.
-        return labels_BHW if out.small_Bhw is None else out.small_Bhw
+        if out.small_Bhw is None:
+            return labels_BHW
+        # Every coarser label is a sample of the next finer one, as its pool membership is. Those that AFA's walk made
+        # are for L_seg and the pool alone.
+        if labels_BHW is out.labels_BHW:
+            return out.small_Bhw
+        return sample_nearest(labels_BHW, (out.small_Bhw.shape[-2], out.small_Bhw.shape[-1]))
 
     def _choose_pairs(self, out: Targets, labels_Bhw: Tensor, grid: tuple[int, int], counts: bool) -> None:
         """The cells of F4 that the affinity loss may pair: in the pool, where there is one."""

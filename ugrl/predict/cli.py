@@ -6,12 +6,12 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ugrl.command import complain, folder_for
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval.protocol import PROTOCOLS, words
 from ugrl.predict import PALETTES
 from ugrl.text import line
 
@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   ugrl predict runs/voc photos --out masks --best         masks/NAME.png for each photos/NAME.jpg
   ugrl predict runs/voc a.jpg b.png --out masks --scales 0.75 1 1.25 --mirror
+  ugrl predict runs/voc photos --out masks --protocol toco        as `ugrl eval --protocol toco` scores them
   ugrl predict runs/voc photos --out masks --overlay --uncertainty --export scores.csv coco
   ugrl predict runs/voc 'film/**/*.png' --out masks --batch 8     frames, in the order of their numbers
   ugrl predict runs/voc ortho.tif --out masks --tile 1024         larger than memory
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
     parser.add_argument("images", type=Path, nargs="+", help="images, folders of images, or patterns in quotes")
     parser.add_argument("--out", type=folder_for, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="sizes, scales and CRF as others measure")
     parser.add_argument("--crf", action="store_true", help="sharpen with a dense CRF")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one size that pass at a time")
     parser.add_argument("--tile", type=int, metavar="PX", help="take images that are larger in parts of this side")
@@ -107,11 +109,15 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
         tile=args.tile,
         overlap=args.overlap,
         batch=args.batch,
+        protocol=args.protocol,
     )
     job = Job(model, how, args.palette, folder, stop=args.on_error == "raise")
     folder.check_pure(job.fingerprint)
     console = Terminal(stderr=True)
     console.print(f"{chosen}; {len(images)} images", soft_wrap=True)
+    if args.protocol is not None:
+        told = f"protocol {args.protocol}: {words(how.options())}"
+        console.print(told, soft_wrap=True, markup=False, highlight=False)
     with Progress(total=len(images), what="images") as bar:
         made = job.run(images, bar.advance)
     export(args, model, {folder.targets[image]: made[image] for image in images if image in made}, console)
@@ -142,8 +148,9 @@ class Job:
 
         self.model, self.how, self.palette, self.folder, self.stop = model, how, palette, folder, stop
         self.broken = 0
-        options = asdict(replace(how, batch=1))  # which changes when something is computed, and not what
-        told = json.dumps([FORMAT, model.fingerprint, options, palette], sort_keys=True)
+        tiling = None if how.tiling is None else asdict(how.tiling)
+        # Not `batch`, which changes when something is computed, and not what.
+        told = json.dumps([FORMAT, model.fingerprint, how.options(), tiling, palette], sort_keys=True)
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def run(self, images: list[Path], advance: Callable[[int], None]) -> dict[Path, Made]:

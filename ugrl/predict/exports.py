@@ -38,8 +38,8 @@ def check_submission(names: tuple[str, ...]) -> None:
     """
     if names != CLASS_NAMES:
         raise ConfigError(
-            f"--submission: the network has {len(names)} classes ({line(', '.join(names), 60)}); expected VOC's twenty "
-            "in their order"
+            f"--export voc-server: the network has {len(names)} classes ({line(', '.join(names), 60)}); expected VOC's "
+            "twenty in their order"
         )
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ugrl.config import EvalConfig
 from ugrl.data.augment import normalize
 from ugrl.errors import DataError
-from ugrl.eval.passes import pad_small, seg_scores
+from ugrl.eval.combine import combined_scores, first_size
+from ugrl.eval.crf import sharpen
+from ugrl.eval.passes import pad_small
 from ugrl.grid import inside_cells
 from ugrl.model.network import UGRLNet
 from ugrl.predict.tiles import Span, Tiling, bands, weights
 
 # Pixels of an image at its largest scale; probabilities of twenty classes are then some gigabytes.
 MOST_PIXELS = 64_000_000
+# Keys of ``eval`` that a mask depends on, beside those of the CRF.
+KEYS = ("seg_scales", "mirror", "mirror_by", "resize", "side", "rounding", "combine", "combine_of", "combine_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +31,12 @@ class How:
     """How masks are computed.
 
     Attributes:
-        scales: Scales of the input that are averaged.
-        mirror: Whether to average with the mirror image.
+        scales: Scales of the input that are combined.
+        mirror: Whether to combine with the mirror image.
         crf: Whether to sharpen with a dense CRF.
         tiling: How images are divided; ``None`` for whole images.
         batch: Images of one size, or parts of one image, that pass at a time.
+        rest: The other keys of ``eval`` that masks depend on: sizes, how scores are combined, and the CRF's.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -37,6 +44,18 @@ class How:
     crf: bool = False
     tiling: Tiling | None = None
     batch: int = 1
+    rest: EvalConfig = EvalConfig()
+
+    @property
+    def eval(self) -> EvalConfig:
+        """The keys of ``eval``, all together."""
+        return replace(self.rest, seg_scales=self.scales, mirror=self.mirror, crf=self.crf)
+
+    def options(self) -> dict[str, Any]:
+        """The keys of ``eval`` that masks depend on, and their values."""
+        names = [f.name for f in fields(EvalConfig)]
+        used = [name for name in names if name in (*KEYS, "crf") or (self.crf and name.startswith("crf_"))]
+        return {name: getattr(self.eval, name) for name in used}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,8 @@ def segment(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.
     h, w = pixels[0].shape[:2]
     if how.tiling is not None and max(h, w) > how.tiling.size:
         return [_in_tiles(net, image, how, how.tiling, device) for image in pixels]
-    if h * w * max(1.0, *how.scales) ** 2 > MOST_PIXELS:
+    first = first_size((h, w), how.eval, net.min_size)
+    if max(h * w, first[0] * first[1] * max(how.scales) ** 2) > MOST_PIXELS:
         at = f" at scale {max(how.scales):g}" if max(how.scales) > 1 else ""
         raise DataError(
             f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: --tile 1024 takes it in parts"
@@ -78,7 +98,7 @@ def segment(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.
     labels_BHW = probs_BCHW.argmax(1).to(torch.uint8).cpu().numpy()
     found = []
     for b, image in enumerate(pixels):
-        labels = _sharpened(probs_BCHW[b], image) if how.crf else labels_BHW[b]
+        labels = _sharpened(probs_BCHW[b], image, how) if how.crf else labels_BHW[b]
         found.append(Labelled(labels, scores_BF[b]))
     return found
 
@@ -88,8 +108,9 @@ def _pass(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.de
     h, w = pixels[0].shape[:2]
     x_B3HW = as_input(net, pixels, device)
     features, _ = net.encoder(x_B3HW)
-    known = {(1.0, False): net.decoder(features)[1]} if 1.0 in how.scales else None
-    return seg_scores(net, x_B3HW, how.scales, how.mirror, known)[:, :, :h, :w], features[3].float()
+    serves = how.rest.resize == "native" and 1.0 in how.scales
+    known = {(1.0, False): net.decoder(features)[1]} if serves else None
+    return combined_scores(net, x_B3HW, how.eval, known)[:, :, :h, :w], features[3].float()
 
 
 def as_input(net: UGRLNet, pixels: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -103,10 +124,8 @@ def _scores(net: UGRLNet, pooled_BD: Tensor) -> np.ndarray:
     return found
 
 
-def _sharpened(probs_CHW: Tensor, pixels_HW3: np.ndarray) -> np.ndarray:
-    from ugrl.eval.crf import dense_crf
-
-    return dense_crf(probs_CHW.cpu().numpy(), pixels_HW3).argmax(0).astype(np.uint8)
+def _sharpened(probs_CHW: Tensor, pixels_HW3: np.ndarray, how: How) -> np.ndarray:
+    return sharpen(probs_CHW.cpu().numpy(), pixels_HW3, how.eval).argmax(0).astype(np.uint8)
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -134,7 +153,7 @@ def _in_tiles(net: UGRLNet, image_HW3: np.ndarray, how: How, tiling: Tiling, dev
         assert sums_CHW is not None
         ready = sums_CHW[:, : done - top]
         part = image_HW3[top:done]
-        labels_HW[top:done] = _sharpened(ready, part) if how.crf else ready.argmax(0).to(torch.uint8).cpu().numpy()
+        labels_HW[top:done] = _sharpened(ready, part, how) if how.crf else ready.argmax(0).to(torch.uint8).cpu().numpy()
         sums_CHW, top = sums_CHW[:, done - top :].clone(), done
     return Labelled(labels_HW, _scores(net, pool.value()[None])[0])
 

@@ -3,7 +3,8 @@
 Training takes them for the classes of the image's tags. Here the *shown* classes stand in for the tags: those that the
 mask has, and those whose score is at least :data:`SHOWN`. All else is as in the validation of a run:
 
-- The CAM is that of ``method.cam``: its scales and mirror images, min-max normalised per class over the image.
+- The CAM has the scales of ``eval.cam_scales``, or else those of ``method.cam``, and its mirror images. It is min-max
+  normalised per class over the image.
 - The vector of a class is the mean of F4 under its CAM, spread by the affinity where that was trained (Eqs. 2 and 3).
 - u = 1 − cos(H, P) (Eq. 5) compares the code of this vector with the checkpoint's prototype of the class.
 - The map gives each pixel the u of the class that the mask has there (Eq. 7).
@@ -92,7 +93,7 @@ def maps_of(
     Args:
         net: Network in eval mode.
         prototypes: Those of its checkpoint.
-        cam: How the CAM was made in training: ``scales`` and ``mirror`` are read.
+        cam: How the CAM is made: ``scales`` and ``mirror`` are read.
         image_HW3: uint8.
         labels_HW: The mask.
         scores_F: The classifier's probabilities.

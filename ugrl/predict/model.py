@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ugrl.config import SCALES, Config
+from ugrl.config import SCALES, CamConfig, Config
 from ugrl.device import resolve
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval.crf import find_backend
+from ugrl.eval.protocol import PROTOCOLS, choose
 from ugrl.method.schedule import Schedule
 from ugrl.predict.forward import How, Labelled, groups, segment
 from ugrl.predict.inputs import Picture, as_picture, find_images
@@ -73,13 +75,18 @@ class Model:
         """A hash of the weights, the prototypes, the classes, and the keys that predictions depend on."""
         c = self.config
         digest = hashlib.blake2b(digest_size=16)
-        keys = (c.method.cam.scales, c.method.cam.mirror, c.method.uncertainty.radius, self._affinity)
+        keys = (self._cam.scales, self._cam.mirror, c.method.uncertainty.radius, self._affinity)
         digest.update(json.dumps([self.names, asdict(c.model), keys]).encode())
         for part in (self.net, self.prototypes):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @property
+    def _cam(self) -> CamConfig:
+        """How a CAM is made that is looked at: with the scales at which it is scored."""
+        return replace(self.config.method.cam, scales=self.config.eval.cam_scales or self.config.method.cam.scales)
 
     @property
     def _affinity(self) -> bool:
@@ -94,23 +101,36 @@ class Model:
         tile: int | None = None,
         overlap: int | None = None,
         batch: int = 1,
+        protocol: str | None = None,
     ) -> How:
         """What :meth:`predict` is asked for, checked; arguments as there.
 
         Raises:
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or two do not go together.
         """
-        e = self.config.eval
-        used = tuple(scales) if scales else e.seg_scales
-        for scale in used:
+        if protocol is not None and protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol is {protocol!r}; expected {', '.join(PROTOCOLS)}")
+        given: dict[str, Any] = {"seg_scales": tuple(scales)} if scales else {}
+        if mirror is not None:
+            given["mirror"] = mirror
+        e, _ = choose(self.config.eval, protocol, given)
+        crf = crf or (protocol is not None and e.crf)
+        for scale in e.seg_scales:
             if not SCALES["ge"] <= scale <= SCALES["le"]:
                 raise ConfigError(f"scales: {scale!r}; expected {SCALES['ge']:g} … {SCALES['le']:g}")
         if batch < 1:
             raise ConfigError(f"batch is {batch}; expected at least 1")
         if overlap is not None and tile is None:
             raise ConfigError(f"overlap is {overlap} without a tile; expected both, or none")
+        if tile is not None and e.resize != "native":
+            raise ConfigError(
+                f"tile is {tile}, and eval.resize is {e.resize}: a part of an image cannot be resized as the whole; "
+                "expected no tile, or another protocol, such as native"
+            )
+        if crf:
+            find_backend(e.crf_backend)
         tiling = None if tile is None else Tiling.of(tile, overlap, self.net.encoder.info.multiple)
-        return How(used, e.mirror if mirror is None else mirror, crf, tiling, batch)
+        return How(e.seg_scales, e.mirror, crf, tiling, batch, e)
 
     def predict(
         self,
@@ -124,20 +144,23 @@ class Model:
         batch: int = 1,
         palette: str = "voc",
         on_error: Literal["raise", "skip"] = "raise",
+        protocol: str | None = None,
     ) -> Any:
         """Masks of images.
 
         Args:
             images: One image, or a list of them. An image is a file's path, a Pillow image, or a uint8 array (H, W, 3)
                 in RGB or (H, W). The path of a folder, or a pattern such as ``photos/*.jpg``, stands for a list.
-            scales: Scales of the input that are averaged; those of ``eval.seg_scales`` by default.
-            mirror: Whether to average with the mirror image; ``eval.mirror`` by default.
-            crf: Whether to sharpen with a dense CRF.
+            scales: Scales of the input that are combined; those of ``eval.seg_scales`` by default.
+            mirror: Whether to combine with the mirror image; ``eval.mirror`` by default.
+            crf: Whether to sharpen with a dense CRF, by the keys ``eval.crf_…``.
             tile: Side in pixels of the parts that a larger image is divided into; ``None`` takes it whole.
             overlap: Pixels that neighbouring parts share; a quarter of ``tile`` by default.
             batch: Images of one size, or parts of one image, that pass at a time.
             palette: Colours: ``voc``, or ``safe`` or ``tol``, which colour-blind people tell apart.
             on_error: What happens to an image that cannot be used: ``raise`` stops, ``skip`` warns and goes on.
+            protocol: How others measure, as of ``ugrl eval --protocol``: sizes, scales, how scores are combined, and
+                a CRF where it has one. ``None``: what the run's section ``eval`` says.
 
         Returns:
             A :class:`Prediction`; for a list, a list of them, with ``None`` in place of an image that was skipped.
@@ -154,7 +177,9 @@ class Model:
         """
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
-        how = self.how(scales=scales, mirror=mirror, crf=crf, tile=tile, overlap=overlap, batch=batch)
+        how = self.how(
+            scales=scales, mirror=mirror, crf=crf, tile=tile, overlap=overlap, batch=batch, protocol=protocol
+        )
         listed, single = _listed(images)
         found: list[Prediction | None] = [None] * len(listed)
         skipped = (lambda error: warnings.warn(str(error), stacklevel=3)) if on_error == "skip" else None
@@ -229,7 +254,7 @@ class Model:
         return maps_of(
             self.net,
             self.prototypes,
-            self.config.method.cam,
+            self._cam,
             prediction.image,
             prediction.mask,
             np.array([prediction.scores[name] for name in self.names], np.float32),

@@ -69,7 +69,7 @@ class Prediction:
         """Class name → class activation map, float32 (H, W) in [0, 1), of each shown class.
 
         Shown are the classes of the mask and those with a score of at least 0.5. The map is computed when it is first
-        asked for, with the scales and mirror images of ``method.cam``.
+        asked for, with the scales of ``eval.cam_scales``, or else those of ``method.cam``, and its mirror images.
         """
         return {self.names[label - 1]: self._maps.cam_KHW[k] for k, label in enumerate(self._maps.shown)}
 

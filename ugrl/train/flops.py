@@ -106,8 +106,10 @@ def step_gflop(cfg: Config, num_classes: int) -> float:
     Returns:
         GFLOP (10⁹ operations).
     """
-    # PAR multiplies nothing that counts, and a Fourier code as much as a linear one, which asks for no value.
-    cam, u = replace(cfg.method.cam, refine="none"), replace(cfg.method.uncertainty, encoding="linear")
+    # PAR multiplies nothing that counts, but AFA's propagation cannot do without it. A Fourier code multiplies as much
+    # as a linear one, which asks for no value.
+    cam, u = cfg.method.cam, replace(cfg.method.uncertainty, encoding="linear")
+    cam = cam if cam.propagate == "afa" else replace(cam, refine="none")
     cfg = replace(cfg, method=replace(cfg.method, cam=cam, uncertainty=u))
     meta = torch.device("meta")
     with meta, _NoInit():  # a network of any size takes no memory, and no time to be drawn
