@@ -24,18 +24,19 @@ from ugrl.data.coco_masks import rle_of
 from ugrl.data.reader import ShardReader
 from ugrl.data.voc import CLASS_NAMES
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval import PALETTES
+from ugrl.eval.palettes import OKABE_ITO, least_distance, palette
 from ugrl.eval.protocol import PROTOCOLS
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.model.network import UGRLNet
-from ugrl.predict import PALETTES, exports
+from ugrl.predict import exports
 from ugrl.predict.folder import PER_U, UNKNOWN, read_note
 from ugrl.predict.forward import How, segment
 from ugrl.predict.inputs import as_picture, find_images
 from ugrl.predict.maps import shown_classes
 from ugrl.predict.model import Model
 from ugrl.predict.overlay import overlay
-from ugrl.predict.palettes import OKABE_ITO, least_distance, palette
 from ugrl.predict.prediction import Prediction
 from ugrl.predict.tiles import Tiling, weights
 from ugrl.train.loop import Trainer

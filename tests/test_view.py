@@ -32,7 +32,9 @@ from ugrl.data.prepare import prepare
 from ugrl.data.reader import ShardReader
 from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import CheckpointError
+from ugrl.eval import PALETTES
 from ugrl.eval.metrics import auroc
+from ugrl.eval.palettes import palette
 from ugrl.train.loop import Trainer
 from ugrl.view import figures, page, pictures
 from ugrl.view.collect import Run, check_classes, looks, marks_of, open_run
@@ -198,8 +200,8 @@ def test_colours_of_labels_are_those_of_the_legend(shown: Path, run: Run, shards
 
 def test_ignored_pixels_have_a_colour_of_their_own() -> None:
     labels = np.array([[0, 3], [255, 3]], np.uint8)
-    for name in pictures.PALETTES:
-        colours = pictures.colours(name)
+    for name in PALETTES:
+        colours = palette(name)
         rgba = np.asarray(Image.open(io.BytesIO(pictures.labels(labels, (2, 2), colours))).convert("RGBA"))
         assert rgba[1, 0].tolist() == [224, 224, 192, 150] and rgba[0, 0, 3] == 0
         assert rgba[0, 1].tolist() == [*colours[3].tolist(), 255]
@@ -497,7 +499,7 @@ def test_what_cannot_be_drawn_is_said(run: Run) -> None:
     try:
         prototypes.prototypes_Cd[1:] = 0
         found = figures.Found([run], ("background", *run.got.class_names), [{}])
-        colours = pictures.colours("safe")
+        colours = palette("safe")
         assert figures.prototypes(found, colours) == "1 class has a prototype after step 3"
         assert figures.risk(found, colours) == "fewer than two (image, class) pairs have a mask and a known u"
         assert figures.scatter(found, colours) == "fewer than three class vectors"

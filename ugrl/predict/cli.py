@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ugrl.command import complain, folder_for
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval import PALETTES
 from ugrl.eval.protocol import PROTOCOLS, words
-from ugrl.predict import PALETTES
 from ugrl.text import line
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from ugrl import __version__
 from ugrl.data.voc import CLASS_NAMES
 from ugrl.errors import ConfigError, DataError
 from ugrl.eval.palette import WRITER, write_mask
+from ugrl.eval.palettes import palette
 from ugrl.files import replacing, write_whole
 from ugrl.predict.folder import Made
-from ugrl.predict.palettes import palette
 from ugrl.predict.prediction import coco_annotations
 from ugrl.text import csv_cell, line
 

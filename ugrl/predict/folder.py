@@ -22,10 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from ugrl.errors import DataError
 from ugrl.eval.palette import WRITER, write_mask
+from ugrl.eval.palettes import palette
 from ugrl.files import replacing
 from ugrl.foreign import read_bytes
 from ugrl.predict.inputs import check_apart, plan_targets
-from ugrl.predict.palettes import palette
 from ugrl.predict.prediction import Prediction
 from ugrl.text import line
 

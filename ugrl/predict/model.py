@@ -20,12 +20,12 @@ from ugrl.config import SCALES, CamConfig, Config
 from ugrl.device import resolve
 from ugrl.errors import ConfigError, DataError
 from ugrl.eval.crf import find_backend
+from ugrl.eval.palettes import palette as known_palette
 from ugrl.eval.protocol import PROTOCOLS, choose
 from ugrl.method.schedule import Schedule
 from ugrl.predict.forward import How, Labelled, groups, segment
 from ugrl.predict.inputs import Picture, as_picture, find_images
 from ugrl.predict.maps import Maps, maps_of
-from ugrl.predict.palettes import palette as known_palette
 from ugrl.predict.prediction import Prediction
 from ugrl.predict.tiles import Tiling
 from ugrl.storage import Place

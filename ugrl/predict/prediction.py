@@ -15,8 +15,8 @@ from PIL import Image
 from ugrl.data.coco_masks import rle_of
 from ugrl.errors import DataError
 from ugrl.eval.palette import write_mask
+from ugrl.eval.palettes import palette
 from ugrl.predict.overlay import overlay
-from ugrl.predict.palettes import palette
 from ugrl.text import line
 
 if TYPE_CHECKING:

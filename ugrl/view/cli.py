@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ugrl.command import folder_for
 from ugrl.errors import ConfigError
+from ugrl.eval import PALETTES
 from ugrl.text import line
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _common(p: argparse.ArgumentParser, limit: int) -> None:
     p.add_argument(
         "--limit", type=_whole(1, 10**9), default=limit, metavar="N", help=f"photographs at most (default: {limit})"
     )
-    p.add_argument("--palette", choices=("safe", "voc"), default="safe", help="colours for every sight, or VOC's")
+    p.add_argument("--palette", choices=PALETTES, default="safe", help="colours; safe, tol: for everybody's eyes")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

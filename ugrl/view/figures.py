@@ -13,6 +13,7 @@ import torch
 
 from ugrl.data.reader import ShardReader
 from ugrl.errors import DataError
+from ugrl.eval.palettes import palette as known_palette
 from ugrl.text import line
 from ugrl.types import IGNORE
 from ugrl.view import pictures
@@ -120,7 +121,7 @@ def draw(found: Found, folder: Path, *, palette: str = "safe") -> tuple[list[str
     Args:
         found: From :func:`collect`.
         folder: Where ``NAME.png`` and ``NAME.pdf`` go; made if needed.
-        palette: One of :data:`ugrl.view.pictures.PALETTES`.
+        palette: One of :data:`ugrl.eval.PALETTES`.
 
     Returns:
         Names of the figures, and in one line each what was not drawn and why.
@@ -133,7 +134,7 @@ def draw(found: Found, folder: Path, *, palette: str = "safe") -> tuple[list[str
     drawn, notes = [], []
     with matplotlib.rc_context(STYLE):
         for name, make in FIGURES.items():
-            made = make(found, pictures.colours(palette))
+            made = make(found, known_palette(palette))
             if isinstance(made, str):
                 notes.append(f"{name}: {made}")
                 continue

@@ -17,6 +17,7 @@ import torch
 from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError, DataError
 from ugrl.eval.metrics import Confusion
+from ugrl.eval.palettes import palette as known_palette
 from ugrl.files import write_whole
 from ugrl.text import html, line
 from ugrl.view import pictures
@@ -89,7 +90,7 @@ def gather(
         reader: Of the split.
         indices: Positions in the split.
         size: Longest side of a picture, in pixels.
-        palette: One of :data:`ugrl.view.pictures.PALETTES`.
+        palette: One of :data:`ugrl.eval.PALETTES`.
         on_batch: Told how many photographs a run is through with.
 
     Raises:
@@ -98,7 +99,7 @@ def gather(
     names = reader.manifest.class_names
     album = Album(runs, reader.split, names, palette, [], [Confusion(len(names) + 1) for _ in runs])
     found: dict[int, Shown] = {}
-    colours = pictures.colours(palette)
+    colours = known_palette(palette)
     for k, run in enumerate(runs):
         for batch in looks(run, reader, indices):
             for look in batch:
@@ -221,7 +222,7 @@ def folder_of(page: str) -> str:
 
 
 def _facts(album: Album) -> dict[str, Any]:
-    colours = pictures.colours(album.palette)
+    colours = known_palette(album.palette)
     return {
         "split": line(album.split, 60),
         "classes": ["background", *(line(n, 60) for n in album.names)],

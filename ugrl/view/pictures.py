@@ -8,35 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ugrl.eval.palette import PALETTE
 from ugrl.types import IGNORE
 
-PALETTES = ("safe", "voc")
-# Okabe and Ito's colours, which people of every kind of sight tell apart, without black.
-OKABE_ITO = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
 # A map in [0, 1] from dark blue over teal to yellow: lightness rises all the way, so that grey shows it too.
 HEAT = ((13, 8, 80), (60, 75, 170), (32, 144, 140), (120, 200, 90), (253, 231, 37))
 LEVELS = 64
-
-
-def colours(name: str) -> np.ndarray:
-    """Colours by label, uint8 (256, 3): 0 is black, 255 a light grey.
-
-    Args:
-        name: ``voc``, the devkit's; ``safe``, seven that colour-blind people tell apart, then lighter and darker ones.
-
-    >>> colours("safe")[[0, 1, 8, 255]].tolist()
-    [[0, 0, 0], [230, 159, 0], [244, 213, 140], [224, 224, 192]]
-    """
-    if name == "voc":
-        return PALETTE
-    base = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in OKABE_ITO], np.float64)
-    white, black = np.full(3, 255.0), np.zeros(3)
-    rounds = [base, 0.45 * base + 0.55 * white, 0.55 * base + 0.45 * black]
-    found = np.resize(np.concatenate(rounds), (256, 3)).round().astype(np.uint8)
-    found = np.roll(found, 1, axis=0)
-    found[0], found[IGNORE] = 0, PALETTE[IGNORE]
-    return found
 
 
 def heat(x_HW: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from functools import lru_cache
 import numpy as np
 
 from ugrl.errors import ConfigError
+from ugrl.eval import PALETTES
 from ugrl.eval.palette import voc_palette
-from ugrl.predict import PALETTES
 from ugrl.text import nearest
 
 OKABE_ITO = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7")
