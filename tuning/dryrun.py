@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.capacity import Capacity
-from tuning.formatting import few, hours, short, span
+from tuning.formatting import few, hours, plural, short, span
 from tuning.run.placement import concurrent_trials, held
 from tuning.space.advice import remarks, weak_rung
 from tuning.space.options import Objective
@@ -101,11 +101,15 @@ def _words(search: Search) -> list[str]:
     limits = [f"{getattr(budget, n):g} {n.replace('_', ' ')}" for n in ("hours", "gpu_hours", "cpu_hours")]
     limits = [text for text in limits if not text.startswith("0 ")]
     told = ", ".join(f"{o.name} ({'max' if o.maximize else 'min'})" for o in search.objectives)
-    seeds = f"{space.repeats.seeds} seeds each" + (
+    seeds = f"{plural(space.repeats.seeds, 'seed')} each" + (
         " (later ones skipped where the first lose)" if space.repeats.skip and space.repeats.seeds > 1 else ""
     )
     final = space.final
-    again = f"the best {final.best} again with {final.seeds} fresh seeds, then on '{final.split}'" if final.best else ""
+    again = (
+        f"the best {final.best} again with {plural(final.seeds, 'fresh seed')}, then on '{final.split}'"
+        if final.best
+        else ""
+    )
     rows = [
         f"objective: {told} on '{space.split}'",
         f"budget: {space.trials} trials" + "".join(f", {text}" for text in limits) + f"; {seeds}",

@@ -69,3 +69,12 @@ def span(seconds: float) -> str:
         if (value := seconds / size) <= limit:
             return f"{max(1, round(value))} {name}" if size < 3600 else f"{value:.1f} {name}"
     return "months"
+
+
+def plural(count: int, word: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "trial"), plural(2, "trial")
+    ('1 trial', '2 trials')
+    """
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

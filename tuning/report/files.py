@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuning.formatting import short
+from tuning.formatting import plural, short
 from tuning.ledger.noise import show
 from tuning.report.findings import BEST, best_tree, contender, metric_names, objective_of, ordered, train_command
 from tuning.report.paper import PaperSection
 from tuning.report.read import Findings
-from tuning.report.sentences import STAR, dagger, finalist_scores, first_line, plural, remark, verdict
+from tuning.report.sentences import STAR, dagger, finalist_scores, first_line, remark, verdict
 from tuning.space.options import COSTS, METRICS
 from tuning.study.record import BESIDE, label, pareto
 from ugrl import config as configs

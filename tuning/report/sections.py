@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tuning.formatting import short
+from tuning.formatting import plural, short
 from tuning.ledger.noise import show
 from tuning.report.findings import (
     BEST,
@@ -35,7 +35,6 @@ from tuning.report.sentences import (
     duration,
     finalist_scores,
     paper_sentence,
-    plural,
     remark,
     star,
     states,

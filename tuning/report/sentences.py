@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+from tuning.formatting import plural
 from tuning.ledger.noise import ROUNDING, Measure, difference, measure, show
 from tuning.report.findings import ORDER, baseline, contender, objective_of, paper_trial, runner_up
 from tuning.report.luck import expected_best, loss, seed_noise
@@ -30,15 +31,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def plural(count: int, word: str) -> str:
-    """A number of things.
-
-    >>> plural(1, "trial"), plural(2, "trial")
-    ('1 trial', '2 trials')
-    """
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def first_line(text: str) -> str:
