@@ -16,13 +16,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tuning.formatting import short
+from tuning.formatting import plural, short
 from tuning.ledger.noise import Gap, Measure, difference, measure, show
 from tuning.report.drawing import BEST, COLORS, SHADES, STYLE, save
 from tuning.report.findings import PAPER
 from tuning.report.luck import by_luck, seed_noise
 from tuning.report.read import Findings
-from tuning.report.sentences import plural
 from tuning.study.record import Run, TrialRow, label, ranked
 from ugrl.secrets import masked
 from ugrl.text import markdown
