@@ -9,12 +9,11 @@ from typing import get_type_hints
 import pytest
 
 from ugrl import config
+from ugrl.command import shipped
 from ugrl.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    "name", ["shapes", "coco100", "voc", "coco", "voc-afa", "coco-ugrl", "configs/voc.yaml", "voc.yaml"]
-)
+@pytest.mark.parametrize("name", [*shipped("ugrl.configs"), "configs/voc.yaml", "voc.yaml"])
 def test_shipped_configs_load_and_round_trip(name: str) -> None:
     cfg = config.load(name)
     assert config.build(config.to_dict(cfg)) == cfg

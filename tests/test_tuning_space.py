@@ -69,7 +69,7 @@ def test_a_trial_is_validated_on_the_tuning_split() -> None:
     assert trial_config(space.base(), {}).data.val_split == "val"
 
 
-@pytest.mark.parametrize("name", ["shapes", "coco100", "voc", "coco"])
+@pytest.mark.parametrize("name", ["shapes", "coco100", "voc676", "voc", "coco"])
 def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: str) -> None:
     space = load_space(name)
     leaves = {a.path.rsplit(".", 1)[-1] for a in space.search}
