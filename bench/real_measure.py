@@ -35,19 +35,18 @@ from ugrl.eval.curve import ThresholdCurve
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighted_auroc
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
-from ugrl.grid import resize_maps
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.pseudo import pseudo_labels
-from ugrl.method.refine import PAR
+from ugrl.method.refine import PAR, refined_at
 from ugrl.method.schedule import Schedule
 from ugrl.ownership import STALE_S, owned
 from ugrl.storage import place
 from ugrl.train import checkpoint
 from ugrl.train.build import build_par
 from ugrl.train.restore import Restored, restore
-from ugrl.types import IGNORE, Batch
+from ugrl.types import IGNORE
 
-# Background thresholds at which the refined CAM is tried: each is a refinement of its own, so they are few.
+# Background scores at which the refined CAM is tried.
 REFINED_AT = (0.25, 0.35, 0.45, 0.55)
 # Confidences are counted in so many bins.
 BINS = 4096
@@ -133,42 +132,6 @@ class LabelScores:
         return out
 
 
-def refined_labels_at(par: PAR, batch: Batch, cam_PHW: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Labels of the refined CAM at several background scores, from one run of PAR an image.
-
-    Args:
-        par: The refinement.
-        batch: Images, pairs and boxes.
-        cam_PHW: Normalised CAM of each pair.
-        thresholds: T background scores.
-
-    Returns:
-        int64 (T, B, H, W), background where no class exceeds it; and the margin of the best class over background as a
-        difference of log-probabilities, of which :func:`ugrl.method.refine.refine_labels` makes labels and confidence.
-    """
-    size = (len(thresholds), len(batch.ids), *cam_PHW.shape[1:])
-    scores = torch.tensor(thresholds, dtype=cam_PHW.dtype)
-    # An image without a class is background by the distance of a CAM of 0.
-    labels, margins = torch.zeros(size, dtype=torch.int64), -scores.view(-1, 1, 1, 1).expand(size).clone()
-    for b, (y0, y1, x0, x1) in enumerate(batch.boxes_B4.tolist()):
-        own = (batch.pairs_P2[:, 0] == b).nonzero().flatten()
-        if len(own) == 0:
-            continue
-        half = max(1, (y1 - y0) // 2), max(1, (x1 - x0) // 2)
-        cam_nhw = resize_maps(cam_PHW[own, y0:y1, x0:x1], half)
-        ground = scores.view(-1, 1, 1, 1).expand(-1, 1, *half)
-        masks = torch.cat([ground, cam_nhw.expand(len(thresholds), -1, -1, -1)], 1).softmax(1)[:, 1:]
-        image_3hw = resize_maps(batch.images_B3HW[b, :, y0:y1, x0:x1], half)
-        fine = resize_maps(par(image_3hw[None], masks.flatten(0, 1)[None])[0], (y1 - y0, x1 - x0))
-        fine = fine.view(len(thresholds), len(own), *fine.shape[1:])
-        best, slot = fine.max(1)
-        margin = best.log() - (par.gain - fine.sum(1)).log()
-        classes = (batch.pairs_P2[own, 1] + 1)[slot]
-        labels[:, b, y0:y1, x0:x1] = torch.where(margin > 0, classes, 0)
-        margins[:, b, y0:y1, x0:x1] = margin
-    return labels, margins
-
-
 class TrainScores:
     """What is measured on the training images: thresholds, CAM, pseudo-labels and what tells bad ones."""
 
@@ -190,7 +153,9 @@ class TrainScores:
                 cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=self.high, low=self.low
             )
         else:
-            at, margins = refined_labels_at(self.par, batch, cam_PHW, self.grid)
+            at, margins = refined_at(
+                cam_PHW, batch.pairs_P2, batch.boxes_B4, batch.images_B3HW, par=self.par, grounds=self.grid
+            )
             for found, one in zip(self.refined, at, strict=True):
                 found.add(one, truth)
             high, low = (self.grid.index(t) for t in (self.high, self.low))

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from bench import real
-from bench.real_measure import LabelScores, refined_labels_at
+from bench.real_measure import LabelScores
 from bench.real_table import as_markdown, parts, summary
 from tests.reference_metrics import ref_auroc
 from tests.test_data_voc import save_mask, save_xml
@@ -33,11 +33,11 @@ from ugrl.eval.metrics import Confusion, weighted_auroc
 from ugrl.eval.passes import shape_batches
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
-from ugrl.method.refine import PAR, refine_labels
+from ugrl.method.refine import refine_labels
 from ugrl.method.schedule import Schedule
 from ugrl.train.build import build_par
 from ugrl.train.restore import restore
-from ugrl.types import IGNORE, Batch
+from ugrl.types import IGNORE
 
 STEPS = 16
 SHOWN = ("cat", "dog", "sheep")
@@ -315,21 +315,6 @@ def test_areas_of_counts_are_those_of_rows() -> None:
     want = ref_auroc([s for s, _ in rows], [p for _, p in rows])
     assert weighted_auroc(score, positive, negative) == pytest.approx(want, abs=1e-12)
     assert math.isnan(weighted_auroc(score, positive, torch.zeros(9)))
-
-
-def test_several_thresholds_of_one_refinement_are_those_of_several() -> None:
-    g = torch.Generator().manual_seed(1)
-    pairs = torch.tensor([[0, 0], [0, 2], [2, 1]])
-    boxes = torch.tensor([[0, 20, 0, 24], [0, 20, 0, 24], [3, 20, 0, 21]])
-    images, cam = torch.randn(3, 3, 20, 24, generator=g), torch.rand(3, 20, 24, generator=g)
-    batch = Batch(("a", "b", "c"), images, torch.zeros(3, 3), boxes, None, pairs)
-    par, grid = PAR(iterations=2, dilations=(1, 2)), (0.2, 0.4, 0.6)
-    labels, margins = refined_labels_at(par, batch, cam, grid)
-    for k, t in enumerate(grid):
-        want, conf = refine_labels(cam, pairs, boxes, images, batch=3, par=par, high=t, low=t)
-        inside = want != IGNORE
-        assert torch.equal(labels[k][inside], want[inside])
-        torch.testing.assert_close(margins[k].abs()[inside], conf[inside])
 
 
 def test_u_and_confidence_judge_the_same_pixels() -> None:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from tests.reference import ref_par, ref_refine_labels
 from ugrl.errors import UgrlError
 from ugrl.method.pseudo import pseudo_labels
-from ugrl.method.refine import PAR, refine_labels
+from ugrl.method.refine import PAR, refine_labels, refined_at
+from ugrl.types import IGNORE
 
 SMALL = PAR(iterations=3, dilations=(1, 2, 5))
 PAIRS = torch.tensor([[0, 1], [0, 3], [2, 0]])
@@ -155,3 +156,17 @@ def test_bad_arguments_are_named():
         SMALL(images, torch.zeros(3, 1, 13, 17, dtype=torch.float64))
     with pytest.raises(UgrlError, match="thresholds"):
         refine_labels(cam, PAIRS, BOXES, images, batch=3, par=SMALL, high=0.2, low=0.4)
+
+
+def test_several_thresholds_of_one_refinement_are_those_of_several() -> None:
+    g = torch.Generator().manual_seed(1)
+    pairs = torch.tensor([[0, 0], [0, 2], [2, 1]])
+    boxes = torch.tensor([[0, 20, 0, 24], [0, 20, 0, 24], [3, 20, 0, 21]])
+    images, cam = torch.randn(3, 3, 20, 24, generator=g), torch.rand(3, 20, 24, generator=g)
+    par, grid = PAR(iterations=2, dilations=(1, 2)), (0.2, 0.4, 0.6)
+    labels, margins = refined_at(cam, pairs, boxes, images, par=par, grounds=grid)
+    for k, t in enumerate(grid):
+        want, conf = refine_labels(cam, pairs, boxes, images, batch=3, par=par, high=t, low=t)
+        inside = want != IGNORE
+        assert torch.equal(labels[k][inside], want[inside])
+        torch.testing.assert_close(margins[k].abs()[inside], conf[inside])

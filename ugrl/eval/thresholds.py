@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ugrl.config import Config
 from ugrl.data.reader import ShardReader
-from ugrl.eval.collectors import refined_labels
 from ugrl.eval.curve import ThresholdCurve
 from ugrl.eval.metrics import Confusion
 from ugrl.eval.passes import BatchPasses, shape_batches
-from ugrl.method.refine import PAR
+from ugrl.method.refine import PAR, refined_at
 from ugrl.model.network import UGRLNet
 
-# Background scores that are tried for PAR: each is a refinement of its own, so the grid is a coarse one.
+# Background scores that are tried for PAR; a mask is refined for each, so the grid is a coarse one.
 REFINED_GRID = tuple(k / 20 for k in range(2, 15))
 
 
@@ -55,17 +54,18 @@ def search_thresholds(
     classes = reader.manifest.num_classes + 1
     curve = ThresholdCurve(classes, device=device)
     refined = {t: Confusion(classes, device) for t in REFINED_GRID} if par is not None else {}
-    at = {t: replace(cfg, eval=replace(cfg.eval, refined_background=t)) for t in refined}
     n = min(cfg.eval.limit or len(reader), len(reader))
     for read in shape_batches(reader, list(range(n)), cfg.data.threads, net.min_size):
         batch = read.to(device)
         plain = net(batch.images_B3HW, decode=False, affinity=False, embed=False)
         seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)
         curve.add(seen.cam.cam_PHW, batch.pairs_P2, seen.labels_BHW)
-        for t, confusion in refined.items():
-            assert par is not None
-            seen.cfg = at[t]
-            confusion.add(refined_labels(par)(seen), seen.labels_BHW)
+        if par is not None:
+            labels_TBHW, _ = refined_at(
+                seen.cam.cam_PHW, batch.pairs_P2, batch.boxes_B4, batch.images_B3HW, par=par, grounds=REFINED_GRID
+            )
+            for confusion, labels_BHW in zip(refined.values(), labels_TBHW, strict=True):
+                confusion.add(labels_BHW, seen.labels_BHW)
         if on_batch:
             on_batch(batch.ids)
     curve.reduce()

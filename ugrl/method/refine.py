@@ -286,3 +286,51 @@ def decide(refined_2nhw: Tensor, background_2hw: Tensor, classes_n: Tensor) -> t
         label = torch.where(is_class & (slot_2hw[0] == slot), f + 1, label)
     label = torch.where(is_ground, 0, label)
     return label, torch.where(is_class, margin_2hw[0], torch.where(is_ground, -margin_2hw[1], 0.0))
+
+
+@torch.no_grad()
+def refined_at(
+    cam_PHW: Tensor,
+    pairs_P2: Tensor,
+    boxes_B4: Tensor,
+    images_B3HW: Tensor,
+    *,
+    par: PAR,
+    grounds: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Labels of PAR-refined CAMs at several background scores: the affinity of an image is computed once for all.
+
+    Args:
+        cam_PHW: Normalised maps in [0, 1).
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
+        boxes_B4: int64 half-open ``(y0, y1, x0, x1)`` on the CPU.
+        images_B3HW: Normalised images (any affine scale per channel).
+        par: Pixel-adaptive refinement to apply.
+        grounds: T background scores.
+
+    Returns:
+        int64 (T, B, H, W), background where no class exceeds it; and the margin of the best class over background as a
+        difference of log-probabilities, of which :func:`refine_labels` makes labels and confidence.
+    """
+    batch, device = images_B3HW.shape[0], cam_PHW.device
+    size = (len(grounds), batch, *cam_PHW.shape[1:])
+    scores_T111 = torch.tensor(list(grounds), dtype=cam_PHW.dtype, device=device).view(-1, 1, 1, 1)
+    # An image without a class is background by the distance of a CAM of 0.
+    labels, margins = torch.zeros(size, dtype=torch.int64, device=device), -scores_T111.expand(size).clone()
+    for b, (y0, y1, x0, x1) in enumerate(boxes_B4.tolist()):
+        own = (pairs_P2[:, 0] == b).nonzero().flatten()
+        if len(own) == 0:
+            continue
+        half = max(1, (y1 - y0) // 2), max(1, (x1 - x0) // 2)
+        cam_nhw = resize_maps(cam_PHW[own.to(device), y0:y1, x0:x1], half)
+        ground = scores_T111.expand(-1, 1, *half)
+        masks = torch.cat([ground, cam_nhw.expand(len(grounds), -1, -1, -1)], 1).softmax(1)[:, 1:]
+        image_3hw = resize_maps(images_B3HW[b, :, y0:y1, x0:x1], half)
+        fine = resize_maps(par(image_3hw[None], masks.flatten(0, 1)[None])[0], (y1 - y0, x1 - x0))
+        fine = fine.view(len(grounds), len(own), *fine.shape[1:])
+        best, slot = fine.max(1)
+        margin = best.log() - (par.gain - fine.sum(1)).log()
+        classes = (pairs_P2[own, 1] + 1).to(device)[slot]
+        labels[:, b, y0:y1, x0:x1] = torch.where(margin > 0, classes, 0)
+        margins[:, b, y0:y1, x0:x1] = margin
+    return labels, margins
