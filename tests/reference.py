@@ -276,7 +276,22 @@ def mean_of(vectors):
 class PrototypesByLoop:
     """Eqs. 3 to 5 as implemented; ``None`` stands for whatever does not exist yet."""
 
-    def __init__(self, phi_dD, bias_d, C, *, eta, center, centre_momentum):
+    def __init__(
+        self,
+        phi_dD,
+        bias_d,
+        C,
+        *,
+        eta,
+        center,
+        centre_momentum,
+        kind="distance",
+        against="all",
+        debias=False,
+        within_class=False,
+    ):
+        self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
+        self.moments = [(0, 0.0, 0.0)] * C  # pairs, mean of u, mean of u²
         self.phi, self.bias, self.eta, self.center, self.momentum = phi_dD, bias_d, eta, center, centre_momentum
         self.prototypes, self.counts, self.means = [None] * C, [0] * C, [None] * C
         self.sigma, self.frozen = None, False
@@ -295,18 +310,54 @@ class PrototypesByLoop:
             h = [a - b for a, b in zip(h, centre, strict=True)]
         return h
 
+    def cosine(self, r, c):
+        return cosine_of(self.encode(r, self.means, self.sigma), self.prototypes[c])
+
+    def judge(self, r, c, shown):
+        """u of a vector as one of class c, in an image that shows some classes; None without it."""
+        if self.prototypes[c] is None:
+            return None
+        if self.kind == "distance":
+            return 1 - self.cosine(r, c)
+        rivals = [k for k in range(len(self.prototypes)) if k != c and self.prototypes[k] is not None]
+        if self.against == "shown":
+            rivals = [k for k in rivals if shown[k]]
+        if not rivals:
+            return None
+        return 1 + (max(self.cosine(r, k) for k in rivals) - self.cosine(r, c)) / 2
+
+    def judgements(self, r_BCD, present_BC):
+        B, C = present_BC.shape
+        pairs = {(b, c): self.judge(r_BCD[b][c], c, present_BC[b]) for b in range(B) for c in range(C) if present_BC[b][c]}
+        return {pair: u for pair, u in pairs.items() if u is not None}
+
     def uncertainty(self, r_BCD, present_BC):
         B, C = present_BC.shape
         u, known = np.zeros((B, C)), np.zeros((B, C), dtype=bool)
-        for b in range(B):
-            for c in range(C):
-                if present_BC[b][c] and self.prototypes[c] is not None:
-                    u[b][c] = 1 - cosine_of(self.encode(r_BCD[b][c], self.means, self.sigma), self.prototypes[c])
-                    known[b][c] = True
+        for (b, c), value in self.judgements(r_BCD, present_BC).items():
+            if self.within_class:
+                n, mean, square = self.moments[c]
+                variance = square - mean * mean
+                if n < 2 or variance <= 1e-12:
+                    continue
+                value = 1 + math.erf((value - mean) / math.sqrt(2 * variance))
+            u[b][c], known[b][c] = value, True
         return u, known
 
     def update(self, r_BCD, present_BC):
         B, C = present_BC.shape
+        if self.within_class:
+            found = self.judgements(r_BCD, present_BC)
+            for c in range(C):
+                values = [u for (_, k), u in found.items() if k == c]
+                if values:
+                    n, mean, square = self.moments[c]
+                    share = max(len(values) / (n + len(values)), 1 - self.eta)
+                    self.moments[c] = (
+                        n + len(values),
+                        mean + share * (math.fsum(values) / len(values) - mean),
+                        square + share * (math.fsum(u * u for u in values) / len(values) - square),
+                    )
         rows = [[r_BCD[b][c] for b in range(B) if present_BC[b][c]] for c in range(C)]
         batch_means = [mean_of(rows[c]) if rows[c] else None for c in range(C)]
         means = list(self.means) if any(m is not None for m in self.means) else batch_means
@@ -329,7 +380,10 @@ class PrototypesByLoop:
                 votes = [[x / length_of(h) for x in h] for h in codes if length_of(h) > 0]
             if votes:
                 old, new = self.prototypes[c], mean_of(votes)
-                self.prototypes[c] = new if old is None else self.moved(old, new, self.eta)
+                eta, n = self.eta, self.counts[c]
+                if self.debias and old is not None:  # the weights η^age of all batches so far, made to sum to 1
+                    eta = math.fsum(eta**k for k in range(1, n + 1)) / math.fsum(eta**k for k in range(n + 1))
+                self.prototypes[c] = new if old is None else self.moved(old, new, eta)
                 self.counts[c] += 1
             old = self.means[c]
             self.means[c] = batch_means[c] if old is None else self.moved(old, batch_means[c], self.momentum)
@@ -366,6 +420,48 @@ def modulation_weights_by_loop(u_BC, known_BC, n_BC, *, strength, kind, per_clas
         for b, c in group:
             w[b][c] = N * raw[b, c] / total
     return w
+
+
+def pixel_weights_by_loop(u, known, labels, *, strength, kind, u_min, bound):
+    """Eq. 8 with a u of each pixel: as :func:`modulation_weights_by_loop` with each pixel an entry of its class."""
+    flat = [(float(a), bool(k), int(y)) for a, k, y in zip(u.flat, known.flat, labels.flat, strict=True)]
+    classes = sorted({y for _, _, y in flat})
+    table, there = np.zeros((len(flat), len(classes))), np.zeros((len(flat), len(classes)), dtype=bool)
+    for i, (a, k, y) in enumerate(flat):
+        if k and y != IGNORED:
+            table[i, classes.index(y)], there[i, classes.index(y)] = a, True
+    w = modulation_weights_by_loop(
+        table, there, there.astype(float), strength=strength, kind=kind, per_class=True, u_min=u_min, bound=bound
+    )
+    share = effective_share_by_loop(w, there, there.astype(float), True)
+    return np.array([w[i, classes.index(y)] for i, (_, _, y) in enumerate(flat)]).reshape(u.shape), share
+
+
+def position_loops(loop, f4, shown):
+    """u of every position of (B, D, h, w), if it belonged to each class: (B, C, h, w), NaN where there is none."""
+    B, C = shown.shape
+    out = np.full((B, C, *f4.shape[2:]), np.nan)
+    for b in range(B):
+        for y, x in np.ndindex(*f4.shape[2:]):
+            for c in range(C):
+                u = loop.judge(f4[b, :, y, x], c, shown[b])
+                out[b, c, y, x] = np.nan if u is None else u
+    return out
+
+
+def with_prototypes_loops(loop, cam, pairs, boxes, f4, weight, bias):
+    """CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b) within the box, cut to [0, 1)."""
+    out = np.zeros_like(cam)
+    for i, (b, f) in enumerate(pairs):
+        gain = np.zeros(f4.shape[2:])
+        if loop.prototypes[f + 1] is not None and loop.prototypes[0] is not None:
+            for y, x in np.ndindex(*gain.shape):
+                own, ground = loop.cosine(f4[b, :, y, x], f + 1), loop.cosine(f4[b, :, y, x], 0)
+                gain[y, x] = own - ground - bias
+        wide = bilinear_loops(gain, cam.shape[1:])
+        y0, y1, x0, x1 = boxes[b]
+        out[i, y0:y1, x0:x1] = np.clip(cam[i] + weight * wide, 0, 1 - 1e-6)[y0:y1, x0:x1]
+    return out
 
 
 def weight_groups(known_BC, n_BC, per_class):
@@ -542,9 +638,9 @@ def stratified_quota_loops(areas: list[int], u: list[float], budget: int) -> lis
 
 
 def reliable_pool_loops(
-    labels: np.ndarray, u: np.ndarray, conf: np.ndarray, keep: float, kind: str, ties: np.ndarray
+    labels: np.ndarray, u: np.ndarray, conf: np.ndarray, keep: float, kind: str, ties: np.ndarray, u_px=None
 ) -> np.ndarray:
-    """labels, conf and ties (seeded uniform numbers) (B, h, w)."""
+    """labels, conf, ties (seeded uniform numbers) and, where there is one, the u of each pixel (B, h, w)."""
     pool = np.zeros(labels.shape, dtype=bool)
     for b in range(len(labels)):
         valid = [p for p in np.ndindex(*labels.shape[1:]) if labels[b][p] != IGNORED]
@@ -555,10 +651,13 @@ def reliable_pool_loops(
             members = {c: [p for p in valid if labels[b][p] == c] for c in range(u.shape[1])}
             quota = stratified_quota_loops([len(m) for m in members.values()], [float(v) for v in u[b]], budget)
             chosen = [
-                p for c, m in members.items() for p in sorted(m, key=lambda p: (-conf[b][p], ties[b][p]))[: quota[c]]
+                p
+                for c, m in members.items()
+                for p in sorted(m, key=lambda p: (-conf[b][p] if u_px is None else u_px[b][p], ties[b][p]))[: quota[c]]
             ]
         elif kind == "ranked":
-            chosen = sorted(valid, key=lambda p: (u[b, labels[b][p]], ties[b][p]))[:budget]
+            own = (lambda p, b=b: u[b, labels[b][p]]) if u_px is None else (lambda p, b=b: u_px[b][p])
+            chosen = sorted(valid, key=lambda p: (own(p), ties[b][p]))[:budget]
         else:
             chosen = sorted(valid, key=lambda p: ties[b][p])[:budget]
         for p in chosen:

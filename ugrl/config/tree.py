@@ -188,6 +188,21 @@ class UncertaintyConfig:
     radius: int = _num(8, ge=1)
     """Chebyshev radius, in cells of the stride-16 grid, within which pairs of positions count in the affinity loss
     (Eq. 12) and the affinity is used for class vectors."""
+    kind: Literal["distance", "margin"] = "distance"
+    """What u is: ``distance`` 1 − cos(H, P_c) to the own prototype (Eq. 5), or ``margin``: how much nearer the best
+    other prototype is, 1 + (max cos(H, P_k) − cos(H, P_c)) / 2."""
+    against: Literal["all", "shown"] = "all"
+    """Prototypes that ``margin`` compares with: of all other classes, or of those that the image shows (background and
+    its other tags)."""
+    level: Literal["class", "pixel"] = "class"
+    """u_seg of a pixel: that of its class in the image (Eq. 7), or ``pixel``: of the F4 feature at the pixel itself,
+    which then weighs in L_seg and ranks the reliable pool."""
+    within_class: bool = False
+    """Whether the u of a pair is replaced by its place among the pairs of its class: twice the rank that a normal
+    distribution gives it, in [0, 2]."""
+    debias: bool = False
+    """Whether Eq. 4 begins as a plain mean of votes, as in Adam. Without it the first vote, of an untrained network,
+    has the weight η^n after n batches with the class: most of all in a run of a few hundred steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +246,19 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PseudoConfig:
+    """What pseudo-labels are made of."""
+
+    source: Literal["cam", "cam+prototypes"] = "cam"
+    """The CAM alone, or with how much nearer a position's feature is to the prototype of the class than to that of
+    the background: CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b)."""
+    prototype_weight: float = _num(0.5, ge=0)
+    """w of ``cam+prototypes``."""
+    background_bias: float = _num(0.0, ge=-2, le=2)
+    """b of ``cam+prototypes``: what a class must be nearer by."""
+
+
+@dataclass(frozen=True, slots=True)
 class MethodConfig:
     """The method; ``setting`` is a row of the paper's Table 3, or the supervised upper bound."""
 
@@ -242,6 +270,7 @@ class MethodConfig:
     uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
 
 
 @dataclass(frozen=True, slots=True)

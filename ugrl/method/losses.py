@@ -92,9 +92,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def segmentation_loss(
-    seg_BChw: Tensor, labels_BHW: Tensor, w_BC: Tensor, *, balance: Literal["none", "fg_bg"] = "none"
+    seg_BChw: Tensor, labels_BHW: Tensor, w: Tensor, *, balance: Literal["none", "fg_bg"] = "none"
 ) -> Tensor:
-    """Cross-entropy at the label resolution, weighted by image and class (Eq. 8, repaired).
+    """Cross-entropy at the label resolution, weighted by image and class or by pixel (Eq. 8, repaired).
 
     Logits are upsampled bilinearly (align_corners=False). The weighted sum over valid pixels is
     divided by their number, not by the sum of weights, over all ranks.
@@ -102,7 +102,8 @@ def segmentation_loss(
     Args:
         seg_BChw: Decoder logits.
         labels_BHW: int64, 255 is ignored.
-        w_BC: Weights ŵ; pixel p of image b weighs w[b, Y_p]. No gradient goes there.
+        w: Weights ŵ by image and class (B, C): pixel p of image b weighs w[b, Y_p]; or by pixel (B, H, W). No gradient
+            goes there.
         balance: ``fg_bg``: the mean of a background and a foreground term, each over its own global
             count; a kind that no rank has is 0 and the other keeps its ½.
 
@@ -118,7 +119,9 @@ def segmentation_loss(
         x_BChw = seg_BChw if seg_BChw.dtype == torch.float64 else seg_BChw.float()
         valid_BHW = labels_BHW != IGNORE
         safe_BHW = labels_BHW.where(valid_BHW, 0).long()  # 255 would gather out of range
-        weight_BHW = w_BC.detach().to(x_BChw.dtype).gather(1, safe_BHW.flatten(1)).view_as(safe_BHW)
+        weight_BHW = w.detach().to(x_BChw.dtype)
+        if w.dim() == 2:
+            weight_BHW = weight_BHW.gather(1, safe_BHW.flatten(1)).view_as(safe_BHW)
         if balance == "none":
             share_BHW = valid_BHW * unit_shares(valid_BHW.sum(), x_BChw.dtype)
         else:

@@ -48,8 +48,9 @@ class Objective:
         if out.aux_BF is not None:
             terms["cls_aux"] = classification_loss(out.aux_BF, batch.tags_BF, t.w_BF)
         if t.labels_BHW is not None:
-            assert out.seg_BChw is not None and t.w_BC is not None
-            terms["seg"] = segmentation_loss(out.seg_BChw, t.labels_BHW, t.w_BC, balance=self.method.loss.balance)
+            w = t.w_BC if t.w_BHW is None else t.w_BHW
+            assert out.seg_BChw is not None and w is not None
+            terms["seg"] = segmentation_loss(out.seg_BChw, t.labels_BHW, w, balance=self.method.loss.balance)
         if t.embed_Bn is not None:
             assert out.emb_BDhw is not None and t.small_Bhw is not None and t.pool_Bhw is not None
             labels_B1n = t.small_Bhw.flatten(1).gather(1, t.embed_Bn)[:, None]

@@ -27,6 +27,7 @@ def reliable_pool(
     keep: float,
     kind: PoolKind = "stratified",
     keys_B: Tensor,
+    u_Bhw: Tensor | None = None,
 ) -> Tensor:
     """Choose about ``keep`` of the valid pixels of each image.
 
@@ -37,6 +38,7 @@ def reliable_pool(
       cannot take goes to the others in the same proportion, see :func:`stratified_quota`). Within a
       class the most confident pixels are taken.
     - ``ranked``: the pixels with the lowest u of their class, as the paper prints it.
+    - With a u of each pixel (``u_Bhw``), both take the pixels with the lowest of these instead.
     - ``random``: any.
 
     Ties, and ``random``, go by a hash of the image's key, so that neither batch nor rank matters.
@@ -48,6 +50,7 @@ def reliable_pool(
         keep: K in (0, 1].
         kind: ``stratified``, ``ranked`` or ``random``, as described above.
         keys_B: int64, a function of (seed, step, image).
+        u_Bhw: Uncertainty of each pixel, any scale that grows with it.
 
     Returns:
         bool (B, h, w).
@@ -72,12 +75,12 @@ def reliable_pool(
         stratum_BN = labels_BN.where(valid_BN, C)
         area_BC = _count(stratum_BN, C + 1)[:, :C]
         quota_BS = torch.nn.functional.pad(stratified_quota(area_BC, u_BC, budget_B), (0, 1))
-        order_BN = _lexsort(stratum_BN, -conf_Bhw.flatten(1), tie_BN)
+        order_BN = _lexsort(stratum_BN, (-conf_Bhw if u_Bhw is None else u_Bhw).flatten(1), tie_BN)
     else:
         stratum_BN = (~valid_BN).long()
         quota_BS = torch.nn.functional.pad(budget_B[:, None], (0, 1))
-        keys = (stratum_BN, u_BC.gather(1, safe_BN), tie_BN) if kind == "ranked" else (stratum_BN, tie_BN)
-        order_BN = _lexsort(*keys)
+        rank_BN = u_BC.gather(1, safe_BN) if u_Bhw is None else u_Bhw.flatten(1)
+        order_BN = _lexsort(stratum_BN, *([rank_BN] if kind == "ranked" else []), tie_BN)
 
     size_BS = _count(stratum_BN, quota_BS.shape[1])
     start_BS = size_BS.cumsum(1) - size_BS

@@ -16,6 +16,10 @@ A prototype keeps its votes as they were cast. They are deviations from the mean
 drift of all features together, which training makes, cancels in them, while rewriting old votes for
 today's mean would bring it in. What the first votes lack (a mean of few classes) fades with η.
 
+Two kinds of u. ``distance`` is Eq. 5. ``margin`` is contrastive: how much nearer the best rival's prototype is than
+one's own, u = 1 + (max_k≠c cos(H, P_k) − cos(H, P_c)) / 2, which is 1 halfway between the two. Rivals are all other
+classes, or those that the image shows: background and its other tags.
+
 σ of the Fourier code is the median distance between class vectors, averaged over batches until
 :meth:`Prototypes.freeze`. Another σ is another code, so freezing starts every prototype anew
 from the code of its class's running mean, and σ does not move again.
@@ -35,6 +39,8 @@ from ugrl.precision import full_precision
 from ugrl.seeding import generator
 
 Encoding = Literal["linear", "fourier"]
+Kind = Literal["distance", "margin"]
+Against = Literal["all", "shown"]
 
 TINY = 1e-12
 """Codes shorter than this have no direction: no vote and no u."""
@@ -52,6 +58,12 @@ class Prototypes(nn.Module):
             uniform in [0, 2π).
         center: Whether to remove the class-balanced mean.
         seed: Seed of the random projection Φ and its offset b.
+        kind: ``distance`` (Eq. 5) or ``margin``, as above.
+        against: Rivals of ``margin``: ``all`` other classes, or those that are ``shown``.
+        debias: Whether a prototype is the mean of its first votes until 1/(1 − η) batches had some, as in Adam (Kingma
+            and Ba, 2015); without it the first vote, of an untrained network, fades with η^n alone.
+        within_class: Whether u is placed within its class: 2·Φ((u − m_c)/s_c), with the running mean and deviation of
+            the class's u and Φ of the normal distribution: twice the rank to be expected.
         centre_momentum: Share of the old value when running means and σ move; they follow the features
             faster than prototypes do, because a mean that lags is a common direction again.
 
@@ -61,6 +73,8 @@ class Prototypes(nn.Module):
         counts_C: int64, batches that moved each prototype.
         mean_CD: Running mean of each class's vectors.
         mean_seen_C: bool, classes that have one.
+        u_moments_C2: Running means of u and u² of each class, and ``u_seen_C``, int64, pairs in them (``within_class``
+            only).
         sigma, frozen: Length scale (0 while unknown) and whether it is final (Fourier only).
 
     Raises:
@@ -75,6 +89,8 @@ class Prototypes(nn.Module):
     mean_seen_C: Tensor
     sigma: Tensor
     frozen: Tensor
+    u_moments_C2: Tensor
+    u_seen_C: Tensor
 
     def __init__(
         self,
@@ -86,9 +102,17 @@ class Prototypes(nn.Module):
         encoding: Encoding = "linear",
         center: bool = True,
         seed: int = 0,
+        kind: Kind = "distance",
+        against: Against = "all",
+        debias: bool = False,
+        within_class: bool = False,
         centre_momentum: float = 0.9,
     ) -> None:
         super().__init__()
+        if kind not in ("distance", "margin"):
+            raise ConfigError(f"uncertainty: {kind!r}, expected 'distance' or 'margin'")
+        if against not in ("all", "shown"):
+            raise ConfigError(f"against: {against!r}, expected 'all' or 'shown'")
         if encoding not in ("linear", "fourier"):
             raise ConfigError(f"encoding: {encoding!r}, expected 'linear' or 'fourier'")
         for name, share in (("eta", eta), ("centre_momentum", centre_momentum)):
@@ -100,6 +124,7 @@ class Prototypes(nn.Module):
         self.eta = eta
         self.encoding = encoding
         self.center = center
+        self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
         self.centre_momentum = centre_momentum
         # NumPy's Philox gives every machine the same Φ; the checkpoint carries it all the same.
         phi_dD = generator(seed, "prototypes", encoding, "phi").standard_normal((d_cls, dim))
@@ -110,6 +135,9 @@ class Prototypes(nn.Module):
         self.register_buffer("counts_C", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
         self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
+        if within_class:
+            self.register_buffer("u_moments_C2", torch.zeros(num_classes, 2))
+            self.register_buffer("u_seen_C", torch.zeros(num_classes, dtype=torch.int64))
         if encoding == "fourier":
             bias_d = generator(seed, "prototypes", encoding, "bias").random(d_cls) * (2 * math.pi)
             self.register_buffer("bias_d", torch.from_numpy(bias_d).float())
@@ -128,25 +156,96 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Uncertainty u = 1 − cos(H, P) (Eq. 5) against the prototypes as they are; call before :meth:`update`.
+        """Uncertainty u of each pair (Eq. 5, or the margin) against the prototypes as they are; call before
+        :meth:`update`.
 
         Args:
             r_BCD: Class vectors; not read where absent.
-            present_BC: bool, which exist.
+            present_BC: bool, which exist; these are the classes that an image shows.
 
         Returns:
             u (B, C) in [0, 2], 0 where unknown, and bool (B, C): known, that is present and of a class
-            that has a prototype. u has the buffers' type: float32, float64 after ``.double()``.
+            that has a prototype (and a rival, for ``margin``; and others to be placed among, for ``within_class``).
+            u has the buffers' type: float32, float64 after ``.double()``.
         """
+        u_BC, known_BC = self._raw_uncertainty(r_BCD, present_BC)
+        if not self.within_class:
+            return u_BC, known_BC
+        mean_C, square_C = self.u_moments_C2.unbind(1)
+        variance_C = square_C - mean_C.square()
+        known_BC = known_BC & (self.u_seen_C > 1) & (variance_C > TINY)
+        z_BC = (u_BC - mean_C) / variance_C.clamp(min=TINY).sqrt()
+        return (2 * torch.special.ndtr(z_BC)).masked_fill(~known_BC, 0), known_BC
+
+    def _raw_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """The u before it is placed within its class."""
         self._check(r_BCD, present_BC)
+        r_BCD = r_BCD.masked_fill(~present_BC[..., None], 0)
+        if self.kind == "margin":
+            rivals_BK = present_BC if self.against == "shown" else torch.ones_like(present_BC)
+            u_BCK, known_BCK = self.margins(r_BCD, rivals_BK[:, None])
+            known_BC = known_BCK.diagonal(dim1=1, dim2=2) & present_BC
+            return u_BCK.diagonal(dim1=1, dim2=2).masked_fill(~known_BC, 0), known_BC
         with full_precision(r_BCD):
-            h_BCd = self.encode(r_BCD.masked_fill(~present_BC[..., None], 0))
+            h_BCd = self.encode(r_BCD)
             lengths_BC = h_BCd.norm(dim=-1)
             lengths_C = self.prototypes_Cd.norm(dim=-1)
             dot_BC = torch.einsum("bcd,cd->bc", h_BCd, self.prototypes_Cd)
             cosine_BC = dot_BC / lengths_BC.clamp(min=TINY) / lengths_C.clamp(min=TINY)
             known_BC = present_BC & (lengths_BC > TINY) & (lengths_C > TINY)  # P is 0 until its first vote
             return (1 - cosine_BC.clamp(-1, 1)).masked_fill(~known_BC, 0), known_BC
+
+    @torch.no_grad()
+    def cosines(self, r_D: Tensor) -> tuple[Tensor, Tensor]:
+        """cos(H, P_k) of any vectors (…, D) with every prototype: (…, C), 0 where unknown; and bool (…, C): known."""
+        with full_precision(r_D):
+            h_d = self.encode(r_D)
+            lengths_C = self.prototypes_Cd.norm(dim=-1)
+            length_1 = h_d.norm(dim=-1, keepdim=True)
+            cosine_C = (h_d / length_1.clamp(min=TINY)) @ (self.prototypes_Cd / lengths_C.clamp(min=TINY)[:, None]).mT
+            known_C = (length_1 > TINY) & (lengths_C > TINY)
+            return cosine_C.clamp(-1, 1).masked_fill(~known_C, 0), known_C
+
+    def margins(self, r_D: Tensor, rivals_C: Tensor) -> tuple[Tensor, Tensor]:
+        """The margin u of any vectors, for every class that they could belong to.
+
+        Args:
+            r_D: Vectors (…, D).
+            rivals_C: bool, the classes among which the best rival is sought; shape of the result, or one that expands.
+
+        Returns:
+            u (…, C) in [0, 2], 0 where unknown; and bool (…, C): known, that is the class and a rival have prototypes.
+        """
+        cosine_C, known_C = self.cosines(r_D)
+        score_C = cosine_C.masked_fill(~(known_C & rivals_C), -torch.inf)
+        # The best rival of a class is the best of all, but for that best one itself.
+        top_2, at_2 = score_C.topk(min(2, score_C.shape[-1]), dim=-1)
+        second_1 = top_2[..., 1:] if top_2.shape[-1] > 1 else torch.full_like(top_2, -torch.inf)
+        itself_C = torch.arange(score_C.shape[-1], device=score_C.device) == at_2[..., :1]
+        rival_C = torch.where(itself_C, second_1, top_2[..., :1])
+        known_C = known_C & (rival_C > -torch.inf)
+        return (1 + (rival_C - cosine_C) / 2).masked_fill(~known_C, 0), known_C
+
+    @torch.no_grad()
+    def position_uncertainty(self, f4_BDhw: Tensor, shown_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """The u of each position, if it belonged to each class: its feature stands for the class vector.
+
+        Args:
+            f4_BDhw: Features of the encoder's last stage.
+            shown_BC: bool, the classes that the images show, background among them.
+
+        Returns:
+            u (B, C, h, w) in [0, 2], 0 where unknown, and bool of the same shape: known.
+        """
+        x_BND = f4_BDhw.to(self.mean_CD.dtype).flatten(2).mT
+        if self.kind == "margin":
+            rivals_BC = shown_BC if self.against == "shown" else torch.ones_like(shown_BC)
+            u_BNC, known_BNC = self.margins(x_BND, rivals_BC[:, None])
+        else:
+            cosine_BNC, known_BNC = self.cosines(x_BND)
+            u_BNC = (1 - cosine_BNC).masked_fill(~known_BNC, 0)
+        grid = (f4_BDhw.shape[-2], f4_BDhw.shape[-1])
+        return u_BNC.mT.unflatten(2, grid), known_BNC.mT.unflatten(2, grid)
 
     @torch.no_grad()
     def update(self, r_BCD: Tensor, present_BC: Tensor) -> None:
@@ -160,6 +259,8 @@ class Prototypes(nn.Module):
             present_BC: bool, which exist.
         """
         self._check(r_BCD, present_BC)
+        if self.within_class:
+            self._count_uncertainty(r_BCD, present_BC)
         with full_precision(r_BCD):
             r_BCD = r_BCD.to(self.phi_dD.dtype).masked_fill(~present_BC[..., None], 0)
             batch_mean_CD, n_C = _mean_over_batch(r_BCD, present_BC)
@@ -181,7 +282,8 @@ class Prototypes(nn.Module):
 
             voted_C = votes_C > 0
             had_C = self.counts_C > 0
-            self.prototypes_Cd.copy_(_move(self.prototypes_Cd, bundle_Cd, self.eta, had_C, voted_C))
+            eta = self._momentum()[:, None] if self.debias else self.eta
+            self.prototypes_Cd.copy_(_move(self.prototypes_Cd, bundle_Cd, eta, had_C, voted_C))
             self.counts_C.add_(voted_C)
             self.mean_CD.copy_(_move(self.mean_CD, batch_mean_CD, self.centre_momentum, self.mean_seen_C, here_C))
             self.mean_seen_C.logical_or_(here_C)
@@ -218,6 +320,21 @@ class Prototypes(nn.Module):
             return self._code(r_D - share_C @ mean_CD, None)
         return self._code(r_D, sigma) - share_C @ self._code(mean_CD, sigma)
 
+    def _momentum(self) -> Tensor:
+        """η of this batch for each class (C,), with which every batch so far has the weight that η gives its age."""
+        eta_C = torch.full_like(self.prototypes_Cd[:, 0], self.eta)
+        return eta_C * (1 - eta_C**self.counts_C) / (1 - eta_C ** (self.counts_C + 1))
+
+    def _count_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> None:
+        """Let the moments of u follow this batch: plain means at first, then the means of about 1/(1 − η) batches."""
+        u_BC, known_BC = self._raw_uncertainty(r_BCD, present_BC)
+        batch_C2, n_C = _mean_over_batch(torch.stack([u_BC, u_BC.square()], -1), known_BC)
+        before_C = self.u_seen_C.to(n_C.dtype)
+        share_C = (n_C / (before_C + n_C).clamp(min=1)).clamp(min=1 - self.eta)
+        moved_C2 = self.u_moments_C2 + share_C[:, None] * (batch_C2 - self.u_moments_C2)
+        self.u_moments_C2.copy_(torch.where(n_C[:, None] > 0, moved_C2, self.u_moments_C2))
+        self.u_seen_C.add_(n_C.long())
+
     def _move_sigma(self, r_BCD: Tensor, present_BC: Tensor) -> Tensor:
         """Let σ follow this batch; returns the one to encode this batch with: the one before, if any."""
         rows_MD = all_gather_rows(r_BCD.flatten(0, 1))  # absent rows are the padding that makes ranks equal
@@ -249,7 +366,7 @@ def _mean_over_batch(x_BCD: Tensor, valid_BC: Tensor) -> tuple[Tensor, Tensor]:
     return packed_CD[:, :-1] / n_C.clamp(min=1)[:, None], n_C
 
 
-def _move(old_CD: Tensor, new_CD: Tensor, momentum: float, had_C: Tensor, here_C: Tensor) -> Tensor:
+def _move(old_CD: Tensor, new_CD: Tensor, momentum: float | Tensor, had_C: Tensor, here_C: Tensor) -> Tensor:
     """EMA of the rows that are here, a copy where there was none before."""
     moved_CD = torch.where(had_C[:, None], momentum * old_CD + (1 - momentum) * new_CD, new_CD)
     return torch.where(here_C[:, None], moved_CD, old_CD)

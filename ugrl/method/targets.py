@@ -18,13 +18,14 @@ from ugrl.grid import inside_pixels, sample_nearest, whole_boxes
 from ugrl.method.cam import CamOutput, CamPass, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.losses import eligible_tokens
+from ugrl.method.per_position import label_uncertainty, with_prototypes
 from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.published import walk_of, walked_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.schedule import FULL, Schedule
-from ugrl.method.weighting import effective_share, modulation_weights
+from ugrl.method.weighting import effective_share, modulation_weights, pixel_weights
 from ugrl.seeding import derive
 from ugrl.types import IGNORE, Batch, Focus
 
@@ -55,6 +56,8 @@ class Targets:
         u_BC: Uncertainty of each image and class, in [0, 2].
         labels_BHW: Pseudo-labels, or the masks with the setting Full, int64: 0 background, 1…F classes, 255 ignored.
         w_BC: Weights of the pixels of each class in the segmentation loss.
+        u_BHW: Uncertainty of each pixel's label, 0 where unknown (``method.uncertainty.level: pixel``).
+        w_BHW: Weights of the pixels in the segmentation loss, in the place of ``w_BC``.
         small_Bhw: The pseudo-labels on F1's grid.
         pool_Bhw: bool, the reliable pool on F1's grid.
         embed_Bn: Positions of the pool, and some others where an image has fewer than the most.
@@ -69,6 +72,8 @@ class Targets:
     u_BC: Tensor | None = None
     labels_BHW: Tensor | None = None
     w_BC: Tensor | None = None
+    u_BHW: Tensor | None = None
+    w_BHW: Tensor | None = None
     small_Bhw: Tensor | None = None
     pool_Bhw: Tensor | None = None
     embed_Bn: Tensor | None = None
@@ -135,29 +140,41 @@ class TargetMaker:
         if step == schedule.warmup:
             self.prototypes.freeze()
         cam = self.cam(batch, step, forward)
+        # What a position is like is judged by the prototypes that judge its image: those before this batch.
         r_BCD, present_BC = batch_vectors(
             batch, cam, radius=self.cfg.method.uncertainty.radius, local=schedule.uses_affinity and not warm
         )
         u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
-        self.prototypes.update(r_BCD, present_BC)
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
+        self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC))
+        self.prototypes.update(r_BCD, present_BC)
+        return out
+
+    def _fill(
+        self, out: Targets, batch: Batch, step: int, cam: CamOutput, judged: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """All targets that follow from the u of the pairs, which of them are known, and which are present."""
+        schedule, (u_BC, known_BC, present_BC) = self.schedule, judged
         out.stats["u_fg"] = _share(u_BC[:, 1:], known_BC[:, 1:])
         out.stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
-        if warm:
-            return out
+        if schedule.warm(step):
+            return
         if schedule.weighs_cls:
             n_BF = batch.tags_BF.to(u_BC)
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
-        labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
+        told = self.told(batch, cam, present_BC)
+        labels_BHW, conf_BHW = self.labels(batch, told.cam_PHW)
         pairs_BHW = labels_BHW
         if schedule.as_afa and schedule.propagates(step):
-            labels_BHW, conf_BHW = self.walked(batch, cam)
+            labels_BHW, conf_BHW = self.walked(batch, told)
         out.labels_BHW = labels_BHW
         n_BC = pixel_counts(labels_BHW, u_BC.shape[1]).to(u_BC)
         out.stats["labelled"] = n_BC.sum() / labels_BHW.numel()
         out.w_BC = torch.ones_like(u_BC)
-        if schedule.weighs_seg:
+        if self.cfg.method.uncertainty.level == "pixel" and (schedule.weighs_seg or schedule.contrasts):
+            self._judge_pixels(out, cam.f4_BDhw, batch, present_BC)
+        elif schedule.weighs_seg:
             out.w_BC = self._weights(u_BC, known_BC, n_BC, per_class=True)
             out.stats["share_seg"] = effective_share(out.w_BC, known_BC, n_BC, per_class=True)
         counts = u_BC.device.type == "cpu" if self.counts_on_host is None else self.counts_on_host
@@ -166,7 +183,6 @@ class TargetMaker:
         if schedule.uses_affinity:
             grid = (cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1])
             self._choose_pairs(out, self._pair_labels(out, pairs_BHW, batch, cam), grid, counts)
-        return out
 
     def _from_masks(self, batch: Batch, step: int) -> Targets:
         """The masks are the labels, and every weight is 1: no CAM, no uncertainty, prototypes that stay."""
@@ -209,6 +225,42 @@ class TargetMaker:
             )
             out = replace(out, cam_PHW=cam_PHW)
         return out
+
+    def told(self, batch: Batch, cam: CamOutput, present_BC: Tensor) -> CamOutput:
+        """The CAM that labels are made of: as it is, or with what the prototypes say of each position."""
+        p = self.cfg.method.pseudo
+        if p.source == "cam":
+            return cam
+        maps_PHW = with_prototypes(
+            cam,
+            batch.pairs_P2,
+            batch.boxes_B4,
+            self.prototypes,
+            present_BC,
+            weight=p.prototype_weight,
+            bias=p.background_bias,
+        )
+        return replace(cam, cam_PHW=maps_PHW)
+
+    def _judge_pixels(self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor) -> None:
+        """The u of each pixel's label and, where the segmentation loss is weighed, its weight."""
+        assert out.labels_BHW is not None
+        u = self.cfg.method.uncertainty
+        out.u_BHW, known_BHW = label_uncertainty(self.prototypes, f4_BDhw, out.labels_BHW, batch.pairs_P2, present_BC)
+        labelled_BHW = out.labels_BHW != IGNORE
+        for name, where in (("u_px_fg", out.labels_BHW > 0), ("u_px_bg", out.labels_BHW == 0)):
+            out.stats[name] = _share(out.u_BHW, known_BHW & labelled_BHW & where)
+        if self.schedule.weighs_seg:
+            out.w_BHW, out.stats["share_seg"] = pixel_weights(
+                out.u_BHW,
+                known_BHW,
+                out.labels_BHW,
+                present_BC.shape[1],
+                strength=u.beta,
+                kind=u.weighting,
+                u_min=u.u_min,
+                bound=u.bound,
+            )
 
     def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels (B, H, W) and the confidence of each: distance to the deciding threshold."""
@@ -285,6 +337,7 @@ class TargetMaker:
             keep=k.keep,
             kind="random" if self.cfg.method.setting == "III" else k.pool,
             keys_B=keys.to(u_BC.device, non_blocking=True),
+            u_Bhw=None if out.u_BHW is None else (sample_nearest(out.u_BHW, grid) * CONF_STEPS).round(),
         )
         most = pool_bound(out.small_Bhw[0].numel(), u_BC.shape[1], k.keep)
         if counts:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ugrl.distributed import all_reduce_sum
 from ugrl.errors import ConfigError
 from ugrl.precision import full_precision
+from ugrl.types import IGNORE
 
 Kind = Literal["inverse_exp", "exp_decay", "none"]
 
@@ -61,10 +62,7 @@ def modulation_weights(
     >>> [round(x, 3) for x in w[0].tolist()]
     [1.245, 0.755]
     """
-    if kind not in ("inverse_exp", "exp_decay", "none"):
-        raise ConfigError(f"weighting: {kind!r}, expected 'inverse_exp', 'exp_decay' or 'none'")
-    if not bound > 1:
-        raise ConfigError(f"weighting bound: {bound!r}, expected a factor > 1")
+    _check(kind, bound)
     u_BC = u_BC if u_BC.dtype == torch.float64 else u_BC.float()
     if kind == "none":
         return torch.ones_like(u_BC)
@@ -72,8 +70,7 @@ def modulation_weights(
         n_BC = n_BC.to(u_BC.dtype)
         weighed_BC = known_BC & (n_BC > 0)
         n_BC = n_BC.where(weighed_BC, 0)
-        log_BC = 1 / (strength * u_BC.clamp(min=u_min)) if kind == "inverse_exp" else -strength * u_BC
-        log_BC = log_BC.where(weighed_BC, 0)
+        log_BC = _log_weight(u_BC, strength, kind, u_min).where(weighed_BC, 0)
 
         count_G, log_sum_G = _group_sums(torch.stack([n_BC, n_BC * log_BC]), per_class)
         some_G = count_G.clamp(min=torch.finfo(u_BC.dtype).tiny)  # counts may be shares; 0 must not divide
@@ -82,6 +79,65 @@ def modulation_weights(
         (sum_G,) = _group_sums((n_BC * w_BC)[None], per_class)
         scale_G = count_G / sum_G.where(count_G > 0, 1)
         return torch.where(weighed_BC, scale_G * w_BC, 1.0)
+
+
+@torch.no_grad()
+def pixel_weights(
+    u_BHW: Tensor,
+    known_BHW: Tensor,
+    labels_BHW: Tensor,
+    classes: int,
+    *,
+    strength: float,
+    kind: Kind = "inverse_exp",
+    u_min: float = 0.05,
+    bound: float = 3.0,
+) -> tuple[Tensor, Tensor]:
+    """ŵ of every pixel, from its own u: Eq. 8 with a u_seg that is not constant within a class (Eq. 7).
+
+    As :func:`modulation_weights` by class: the pixels of a label, over all ranks, have the mean weight 1.
+
+    Args:
+        u_BHW: Uncertainties in [0, 2]; not read where unknown.
+        known_BHW: bool, which pixels have a u.
+        labels_BHW: int64, 255 is not weighed.
+        classes: C.
+        strength: β (Eq. 8).
+        kind: As there.
+        u_min: As there.
+        bound: As there.
+
+    Returns:
+        ŵ (B, H, W), exactly 1 where nothing is weighed; and the effective sample share, a scalar in (0, 1].
+
+    Raises:
+        ConfigError: As there.
+    """
+    _check(kind, bound)
+    u_BHW = u_BHW if u_BHW.dtype == torch.float64 else u_BHW.float()
+    weighed_BHW = known_BHW & (labels_BHW != IGNORE)
+    if kind == "none":
+        return torch.ones_like(u_BHW), u_BHW.new_ones(())
+    with full_precision(u_BHW):
+        group_BHW = labels_BHW.where(weighed_BHW, classes)  # the last group holds what is not weighed
+        log_BHW = _log_weight(u_BHW, strength, kind, u_min)
+
+        def sums(*x_BHW: Tensor) -> Tensor:
+            """Sums over the pixels of each class and all ranks, (K, C), in float64: millions of pixels are added."""
+            flat = torch.stack([x.flatten() for x in x_BHW]).double()
+            out = flat.new_zeros(len(x_BHW), classes + 1)
+            return all_reduce_sum(out.index_add_(1, group_BHW.flatten(), flat)[:, :classes].contiguous())
+
+        count_C, log_C = sums(torch.ones_like(log_BHW), log_BHW)
+        centre_C = torch.nn.functional.pad(log_C / count_C.clamp(min=1), (0, 1)).to(log_BHW)
+        limit = math.log(bound)
+        w_BHW = (log_BHW - centre_C[group_BHW]).clamp(-limit, limit).exp()
+        sum_C, square_C = sums(w_BHW, w_BHW.square())
+        some_C = count_C > 0
+        scale_C = torch.nn.functional.pad(count_C / sum_C.where(some_C, 1), (0, 1)).to(log_BHW)
+        worth, total = (sum_C.square() / square_C.where(some_C, 1)).sum(), count_C.sum()
+        share = torch.where(total > 0, worth / total.clamp(min=1), 1.0).to(u_BHW)
+        return torch.where(weighed_BHW, scale_C[group_BHW] * w_BHW, 1.0), share
 
 
 @torch.no_grad()
@@ -109,6 +165,17 @@ def effective_share(w_BC: Tensor, known_BC: Tensor, n_BC: Tensor, per_class: boo
     worth_G = sum_G.square() / square_G.where(some_G, 1)
     total = count_G.sum()
     return torch.where(total > 0, worth_G.sum() / total.where(total > 0, 1), 1.0)
+
+
+def _check(kind: str, bound: float) -> None:
+    if kind not in ("inverse_exp", "exp_decay", "none"):
+        raise ConfigError(f"weighting: {kind!r}, expected 'inverse_exp', 'exp_decay' or 'none'")
+    if not bound > 1:
+        raise ConfigError(f"weighting bound: {bound!r}, expected a factor > 1")
+
+
+def _log_weight(u: Tensor, strength: float, kind: Kind, u_min: float) -> Tensor:
+    return 1 / (strength * u.clamp(min=u_min)) if kind == "inverse_exp" else -strength * u
 
 
 def _group_sums(x_KBC: Tensor, per_class: bool) -> Tensor:

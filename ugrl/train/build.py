@@ -79,6 +79,10 @@ def build_prototypes(cfg: Config, num_classes: int, dim: int) -> Prototypes:
         encoding=u.encoding,
         center=u.center,
         seed=cfg.seed,
+        kind=u.kind,
+        against=u.against,
+        debias=u.debias,
+        within_class=u.within_class,
     )
 
 

@@ -185,6 +185,8 @@ def _views(out: ModelOutput, targets: Targets) -> dict[str, Tensor]:
         views["prediction"] = out.seg_BChw.detach()
         if u_BC is not None:
             labelled = labels_BHW != IGNORE
-            u_BHW = torch.gather(u_BC, 1, labels_BHW.where(labelled, 0).flatten(1)).view_as(labels_BHW)
+            u_BHW = targets.u_BHW
+            if u_BHW is None:
+                u_BHW = torch.gather(u_BC, 1, labels_BHW.where(labelled, 0).flatten(1)).view_as(labels_BHW)
             views["u"] = u_BHW.where(labelled, torch.zeros(()).to(u_BC))
     return views

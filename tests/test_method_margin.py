@@ -1,0 +1,237 @@
+"""The contrastive u, u of single pixels and labels with prototypes, against the float64 loops; whole steps with them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests import reference as ref
+from tests.test_method_uncertainty import batches
+from ugrl.config import Config, build
+from ugrl.errors import ConfigError
+from ugrl.method.cam import CamOutput
+from ugrl.method.losses import segmentation_loss
+from ugrl.method.per_position import label_uncertainty, with_prototypes
+from ugrl.method.pool import reliable_pool
+from ugrl.method.prototypes import Prototypes
+from ugrl.method.weighting import modulation_weights, pixel_weights
+from ugrl.seeding import generator, hash_uniform
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+OPTIONS = [
+    {"kind": kind, "against": against, "debias": debias, "within_class": within, "encoding": encoding}
+    for kind, against in (("distance", "all"), ("margin", "all"), ("margin", "shown"))
+    for debias, within in itertools.product((False, True), repeat=2)
+    for encoding in ("linear", "fourier")
+]
+
+
+def t(x):
+    return torch.from_numpy(np.asarray(x))
+
+
+def pair_of(**options):
+    """Prototypes, and the loop with the same projection."""
+    p = Prototypes(num_classes=5, dim=6, d_cls=16, seed=1, eta=0.8, centre_momentum=0.6, **options).double()
+    rest = {k: v for k, v in options.items() if k != "encoding"}
+    bias = p.bias_d.numpy() if p.encoding == "fourier" else None
+    loop = ref.PrototypesByLoop(p.phi_dD.numpy(), bias, 5, eta=0.8, center=True, centre_momentum=0.6, **rest)
+    return p, loop
+
+
+def taught(**options):
+    """The same, after three batches."""
+    p, loop = pair_of(**options)
+    r, present = batches(n=6)
+    for step in range(3):
+        p.update(t(r[step]), t(present[step]))
+        loop.update(r[step], present[step])
+    return p, loop
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_u_matches_the_loop(options):
+    p, loop = pair_of(**options)
+    known_pairs = 0
+    for step, (r, present) in enumerate(zip(*batches(n=6), strict=True)):
+        if step == 3:
+            p.freeze()
+            loop.freeze()
+        u, known = p.uncertainty(t(r), t(present))
+        u_ref, known_ref = loop.uncertainty(r, present)
+        np.testing.assert_array_equal(known, known_ref)
+        np.testing.assert_allclose(u, u_ref, **CLOSE)
+        assert (u >= 0).all() and (u <= 2).all()
+        known_pairs += int(known.sum())
+        p.update(t(r), t(present))
+        loop.update(r, present)
+        for c, prototype in enumerate(loop.prototypes):
+            np.testing.assert_allclose(p.prototypes_Cd[c], 0 if prototype is None else prototype, **CLOSE)
+        if p.within_class:
+            np.testing.assert_allclose(p.u_moments_C2, [m[1:] for m in loop.moments], **CLOSE)
+            assert p.u_seen_C.tolist() == [m[0] for m in loop.moments]
+    assert known_pairs > 10
+
+
+def test_a_margin_halfway_between_two_prototypes_is_1():
+    p = Prototypes(num_classes=2, dim=4, d_cls=4, center=False, kind="margin").double()
+    p.phi_dD.copy_(torch.eye(4))
+    p.prototypes_Cd.copy_(torch.eye(4)[:2])
+    r = torch.tensor([[[1.0, 0, 0, 0], [1, 1, 0, 0]], [[0, 3, 0, 0], [0, 1, 0, 0]]]).double()
+    u, known = p.uncertainty(r, torch.ones(2, 2, dtype=torch.bool))
+    assert known.all()
+    torch.testing.assert_close(u, torch.tensor([[0.5, 1.0], [1.5, 0.5]]).double())
+
+
+def test_debias_is_the_plain_mean_of_equal_weights_as_eta_nears_1():
+    votes = torch.from_numpy(generator("votes").standard_normal((5, 1, 2, 6)))
+    p = Prototypes(num_classes=2, dim=6, d_cls=8, eta=1 - 1e-9, center=False, debias=True).double()
+    here = torch.ones(1, 2, dtype=torch.bool)
+    codes = []
+    for r in votes:
+        codes.append(torch.nn.functional.normalize(p.encode(r[0]), dim=-1))
+        p.update(r, here)
+    torch.testing.assert_close(p.prototypes_Cd, torch.stack(codes).mean(0), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [{"kind": "ratio"}, {"against": "some"}])
+def test_other_words_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad.values()))):
+        Prototypes(num_classes=2, dim=4, d_cls=4, **bad)
+
+
+def scene():
+    """Features, labels, pairs and boxes of three images: two classes, none, one class; some pixels ignored."""
+    rng = generator("positions")
+    pairs = torch.tensor([[0, 0], [0, 2], [2, 1]])
+    present = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 0]], dtype=bool)
+    labels = np.stack([rng.choice([c for c in range(5) if row[c]] + [255], (7, 9)) for row in present])
+    f4 = 3 * rng.standard_normal((3, 6, 2, 3))
+    boxes = torch.tensor([[0, 7, 0, 9], [1, 6, 0, 9], [0, 7, 2, 8]])
+    return f4, labels, pairs, present, boxes
+
+
+KINDS = [{"kind": "distance"}, {"kind": "margin", "against": "all"}, {"kind": "margin", "against": "shown"}]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_u_of_a_label_matches_the_loop(options):
+    p, loop = taught(encoding="linear", **options)
+    f4, labels, pairs, present, _ = scene()
+    small = ref.position_loops(loop, f4, present)
+    u, known = p.position_uncertainty(t(f4), t(present))
+    np.testing.assert_allclose(np.where(known, u, np.nan), small, **CLOSE)
+    got, told = label_uncertainty(p, t(f4), t(labels), pairs, t(present))
+    for b in range(3):
+        wide = {c: ref.bilinear_loops(small[b, c], labels.shape[1:]) for c in range(5) if present[b, c]}
+        for y, x in np.ndindex(*labels.shape[1:]):
+            label = labels[b, y, x]
+            want = np.nan if label == 255 else wide[label][y, x]
+            assert bool(told[b, y, x]) == np.isfinite(want)
+            assert float(got[b, y, x]) == pytest.approx(0 if np.isnan(want) else want, rel=1e-9, abs=1e-10)
+    assert told.sum() > 60
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(0.5, 0.0), (2.0, 0.3), (1.0, -0.4), (0.0, 1.0)])
+def test_labels_with_prototypes_match_the_loop(weight, bias):
+    p, loop = taught(encoding="linear")
+    f4, _, pairs, present, boxes = scene()
+    inside = np.zeros((3, 7, 9))
+    for (y0, y1, x0, x1), one in zip(boxes[pairs[:, 0]].tolist(), inside, strict=True):
+        one[y0:y1, x0:x1] = 1
+    cam = generator("maps").random((3, 7, 9)) * inside
+    got = with_prototypes(CamOutput(t(cam), t(f4), None), pairs, boxes, p, t(present), weight=weight, bias=bias)
+    want = ref.with_prototypes_loops(loop, cam, pairs.tolist(), boxes.tolist(), f4, weight, bias)
+    np.testing.assert_allclose(got, want, **CLOSE)
+    assert (got < 1).all() and (got >= 0).all()
+    if weight == 0:
+        np.testing.assert_array_equal(got, cam)
+
+
+def pixels(case):
+    rng = generator("pixels", case)
+    u, labels = 2 * rng.random((3, 4, 5)), rng.choice([0, 1, 3, 255], (3, 4, 5))
+    known = rng.random((3, 4, 5)) < 0.8
+    if case == "certain":
+        u[:] = 0
+    elif case == "ignored":
+        labels[:] = 255
+    elif case == "unknown":
+        known[:] = False
+    elif case == "one":
+        labels[:] = 255
+        labels[1, 2, 3] = 3
+        known[:] = True
+    return u, known, labels
+
+
+@pytest.mark.parametrize("kind", ["inverse_exp", "exp_decay", "none"])
+@pytest.mark.parametrize("case", ["random", "certain", "ignored", "unknown", "one"])
+def test_weights_of_pixels_match_the_loop(kind, case):
+    u, known, labels = pixels(case)
+    options = {"strength": 2.0, "kind": kind, "u_min": 0.05, "bound": 2.0}
+    w, share = pixel_weights(t(u), t(known), t(labels), 5, **options)
+    want, want_share = ref.pixel_weights_by_loop(u, known, labels, **options)
+    np.testing.assert_allclose(w, want, **CLOSE)
+    assert float(share) == pytest.approx(want_share if kind != "none" else 1.0)
+
+
+def test_pixels_of_one_u_weigh_as_their_class_does():
+    rng = generator("constant")
+    labels = rng.choice([0, 1, 2, 255], (3, 6, 5))
+    u_BC = torch.from_numpy(2 * rng.random((3, 3)))
+    n_BC = torch.stack([(t(labels) == c).flatten(1).sum(1) for c in range(3)], 1).double()
+    known = torch.ones(3, 3, dtype=torch.bool)
+    by_class = modulation_weights(u_BC, known, n_BC, strength=3.0, per_class=True)
+    safe = t(np.where(labels == 255, 0, labels)).flatten(1)
+    u_BHW = u_BC.gather(1, safe).view(3, 6, 5)
+    w, _ = pixel_weights(u_BHW, torch.ones(3, 6, 5, dtype=torch.bool), t(labels), 3, strength=3.0)
+    valid = t(labels) != 255
+    torch.testing.assert_close(w[valid], by_class.gather(1, safe).view(3, 6, 5)[valid], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("balance", ["none", "fg_bg"])
+def test_a_loss_with_a_weight_for_each_pixel(balance):
+    rng = generator("seg")
+    seg, labels = rng.standard_normal((2, 3, 2, 2)), rng.choice([0, 1, 2, 255], (2, 4, 5))
+    w = rng.random((2, 4, 5)) * 2
+
+    def by_loop(x):
+        """The weighted mean is linear in the weights: one image and class for each pixel."""
+        total = 0.0
+        for b, y, x_ in np.ndindex(*labels.shape):
+            if labels[b, y, x_] != 255:
+                alone = np.zeros((2, 3))
+                alone[b, labels[b, y, x_]] = w[b, y, x_]
+                here = np.full_like(labels, 255)
+                here[b, y, x_] = labels[b, y, x_]
+                ce = ref.segmentation_loss_loops(x, here, alone)  # one valid pixel: its own cross-entropy
+                total += ce * float(shares[b, y, x_])
+        return total
+
+    valid, fg = labels != 255, (labels != 255) & (labels > 0)
+    shares = valid / valid.sum()
+    if balance == "fg_bg":
+        shares = np.where(fg, 0.5 / fg.sum(), 0.5 / (valid & ~fg).sum()) * valid
+    x = t(seg).requires_grad_()
+    loss = segmentation_loss(x, t(labels), t(w), balance=balance)
+    assert float(loss) == pytest.approx(by_loop(seg), rel=1e-10)
+    loss.backward()
+    np.testing.assert_allclose(x.grad, ref.numeric_gradient(by_loop, seg), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "ranked"])
+@pytest.mark.parametrize("keep", [0.2, 0.6])
+def test_a_pool_by_the_u_of_pixels(kind, keep):
+    rng = generator("pool", kind)
+    labels = rng.choice([0, 1, 2, 255], (3, 5, 6))
+    u, u_px, conf = rng.random((3, 3)), rng.random((3, 5, 6)), rng.random((3, 5, 6))
+    keys = torch.arange(3)
+    got = reliable_pool(t(labels), t(u), t(conf), keep=keep, kind=kind, keys_B=keys, u_Bhw=t(u_px))
+    ties = hash_uniform(keys, 30).view(3, 5, 6).numpy()
+    np.testing.assert_array_equal(got, ref.reliable_pool_loops(labels, u, conf, keep, kind, ties, u_px))
+    plain = reliable_pool(t(labels), t(u), t(conf), keep=keep, kind=kind, keys_B=keys)
+    assert not torch.equal(got, plain)

@@ -1,0 +1,93 @@
+"""What the prototypes say of single positions: a u for each pixel's label, and labels that are not of the CAM alone.
+
+The paper knows one u for each class of an image (Eq. 7). A position of F4 can be encoded as a class vector is (Eq. 3),
+and compared with the same prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ugrl.grid import inside_pixels, resize_maps, stack_pairs
+from ugrl.method.cam import CamOutput
+from ugrl.method.prototypes import Prototypes
+from ugrl.types import IGNORE
+
+# A map stays below 1, as a normalised CAM does.
+BELOW_ONE = 1 - 1e-6
+
+
+@torch.no_grad()
+def label_uncertainty(
+    prototypes: Prototypes, f4_BDhw: Tensor, labels_BHW: Tensor, pairs_P2: Tensor, present_BC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The u of each pixel's label, from the feature at the pixel (in the place of Eq. 7).
+
+    The u of the shown classes on F4's grid, resized bilinearly; of these the one of the label.
+
+    Args:
+        prototypes: As they were before this batch.
+        f4_BDhw: Features of the encoder's last stage.
+        labels_BHW: int64 labels, each of background or of a class with a pair, or 255.
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
+        present_BC: bool, the classes that the images show, background among them.
+
+    Returns:
+        u (B, H, W) in [0, 2], 0 where unknown; and bool (B, H, W): known.
+    """
+    batch, size = labels_BHW.shape[0], (int(labels_BHW.shape[-2]), int(labels_BHW.shape[-1]))
+    u_BChw, known_BChw = prototypes.position_uncertainty(f4_BDhw, present_BC)
+    # Slots of an image: background, then its classes; only these maps are ever enlarged.
+    own_Bn, _ = stack_pairs(pairs_P2[:, 1] + 1, pairs_P2, batch)
+    class_Bn = torch.cat([own_Bn.new_zeros(batch, 1), own_Bn], 1).to(u_BChw.device, non_blocking=True)
+    number_n = torch.arange(class_Bn.shape[1], device=class_Bn.device).expand_as(class_Bn)
+    slot_BC = torch.zeros_like(present_BC, dtype=torch.int64).scatter_reduce_(1, class_Bn, number_n, "amax")
+    slot_BC[:, 0] = 0  # empty slots are of class 0, too
+    wide_Bn11 = class_Bn[:, :, None, None].expand(-1, -1, *u_BChw.shape[-2:])
+    u_Bnhw, known_Bnhw = u_BChw.gather(1, wide_Bn11), known_BChw.gather(1, wide_Bn11)
+    labelled_BHW = labels_BHW != IGNORE
+    slot_B1HW = slot_BC.gather(1, labels_BHW.where(labelled_BHW, 0).flatten(1)).view_as(labels_BHW)[:, None]
+    u_BHW = resize_maps(u_Bnhw.flatten(0, 1), size).view(batch, -1, *size).gather(1, slot_B1HW)[:, 0]
+    known_BnHW = resize_maps(known_Bnhw.flatten(0, 1).to(u_BHW), size).view(batch, -1, *size) > 1 - 1e-3
+    known_BHW = known_BnHW.gather(1, slot_B1HW)[:, 0] & labelled_BHW
+    return u_BHW.masked_fill(~known_BHW, 0), known_BHW
+
+
+@torch.no_grad()
+def with_prototypes(
+    cam: CamOutput,
+    pairs_P2: Tensor,
+    boxes_B4: Tensor,
+    prototypes: Prototypes,
+    present_BC: Tensor,
+    *,
+    weight: float,
+    bias: float,
+) -> Tensor:
+    """The CAM with what the prototypes say: CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b), within [0, 1).
+
+    Thresholds and PAR read it in the CAM's unit. A class without a prototype, and an image whose background has none,
+    keeps its CAM.
+
+    Args:
+        cam: CAM and F4 of the batch.
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
+        boxes_B4: int64 half-open ``(y0, y1, x0, x1)`` on the CPU.
+        prototypes: As they were before this batch.
+        present_BC: bool, the classes that the images show, background among them.
+        weight: w.
+        bias: b.
+
+    Returns:
+        (P, H, W), zero outside the box.
+    """
+    size = (int(cam.cam_PHW.shape[-2]), int(cam.cam_PHW.shape[-1]))
+    cosine_BNC, known_BNC = prototypes.cosines(cam.f4_BDhw.to(prototypes.mean_CD.dtype).flatten(2).mT)
+    image_P, class_P = pairs_P2.to(cosine_BNC.device).unbind(1)
+    class_P = class_P + 1
+    known_PN = known_BNC[image_P, :, class_P] & known_BNC[image_P, :, 0] & present_BC[image_P, class_P][:, None]
+    gain_PN = cosine_BNC[image_P, :, class_P] - cosine_BNC[image_P, :, 0] - bias
+    gain_Phw = gain_PN.masked_fill(~known_PN, 0).unflatten(1, tuple(cam.f4_BDhw.shape[-2:])).to(cam.cam_PHW)
+    inside_PHW = inside_pixels(boxes_B4[pairs_P2[:, 0]], size, cam.cam_PHW.device)
+    return (cam.cam_PHW + weight * resize_maps(gain_Phw, size)).clamp(0, BELOW_ONE) * inside_PHW
