@@ -16,8 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighte
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.per_position import label_maps, label_uncertainty
+from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refined_at
 from ugrl.method.schedule import Schedule
@@ -54,6 +56,52 @@ BINS = 4096
 VERSION = 1
 
 
+# -- what judges a batch ----------------------------------------------------------------------
+
+# Kinds of u that are measured beside the run's own, whatever it was trained with.
+KINDS = {"distance": ("distance", "all"), "margin": ("margin", "all"), "margin_shown": ("margin", "shown")}
+
+
+class Judged:
+    """What the prototypes say of a batch.
+
+    Attributes:
+        pairs: Name of a u → its values (B, C) and which are known; ``u`` is the run's own.
+        maps_PHW: The maps that labels are made of.
+    """
+
+    def __init__(
+        self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor
+    ) -> None:
+        self._prototypes, self._seen, self._present_BC = prototypes, seen, present_BC
+        self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC)}
+        for name in KINDS:
+            with self._as(name):
+                self.pairs[name] = prototypes.uncertainty(r_BCD, present_BC)
+        self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC)
+
+    def pixels(self, labels_BHW: Tensor) -> dict[str, Tensor]:
+        """Name of a u → that of each pixel's label, (B, H, W)."""
+        out, f4_BDhw = {}, self._seen.cam.f4_BDhw
+        for name in ("distance", "margin_shown"):
+            with self._as(name):
+                out[name], _ = label_uncertainty(
+                    self._prototypes, f4_BDhw, labels_BHW, self._seen.batch.pairs_P2, self._present_BC
+                )
+        return out
+
+    @contextmanager
+    def _as(self, name: str) -> Iterator[None]:
+        """The prototypes with another kind of u, not placed within its class."""
+        p = self._prototypes
+        before = p.kind, p.against, p.within_class
+        (p.kind, p.against), p.within_class = KINDS[name], False
+        try:
+            yield
+        finally:
+            p.kind, p.against, p.within_class = before
+
+
 # -- counts of a split ------------------------------------------------------------------------
 
 
@@ -62,11 +110,11 @@ class PairScores:
 
     def __init__(self, thresholds: tuple[float, ...]) -> None:
         self.thresholds = thresholds
-        self._u: list[Tensor] = []
+        self._u: dict[str, list[Tensor]] = {}
         self._p: list[Tensor] = []
         self._iou: list[Tensor] = []
 
-    def add(self, seen: BatchPasses, u_BC: Tensor, known_BC: Tensor) -> None:
+    def add(self, seen: BatchPasses, judged: Judged) -> None:
         """Count the pairs of a batch."""
         pb, pf = seen.batch.pairs_P2.unbind(1)
         bins, cam = len(self.thresholds) + 1, seen.cam.cam_PHW
@@ -78,17 +126,28 @@ class PairScores:
         above = count.flip(2).cumsum(2).flip(2)[:, :, 1:]  # pixels above each threshold
         union = count[:, 1].sum(1, keepdim=True) + above[:, 0]
         self._iou.append((above[:, 1] / union.double()).where(union > 0, torch.nan))
-        self._u.append(u_BC[pb, pf + 1].double().where(known_BC[pb, pf + 1], torch.nan))
+        for name, (u_BC, known_BC) in judged.pairs.items():
+            self._u.setdefault(name, []).append(u_BC[pb, pf + 1].double().where(known_BC[pb, pf + 1], torch.nan))
         self._p.append(seen.probs_BF[pb, pf].double())
 
     def aurocs(self, threshold: float) -> dict[str, float]:
-        """How well u and 1 - p tell the pairs whose CAM IoU is below the median; without any u, 1 - p alone."""
-        u, p, iou = torch.cat(self._u), torch.cat(self._p), torch.cat(self._iou)
-        has_u = not bool(u.isnan().all())
-        found = UncertaintyMetrics()
-        found.add(u if has_u else torch.zeros_like(u), iou[:, self.thresholds.index(threshold)], p)
-        scores = found.compute()
-        return {"u": scores["u_auroc"] if has_u else math.nan, "p": scores["p_auroc"]}
+        """How well each u and 1 - p tell the pairs whose CAM IoU is below the median; without any u, 1 - p alone.
+
+        All judge the same pairs: those that the run's own u knows.
+        """
+        p, iou = torch.cat(self._p), torch.cat(self._iou)[:, self.thresholds.index(threshold)]
+        own = torch.cat(self._u["u"])
+        has_u = not bool(own.isnan().all())
+        out = {}
+        for name, parts in self._u.items():
+            u = torch.cat(parts)
+            found = UncertaintyMetrics()
+            found.add(
+                u.nan_to_num(1.0) if has_u else torch.zeros_like(u), iou.where(~own.isnan() | (not has_u), torch.nan), p
+            )
+            scores = found.compute()
+            out[name], out["p"] = scores["u_auroc"] if has_u else math.nan, scores["p_auroc"]
+        return out
 
 
 class LabelScores:
@@ -96,13 +155,16 @@ class LabelScores:
 
     def __init__(self, classes: int, has_u: bool) -> None:
         self.has_u, self.found = has_u, Confusion(classes)
+        # By kind and name of a pixel's u: right and wrong pixels by bin.
+        self._pixel: dict[tuple[bool, str], Tensor] = {}
         self.labelled = self.pixels = 0
         # By kind (background, foreground): u and its right and wrong pixels; right and wrong by bin of confidence.
         self._u: dict[bool, list[Tensor]] = {False: [], True: []}
         self._conf = {kind: torch.zeros(2, BINS, dtype=torch.int64) for kind in (False, True)}
 
-    def add(self, labels_BHW: Tensor, conf_BHW: Tensor, truth_BHW: Tensor, u_BC: Tensor, known_BC: Tensor) -> None:
+    def add(self, labels_BHW: Tensor, conf_BHW: Tensor, truth_BHW: Tensor, judged: Judged) -> None:
         """Count the pixels of a batch; those without a label are left out."""
+        u_BC, known_BC = judged.pairs["u"]
         real = truth_BHW != IGNORE
         told = real & (labels_BHW != IGNORE)
         self.labelled, self.pixels = self.labelled + int(told.sum()), self.pixels + int(real.sum())
@@ -111,6 +173,15 @@ class LabelScores:
         image = torch.arange(len(u_BC))[:, None, None].expand_as(labels_BHW)
         cell = image * c + labels_BHW.where(told, 0)
         told = told & (known_BC.flatten()[cell] | (not self.has_u))  # u and the confidence judge the same pixels
+        if self.has_u:
+            for name, u_BHW in judged.pixels(labels_BHW).items():
+                at = (u_BHW * (BINS / 2)).long().clamp(max=BINS - 1)
+                for kind in (False, True):
+                    here = told & ((labels_BHW > 0) == kind)
+                    cells = (labels_BHW != truth_BHW)[here] * BINS + at[here]
+                    self._pixel.setdefault((kind, name), torch.zeros(2, BINS, dtype=torch.int64)).add_(
+                        torch.bincount(cells, minlength=2 * BINS).view(2, BINS)
+                    )
         cell, wrong = cell[told], (labels_BHW != truth_BHW)[told]
         count_2BC = torch.bincount(wrong * len(u_BC) * c + cell, minlength=2 * len(u_BC) * c).view(2, len(u_BC), c)
         bins = ((1 - 1 / (1 + conf_BHW[told])) * BINS).long().clamp(max=BINS - 1)
@@ -129,6 +200,9 @@ class LabelScores:
             out[f"pixel_u_{name}"] = weighted_auroc(u, wrong, right) if self.has_u else math.nan
             right, wrong = self._conf[kind]
             out[f"pixel_conf_{name}"] = weighted_auroc(-torch.arange(BINS), wrong, right)
+            for (also, u_name), (right, wrong) in self._pixel.items():
+                if also == kind:
+                    out[f"pixel_{u_name}_{name}"] = weighted_auroc(torch.arange(BINS), wrong, right)
         return out
 
 
@@ -137,17 +211,19 @@ class TrainScores:
 
     def __init__(self, cfg: Config, classes: int, par: PAR | None) -> None:
         self.cam, self.par, c = ThresholdCurve(classes), par, cfg.method.cam
+        self.mixed = ThresholdCurve(classes)
         self.pairs = PairScores(self.cam.thresholds)
         self.labels = LabelScores(classes, has_u=not Schedule.of(cfg).supervised)
         self.high, self.low = c.high, c.low
         self.grid = tuple(sorted({*REFINED_AT, c.low, c.high}))
         self.refined = [Confusion(classes) for _ in self.grid]
 
-    def add(self, seen: BatchPasses, u_BC: Tensor, known_BC: Tensor) -> None:
+    def add(self, seen: BatchPasses, judged: Judged) -> None:
         """Count a batch."""
-        batch, cam_PHW, truth = seen.batch, seen.cam.cam_PHW, seen.labels_BHW
-        self.cam.add(cam_PHW, batch.pairs_P2, truth)
-        self.pairs.add(seen, u_BC, known_BC)
+        batch, cam_PHW, truth = seen.batch, judged.maps_PHW, seen.labels_BHW
+        self.cam.add(seen.cam.cam_PHW, batch.pairs_P2, truth)
+        self.mixed.add(cam_PHW, batch.pairs_P2, truth)
+        self.pairs.add(seen, judged)
         if self.par is None:
             labels, conf = pseudo_labels(
                 cam_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=self.high, low=self.low
@@ -162,38 +238,46 @@ class TrainScores:
             ground = (margins[high] <= 0) & (margins[low] <= 0)
             labels = torch.where(margins[high] > 0, at[high], torch.where(ground, 0, IGNORE))
             conf = torch.where(margins[high] > 0, margins[high], torch.where(ground, -margins[low], 0.0))
-        self.labels.add(labels, conf, truth, u_BC, known_BC)
+        self.labels.add(labels, conf, truth, judged)
 
-    def scores(self) -> tuple[dict[str, float], float]:
-        """The scores, and the threshold that was chosen."""
+    def scores(self) -> tuple[dict[str, float], float, float]:
+        """The scores, and the thresholds that were chosen: of the CAM, and of the maps that labels are made of."""
         threshold, best = self.cam.best()
-        out = {"cam_train": best.miou, "cam_threshold": threshold} | self.labels.scores()
+        mixed, found = self.mixed.best()
+        out = {"cam_train": best.miou, "cam_threshold": threshold, "maps_train": found.miou, "maps_threshold": mixed}
+        out |= self.labels.scores()
         if self.par is not None:
             mious = [found.miou for found in self.refined]
             out |= {"refined_train": max(mious), "refined_threshold": self.grid[mious.index(max(mious))]}
-        return out | {f"{k}_auroc_train": v for k, v in self.pairs.aurocs(threshold).items()}, threshold
+        return out | {f"{k}_auroc_train": v for k, v in self.pairs.aurocs(threshold).items()}, threshold, mixed
 
 
 class ValScores:
     """What is measured on the validation images, at the threshold of the training images."""
 
-    def __init__(self, classes: int, threshold: float) -> None:
+    def __init__(self, classes: int, threshold: float, mixed: float) -> None:
+        self.mixed, self.maps = mixed, Confusion(classes)
         self.threshold, self.pairs = threshold, PairScores((threshold,))
         self.tags = TagMetrics(classes - 1)
         self.cam, self.plain, self.averaged = (Confusion(classes) for _ in range(3))
 
-    def add(self, seen: BatchPasses, u_BC: Tensor, known_BC: Tensor) -> None:
+    def add(self, seen: BatchPasses, judged: Judged) -> None:
         """Count a batch; ``eval.cam_background`` of its configuration is the threshold."""
+        batch = seen.batch
+        labels_BHW, _ = pseudo_labels(
+            judged.maps_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=self.mixed, low=self.mixed
+        )
+        self.maps.add(labels_BHW, seen.labels_BHW)
         self.tags.add(seen.probs_BF, seen.batch.tags_BF)
         self.cam.add(cam_labels(seen), seen.labels_BHW)
-        self.pairs.add(seen, u_BC, known_BC)
+        self.pairs.add(seen, judged)
         native = combined_scores(seen.net, seen.batch.images_B3HW, EvalConfig(), known=seen.logits)
         self.plain.add(native.argmax(1), seen.labels_BHW)
         self.averaged.add(segmentation_labels(seen), seen.labels_BHW)
 
     def scores(self) -> dict[str, float]:
         """Shares of 1, by name."""
-        out = {"tag_map": self.tags.compute()["tag_map"], "cam_val": self.cam.miou}
+        out = {"tag_map": self.tags.compute()["tag_map"], "cam_val": self.cam.miou, "maps_val": self.maps.miou}
         out |= {"seg_val_plain": self.plain.miou, "seg_val": self.averaged.miou}
         return out | {f"{k}_auroc_val": v for k, v in self.pairs.aurocs(self.threshold).items()}
 
@@ -213,8 +297,7 @@ def walk(
         plain = net(batch.images_B3HW, decode=isinstance(scores, ValScores), affinity=local, embed=False)
         seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)
         r_BCD, present_BC = batch_vectors(batch, seen.cam, radius=cfg.method.uncertainty.radius, local=local)
-        u_BC, known_BC = got.prototypes.uncertainty(r_BCD, present_BC)
-        scores.add(seen, u_BC, known_BC)
+        scores.add(seen, Judged(got.prototypes, cfg, seen, r_BCD, present_BC))
         on_batch(len(batch.ids))
 
 
@@ -236,8 +319,8 @@ def measure(
     classes = len(got.class_names) + 1
     train = TrainScores(cfg, classes, build_par(cfg))
     walk(got, cfg, ShardReader(shards, cfg.data.train_split, cfg.data), train, on_batch)
-    found, threshold = train.scores()
-    val = ValScores(classes, threshold)
+    found, threshold, mixed = train.scores()
+    val = ValScores(classes, threshold, mixed)
     judged = replace(cfg, eval=replace(cfg.eval, cam_background=threshold))
     walk(got, judged, ShardReader(shards, cfg.data.val_split, cfg.data), val, on_batch)
     return {k: v if math.isfinite(v) else None for k, v in {**found, **val.scores()}.items()}

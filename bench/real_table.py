@@ -16,9 +16,11 @@ ORDER = ("Base", "I", "II", "III", "IV", "Full")
 COLUMNS = {
     "tag_map": "tag mAP, val",
     "cam_train": "CAM, train",
-    "refined_train": "refined CAM, train",
+    "maps_train": "label maps, train",
+    "refined_train": "refined maps, train",
     "pseudo_train": "pseudo-labels, train",
     "cam_val": "CAM, val",
+    "maps_val": "label maps, val",
     "seg_val_plain": "seg, val",
     "seg_val": "seg averaged, val",
     "weak_full": "seg averaged ÷ Full",

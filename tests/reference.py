@@ -328,7 +328,9 @@ class PrototypesByLoop:
 
     def judgements(self, r_BCD, present_BC):
         B, C = present_BC.shape
-        pairs = {(b, c): self.judge(r_BCD[b][c], c, present_BC[b]) for b in range(B) for c in range(C) if present_BC[b][c]}
+        pairs = {
+            (b, c): self.judge(r_BCD[b][c], c, present_BC[b]) for b in range(B) for c in range(C) if present_BC[b][c]
+        }
         return {pair: u for pair, u in pairs.items() if u is not None}
 
     def uncertainty(self, r_BCD, present_BC):

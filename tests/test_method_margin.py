@@ -1,4 +1,4 @@
-"""The contrastive u, u of single pixels and labels with prototypes, against the float64 loops; whole steps with them."""
+"""The contrastive u, u of single pixels and labels with prototypes against float64 loops; whole steps with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from tests import reference as ref
 from tests.test_method_uncertainty import batches
-from ugrl.config import Config, build
 from ugrl.errors import ConfigError
 from ugrl.method.cam import CamOutput
 from ugrl.method.losses import segmentation_loss

@@ -153,6 +153,23 @@ RULES = (
         ),
     ),
     Rule(
+        (
+            "method.uncertainty.background_prototypes",
+            "method.uncertainty.class_prototypes",
+            "method.uncertainty.votes",
+            "method.uncertainty.encoding",
+        ),
+        lambda cfg: (
+            max(cfg.method.uncertainty.background_prototypes, cfg.method.uncertainty.class_prototypes) == 1
+            or (cfg.method.uncertainty.votes, cfg.method.uncertainty.encoding) == ("position", "linear")
+        ),
+        lambda cfg: (
+            f"method.uncertainty.background_prototypes is {cfg.method.uncertainty.background_prototypes} and "
+            f"class_prototypes {cfg.method.uncertainty.class_prototypes}; expected 1 of each, or "
+            "method.uncertainty.votes position and encoding linear"
+        ),
+    ),
+    Rule(
         ("name",),
         _is_folder_name,
         lambda cfg: f"name is {show(cfg.name)}; expected a name that a folder can have",

@@ -203,6 +203,14 @@ class UncertaintyConfig:
     debias: bool = False
     """Whether Eq. 4 begins as a plain mean of votes, as in Adam. Without it the first vote, of an untrained network,
     has the weight η^n after n batches with the class: most of all in a run of a few hundred steps."""
+    votes: Literal["class", "position"] = "class"
+    """What moves a prototype (Eq. 4): the hypervector of each image's class vector, or (``position``) of each position
+    of F4 that the maps label, without refinement, by ``method.cam.high`` and ``low``."""
+    background_prototypes: int = _num(1, ge=1, le=64)
+    """Prototypes of the background, of which the nearest counts: backgrounds have little in common. More than one need
+    ``votes: position`` and the linear encoding."""
+    class_prototypes: int = _num(1, ge=1, le=64)
+    """Prototypes of each class, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +259,8 @@ class PseudoConfig:
 
     source: Literal["cam", "cam+prototypes"] = "cam"
     """The CAM alone, or with how much nearer a position's feature is to the prototype of the class than to that of
-    the background: CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b)."""
+    the background: CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b). In the settings II and IV, where u has a say in L_seg;
+    the others use the CAM alone."""
     prototype_weight: float = _num(0.5, ge=0)
     """w of ``cam+prototypes``."""
     background_bias: float = _num(0.0, ge=-2, le=2)

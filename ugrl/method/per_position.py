@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ugrl.config import Config
 from ugrl.grid import inside_pixels, resize_maps, stack_pairs
 from ugrl.method.cam import CamOutput
 from ugrl.method.prototypes import Prototypes
-from ugrl.types import IGNORE
+from ugrl.method.schedule import Schedule
+from ugrl.types import IGNORE, Batch
 
 # A map stays below 1, as a normalised CAM does.
 BELOW_ONE = 1 - 1e-6
@@ -91,3 +93,26 @@ def with_prototypes(
     gain_Phw = gain_PN.masked_fill(~known_PN, 0).unflatten(1, tuple(cam.f4_BDhw.shape[-2:])).to(cam.cam_PHW)
     inside_PHW = inside_pixels(boxes_B4[pairs_P2[:, 0]], size, cam.cam_PHW.device)
     return (cam.cam_PHW + weight * resize_maps(gain_Phw, size)).clamp(0, BELOW_ONE) * inside_PHW
+
+
+def label_maps(cfg: Config, cam: CamOutput, batch: Batch, prototypes: Prototypes, present_BC: Tensor) -> Tensor:
+    """The maps that pseudo-labels are made of: the CAM, or with what the prototypes say (``method.pseudo.source``).
+
+    The prototypes have a say where u has one in the segmentation loss: in the settings II and IV.
+
+    Args:
+        cfg: Configuration of the run.
+        cam: CAM and F4 of the batch.
+        batch: Pairs and boxes are read.
+        prototypes: As they were before this batch.
+        present_BC: bool, the classes that the images show, background among them.
+
+    Returns:
+        (P, H, W) in [0, 1), zero outside the box.
+    """
+    p = cfg.method.pseudo
+    if p.source == "cam" or not Schedule.of(cfg).weighs_seg:
+        return cam.cam_PHW
+    return with_prototypes(
+        cam, batch.pairs_P2, batch.boxes_B4, prototypes, present_BC, weight=p.prototype_weight, bias=p.background_bias
+    )

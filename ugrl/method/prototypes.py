@@ -20,6 +20,11 @@ Two kinds of u. ``distance`` is Eq. 5. ``margin`` is contrastive: how much neare
 one's own, u = 1 + (max_k≠c cos(H, P_k) − cos(H, P_c)) / 2, which is 1 halfway between the two. Rivals are all other
 classes, or those that the image shows: background and its other tags.
 
+Two kinds of votes. ``class``: the code of each pair's class vector, as printed. ``position``: the code of each position
+of F4 that has a label; a prototype is then the mean direction of single positions, and cosines with positions are
+larger. A class may have several prototypes then: a position votes for the nearest of its class, and its cosine with a
+class is that with the nearest. Until each of them has begun, the strips of the image decide, from top to bottom.
+
 σ of the Fourier code is the median distance between class vectors, averaged over batches until
 :meth:`Prototypes.freeze`. Another σ is another code, so freezing starts every prototype anew
 from the code of its class's running mean, and σ does not move again.
@@ -37,10 +42,12 @@ from ugrl.distributed import all_gather_rows, all_reduce_sum
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.precision import full_precision
 from ugrl.seeding import generator
+from ugrl.types import IGNORE
 
 Encoding = Literal["linear", "fourier"]
 Kind = Literal["distance", "margin"]
 Against = Literal["all", "shown"]
+Votes = Literal["class", "position"]
 
 TINY = 1e-12
 """Codes shorter than this have no direction: no vote and no u."""
@@ -64,6 +71,9 @@ class Prototypes(nn.Module):
             and Ba, 2015); without it the first vote, of an untrained network, fades with η^n alone.
         within_class: Whether u is placed within its class: 2·Φ((u − m_c)/s_c), with the running mean and deviation of
             the class's u and Φ of the normal distribution: twice the rank to be expected.
+        votes: ``class`` or ``position``, as above.
+        several: Prototypes of the background, and of each other class; more than 1 need votes of positions and the
+            linear encoding.
         centre_momentum: Share of the old value when running means and σ move; they follow the features
             faster than prototypes do, because a mean that lags is a common direction again.
 
@@ -71,6 +81,7 @@ class Prototypes(nn.Module):
         phi_dD, bias_d: The fixed map (bias for Fourier only).
         prototypes_Cd: P, 0 for classes without a vote.
         counts_C: int64, batches that moved each prototype.
+        extra_Ed, extra_counts_E: The same for the second and further prototypes of classes, in the order of classes.
         mean_CD: Running mean of each class's vectors.
         mean_seen_C: bool, classes that have one.
         u_moments_C2: Running means of u and u² of each class, and ``u_seen_C``, int64, pairs in them (``within_class``
@@ -91,6 +102,11 @@ class Prototypes(nn.Module):
     frozen: Tensor
     u_moments_C2: Tensor
     u_seen_C: Tensor
+    extra_Ed: Tensor
+    extra_counts_E: Tensor
+    owner_S: Tensor
+    turn_S: Tensor
+    number_C: Tensor
 
     def __init__(
         self,
@@ -106,6 +122,8 @@ class Prototypes(nn.Module):
         against: Against = "all",
         debias: bool = False,
         within_class: bool = False,
+        votes: Votes = "class",
+        several: tuple[int, int] = (1, 1),
         centre_momentum: float = 0.9,
     ) -> None:
         super().__init__()
@@ -121,6 +139,11 @@ class Prototypes(nn.Module):
         for name, size in (("num_classes", num_classes), ("dim", dim), ("d_cls", d_cls)):
             if size < 1:
                 raise ConfigError(f"{name}: {size!r}, expected a positive integer")
+        if votes not in ("class", "position"):
+            raise ConfigError(f"votes: {votes!r}, expected 'class' or 'position'")
+        if min(several) < 1 or (max(several) > 1 and (votes != "position" or encoding != "linear")):
+            raise ConfigError(f"several: {several}, expected (1, 1), or votes of positions and the linear encoding")
+        self.votes = votes
         self.eta = eta
         self.encoding = encoding
         self.center = center
@@ -133,6 +156,17 @@ class Prototypes(nn.Module):
         self.register_buffer("phi_dD", torch.from_numpy(phi_dD).float())
         self.register_buffer("prototypes_Cd", torch.zeros(num_classes, d_cls))
         self.register_buffer("counts_C", torch.zeros(num_classes, dtype=torch.int64))
+        number_C = [several[0], *[several[1]] * (num_classes - 1)]
+        owners = [c for c, number in enumerate(number_C) for _ in range(number - 1)]
+        if owners:
+            self.register_buffer("extra_Ed", torch.zeros(len(owners), d_cls))
+            self.register_buffer("extra_counts_E", torch.zeros(len(owners), dtype=torch.int64))
+        # The class of each row, and which of its class's rows it is.
+        self.register_buffer("owner_S", torch.tensor([*range(num_classes), *owners]), persistent=False)
+        turn_E = [1 + owners[:k].count(c) for k, c in enumerate(owners)]
+        self.register_buffer("turn_S", torch.tensor([0] * num_classes + turn_E), persistent=False)
+        self.register_buffer("number_C", torch.tensor(number_C), persistent=False)
+        self._more = bool(owners)
         self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
         self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
         if within_class:
@@ -186,6 +220,10 @@ class Prototypes(nn.Module):
             u_BCK, known_BCK = self.margins(r_BCD, rivals_BK[:, None])
             known_BC = known_BCK.diagonal(dim1=1, dim2=2) & present_BC
             return u_BCK.diagonal(dim1=1, dim2=2).masked_fill(~known_BC, 0), known_BC
+        if self._more:
+            cosine_BC, known_BC = (x.diagonal(dim1=1, dim2=2) for x in self.cosines(r_BCD))
+            known_BC = known_BC & present_BC
+            return (1 - cosine_BC).masked_fill(~known_BC, 0), known_BC
         with full_precision(r_BCD):
             h_BCd = self.encode(r_BCD)
             lengths_BC = h_BCd.norm(dim=-1)
@@ -197,14 +235,30 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def cosines(self, r_D: Tensor) -> tuple[Tensor, Tensor]:
-        """cos(H, P_k) of any vectors (…, D) with every prototype: (…, C), 0 where unknown; and bool (…, C): known."""
+        """cos(H, P_k) of any vectors (…, D) with every class: (…, C), 0 where unknown; and bool (…, C): known.
+
+        Of several prototypes of a class, the nearest counts.
+        """
         with full_precision(r_D):
             h_d = self.encode(r_D)
-            lengths_C = self.prototypes_Cd.norm(dim=-1)
             length_1 = h_d.norm(dim=-1, keepdim=True)
-            cosine_C = (h_d / length_1.clamp(min=TINY)) @ (self.prototypes_Cd / lengths_C.clamp(min=TINY)[:, None]).mT
-            known_C = (length_1 > TINY) & (lengths_C > TINY)
-            return cosine_C.clamp(-1, 1).masked_fill(~known_C, 0), known_C
+            cosine_S, known_S = self._row_cosines(h_d / length_1.clamp(min=TINY))
+            known_S = (length_1 > TINY) & known_S
+            if not self._more:
+                return cosine_S.masked_fill(~known_S, 0), known_S
+            owner_S = self.owner_S.expand_as(cosine_S)
+            lowest_C = torch.full_like(cosine_S[..., : len(self.counts_C)], -2)
+            cosine_C = lowest_C.scatter_reduce(-1, owner_S, cosine_S.masked_fill(~known_S, -2), "amax")
+            return cosine_C.masked_fill(cosine_C < -1, 0), cosine_C >= -1
+
+    def _rows(self) -> Tensor:
+        return torch.cat([self.prototypes_Cd, self.extra_Ed]) if self._more else self.prototypes_Cd
+
+    def _row_cosines(self, unit_d: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of unit codes (…, d_cls) with every row, (…, S); and bool (S,), which rows have begun."""
+        rows_Sd = self._rows()
+        lengths_S = rows_Sd.norm(dim=-1)
+        return (unit_d @ (rows_Sd / lengths_S.clamp(min=TINY)[:, None]).mT).clamp(-1, 1), lengths_S > TINY
 
     def margins(self, r_D: Tensor, rivals_C: Tensor) -> tuple[Tensor, Tensor]:
         """The margin u of any vectors, for every class that they could belong to.
@@ -248,7 +302,9 @@ class Prototypes(nn.Module):
         return u_BNC.mT.unflatten(2, grid), known_BNC.mT.unflatten(2, grid)
 
     @torch.no_grad()
-    def update(self, r_BCD: Tensor, present_BC: Tensor) -> None:
+    def update(
+        self, r_BCD: Tensor, present_BC: Tensor, f4_BDN: Tensor | None = None, labels_BN: Tensor | None = None
+    ) -> None:
         """Bundle the votes of all ranks and move prototypes, means and σ (Eq. 4).
 
         P ← η P + (1 − η) P̂ for the classes of the global batch, P ← P̂ the first time; P̂ is the mean of
@@ -257,6 +313,8 @@ class Prototypes(nn.Module):
         Args:
             r_BCD: Class vectors; not read where absent.
             present_BC: bool, which exist.
+            f4_BDN: Features of the positions; where positions vote.
+            labels_BN: int64, the class that each position votes for, or 255.
         """
         self._check(r_BCD, present_BC)
         if self.within_class:
@@ -272,19 +330,27 @@ class Prototypes(nn.Module):
             if self.encoding == "fourier":
                 sigma = self.sigma if self._settled else self._move_sigma(r_BCD, present_BC)
 
-            h_BCd = self._encode(r_BCD, mean_CD, seen_C, sigma)
-            lengths_BC = h_BCd.norm(dim=-1)
-            votes_BC = present_BC & (lengths_BC > TINY)
-            if sigma is not None:
-                votes_BC = votes_BC & (sigma > 0)
-            unit_BCd = (h_BCd / lengths_BC.clamp(min=TINY)[..., None]).masked_fill(~votes_BC[..., None], 0)
-            bundle_Cd, votes_C = _mean_over_batch(unit_BCd, votes_BC)
+            if self.votes == "position":
+                if f4_BDN is None or labels_BN is None:
+                    raise UgrlError("prototypes: positions vote, but none were given")
+                bundle_Sd, votes_S = self._position_votes(f4_BDN, labels_BN, (mean_CD, seen_C, sigma))
+            else:
+                h_BCd = self._encode(r_BCD, mean_CD, seen_C, sigma)
+                lengths_BC = h_BCd.norm(dim=-1)
+                votes_BC = present_BC & (lengths_BC > TINY)
+                if sigma is not None:
+                    votes_BC = votes_BC & (sigma > 0)
+                unit_BCd = (h_BCd / lengths_BC.clamp(min=TINY)[..., None]).masked_fill(~votes_BC[..., None], 0)
+                bundle_Sd, votes_S = _mean_over_batch(unit_BCd, votes_BC)
 
-            voted_C = votes_C > 0
-            had_C = self.counts_C > 0
-            eta = self._momentum()[:, None] if self.debias else self.eta
-            self.prototypes_Cd.copy_(_move(self.prototypes_Cd, bundle_Cd, eta, had_C, voted_C))
-            self.counts_C.add_(voted_C)
+            voted_S, counts_S = votes_S > 0, self._counts()
+            eta = self._momentum(counts_S)[:, None] if self.debias else self.eta
+            rows_Sd = _move(self._rows(), bundle_Sd, eta, counts_S > 0, voted_S)
+            self.prototypes_Cd.copy_(rows_Sd[: len(self.counts_C)])
+            self.counts_C.add_(voted_S[: len(self.counts_C)])
+            if self._more:
+                self.extra_Ed.copy_(rows_Sd[len(self.counts_C) :])
+                self.extra_counts_E.add_(voted_S[len(self.counts_C) :])
             self.mean_CD.copy_(_move(self.mean_CD, batch_mean_CD, self.centre_momentum, self.mean_seen_C, here_C))
             self.mean_seen_C.logical_or_(here_C)
 
@@ -320,10 +386,48 @@ class Prototypes(nn.Module):
             return self._code(r_D - share_C @ mean_CD, None)
         return self._code(r_D, sigma) - share_C @ self._code(mean_CD, sigma)
 
-    def _momentum(self) -> Tensor:
-        """η of this batch for each class (C,), with which every batch so far has the weight that η gives its age."""
-        eta_C = torch.full_like(self.prototypes_Cd[:, 0], self.eta)
-        return eta_C * (1 - eta_C**self.counts_C) / (1 - eta_C ** (self.counts_C + 1))
+    def _counts(self) -> Tensor:
+        return torch.cat([self.counts_C, self.extra_counts_E]) if self._more else self.counts_C
+
+    def _momentum(self, counts_S: Tensor) -> Tensor:
+        """η of this batch for each row (S,), with which every batch so far has the weight that η gives its age."""
+        eta_S = torch.full_like(counts_S, self.eta, dtype=self.prototypes_Cd.dtype)
+        return eta_S * (1 - eta_S**counts_S) / (1 - eta_S ** (counts_S + 1))
+
+    def _position_votes(
+        self, f4_BDN: Tensor, labels_BN: Tensor, how: tuple[Tensor, Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """The mean unit code (S, d_cls) of the positions, over all ranks, that vote for each row; and their number.
+
+        Args:
+            f4_BDN: Features of the positions.
+            labels_BN: Their classes, or 255.
+            how: Means, which of them exist, and σ, as of this batch.
+        """
+        h_BNd = self._encode(f4_BDN.to(self.phi_dD.dtype).mT, *how)
+        lengths_BN1 = h_BNd.norm(dim=-1, keepdim=True)
+        unit_BNd = h_BNd / lengths_BN1.clamp(min=TINY)
+        valid_BN = (labels_BN != IGNORE) & (lengths_BN1[..., 0] > TINY)
+        if how[2] is not None:
+            valid_BN = valid_BN & (how[2] > 0)
+        class_BN = labels_BN.where(valid_BN, 0)
+        row_BN = class_BN
+        if self._more:
+            n = labels_BN.shape[1]
+            strip_BN = torch.arange(n, device=class_BN.device) * self.number_C[class_BN] // n
+            own_BNS = self.owner_S == class_BN[..., None]
+            begun_C = torch.ones_like(self.counts_C).scatter_reduce(0, self.owner_S, self._counts(), "amin") > 0
+            cosine_BNS, _ = self._row_cosines(unit_BNd)
+            nearest_BN = cosine_BNS.masked_fill(~own_BNS, -2).argmax(-1)
+            first_BN = (own_BNS & (self.turn_S == strip_BN[..., None])).to(torch.uint8).argmax(-1)
+            row_BN = torch.where(begun_C[class_BN], nearest_BN, first_BN)
+        rows = len(self.owner_S)
+        sums = unit_BNd.new_zeros(rows + 1, unit_BNd.shape[-1] + 1)
+        ones_BN1 = torch.ones_like(lengths_BN1)
+        at = row_BN.where(valid_BN, rows).flatten()
+        sums.index_add_(0, at, torch.cat([unit_BNd, ones_BN1], -1).flatten(0, 1))
+        sums = all_reduce_sum(sums[:rows].contiguous())
+        return sums[:, :-1] / sums[:, -1:].clamp(min=1), sums[:, -1]
 
     def _count_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> None:
         """Let the moments of u follow this batch: plain means at first, then the means of about 1/(1 − η) batches."""

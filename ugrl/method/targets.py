@@ -18,7 +18,7 @@ from ugrl.grid import inside_pixels, sample_nearest, whole_boxes
 from ugrl.method.cam import CamOutput, CamPass, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.losses import eligible_tokens
-from ugrl.method.per_position import label_uncertainty, with_prototypes
+from ugrl.method.per_position import label_maps, label_uncertainty
 from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
@@ -147,8 +147,21 @@ class TargetMaker:
         u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
         self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC))
-        self.prototypes.update(r_BCD, present_BC)
+        if self.cfg.method.uncertainty.votes == "position":
+            maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC).cam_PHW
+            labels_BN = self._votes(batch, maps_PHW, cam.f4_BDhw)
+            self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN)
+        else:
+            self.prototypes.update(r_BCD, present_BC)
         return out
+
+    def _votes(self, batch: Batch, maps_PHW: Tensor, f4_BDhw: Tensor) -> Tensor:
+        """The class that each position of F4 votes for (B, N): by the thresholds of the pseudo-labels, without PAR."""
+        c, grid = self.cfg.method.cam, (int(f4_BDhw.shape[-2]), int(f4_BDhw.shape[-1]))
+        labels_BHW, _ = pseudo_labels(
+            maps_PHW, batch.pairs_P2, batch.boxes_B4, batch=len(batch.ids), high=c.high, low=c.low
+        )
+        return sample_nearest(labels_BHW, grid).flatten(1)
 
     def _fill(
         self, out: Targets, batch: Batch, step: int, cam: CamOutput, judged: tuple[Tensor, Tensor, Tensor]
@@ -227,20 +240,8 @@ class TargetMaker:
         return out
 
     def told(self, batch: Batch, cam: CamOutput, present_BC: Tensor) -> CamOutput:
-        """The CAM that labels are made of: as it is, or with what the prototypes say of each position."""
-        p = self.cfg.method.pseudo
-        if p.source == "cam":
-            return cam
-        maps_PHW = with_prototypes(
-            cam,
-            batch.pairs_P2,
-            batch.boxes_B4,
-            self.prototypes,
-            present_BC,
-            weight=p.prototype_weight,
-            bias=p.background_bias,
-        )
-        return replace(cam, cam_PHW=maps_PHW)
+        """The CAM with the maps that labels are made of."""
+        return replace(cam, cam_PHW=label_maps(self.cfg, cam, batch, self.prototypes, present_BC))
 
     def _judge_pixels(self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor) -> None:
         """The u of each pixel's label and, where the segmentation loss is weighed, its weight."""
