@@ -289,7 +289,13 @@ class PrototypesByLoop:
         against="all",
         debias=False,
         within_class=False,
+        votes="class",
+        several=(1, 1),
     ):
+        self.votes, self.several = votes, [several[0]] + [several[1]] * (C - 1)
+        # Second and further prototypes of each class, and how many batches moved each.
+        self.more = [[None] * (n - 1) for n in self.several]
+        self.more_counts = [[0] * (n - 1) for n in self.several]
         self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
         self.moments = [(0, 0.0, 0.0)] * C  # pairs, mean of u, mean of u²
         self.phi, self.bias, self.eta, self.center, self.momentum = phi_dD, bias_d, eta, center, centre_momentum
@@ -311,7 +317,27 @@ class PrototypesByLoop:
         return h
 
     def cosine(self, r, c):
-        return cosine_of(self.encode(r, self.means, self.sigma), self.prototypes[c])
+        """With the nearest prototype of a class."""
+        code = self.encode(r, self.means, self.sigma)
+        return max(cosine_of(code, p) for p in [self.prototypes[c], *self.more[c]] if p is not None)
+
+    def position_votes(self, f4_BDN, labels_BN, means, sigma):
+        """Unit codes of the positions, by class and prototype."""
+        votes = [[[] for _ in range(n)] for n in self.several]
+        B, _, N = f4_BDN.shape
+        for b in range(B):
+            for n in range(N):
+                c = labels_BN[b][n]
+                code = [] if c == 255 else self.encode(f4_BDN[b, :, n], means, sigma)
+                if not code or length_of(code) == 0:
+                    continue
+                mine = [self.prototypes[c], *self.more[c]]
+                if any(p is None for p in mine):
+                    k = n * self.several[c] // N  # strips from top to bottom
+                else:
+                    k = int(np.argmax([cosine_of(code, p) for p in mine]))
+                votes[c][k].append([x / length_of(code) for x in code])
+        return votes
 
     def judge(self, r, c, shown):
         """u of a vector as one of class c, in an image that shows some classes; None without it."""
@@ -346,7 +372,7 @@ class PrototypesByLoop:
             u[b][c], known[b][c] = value, True
         return u, known
 
-    def update(self, r_BCD, present_BC):
+    def update(self, r_BCD, present_BC, f4_BDN=None, labels_BN=None):
         B, C = present_BC.shape
         if self.within_class:
             found = self.judgements(r_BCD, present_BC)
@@ -373,22 +399,33 @@ class PrototypesByLoop:
                 self.sigma = batch
             elif not self.frozen and batch is not None:
                 self.sigma = self.momentum * self.sigma + (1 - self.momentum) * batch
+        if self.votes == "position":
+            for c, by_row in enumerate(self.position_votes(f4_BDN, labels_BN, means, sigma)):
+                for k, votes in enumerate(by_row):
+                    if votes:
+                        self.bundle(votes, c, k)
         for c in range(C):
             if not rows[c]:
                 continue
             votes = []
-            if self.bias is None or sigma is not None:
+            if self.votes == "class" and (self.bias is None or sigma is not None):
                 codes = [self.encode(r, means, sigma) for r in rows[c]]
                 votes = [[x / length_of(h) for x in h] for h in codes if length_of(h) > 0]
             if votes:
-                old, new = self.prototypes[c], mean_of(votes)
-                eta, n = self.eta, self.counts[c]
-                if self.debias and old is not None:  # the weights η^age of all batches so far, made to sum to 1
-                    eta = math.fsum(eta**k for k in range(1, n + 1)) / math.fsum(eta**k for k in range(n + 1))
-                self.prototypes[c] = new if old is None else self.moved(old, new, eta)
-                self.counts[c] += 1
+                self.bundle(votes, c, 0)
             old = self.means[c]
             self.means[c] = batch_means[c] if old is None else self.moved(old, batch_means[c], self.momentum)
+
+    def bundle(self, votes, c, k):
+        """Eq. 4 for prototype k of class c."""
+        prototypes, counts, at = (
+            (self.prototypes, self.counts, c) if k == 0 else (self.more[c], self.more_counts[c], k - 1)
+        )
+        old, new, eta, n = prototypes[at], mean_of(votes), self.eta, counts[at]
+        if self.debias and old is not None:  # the weights η^age of all batches so far, made to sum to 1
+            eta = math.fsum(eta**j for j in range(1, n + 1)) / math.fsum(eta**j for j in range(n + 1))
+        prototypes[at] = new if old is None else self.moved(old, new, eta)
+        counts[at] += 1
 
     def moved(self, old, new, momentum):
         return [momentum * a + (1 - momentum) * b for a, b in zip(old, new, strict=True)]

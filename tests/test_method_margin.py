@@ -7,10 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import reference as ref
 from tests.test_method_uncertainty import batches
-from ugrl.errors import ConfigError
+from tests.test_train import close, losses, run
+from tests.tiny import tiny_tree
+from ugrl.config import build
+from ugrl.errors import ConfigError, UgrlError
 from ugrl.method.cam import CamOutput
 from ugrl.method.losses import segmentation_loss
 from ugrl.method.per_position import label_uncertainty, with_prototypes
@@ -18,6 +22,8 @@ from ugrl.method.pool import reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.weighting import modulation_weights, pixel_weights
 from ugrl.seeding import generator, hash_uniform
+from ugrl.train import checkpoint
+from ugrl.train.loop import Trainer
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 OPTIONS = [
@@ -75,6 +81,66 @@ def test_u_matches_the_loop(options):
     assert known_pairs > 10
 
 
+VOTES = [
+    {"encoding": encoding, "several": several, "kind": kind, "against": "shown", "debias": kind == "margin"}
+    for encoding, several in (("linear", (1, 1)), ("linear", (3, 1)), ("linear", (2, 2)), ("fourier", (1, 1)))
+    for kind in ("distance", "margin")
+]
+
+
+def position_batches(n=6, B=4, D=6, N=7):
+    """Features of positions and what they vote for; in the last batch nothing does."""
+    rng = generator("position batches")
+    f4 = 5 * rng.standard_normal(D)[:, None] + 2 * rng.standard_normal((n, B, D, N))
+    labels = rng.choice([0, 0, 1, 2, 3, 255], (n, B, N))
+    labels[-1] = 255
+    return f4, labels
+
+
+@pytest.mark.parametrize("options", VOTES, ids=str)
+def test_votes_of_positions_match_the_loop(options):
+    p, loop = pair_of(votes="position", **options)
+    f4, labels = position_batches()
+    for step, (r, present) in enumerate(zip(*batches(n=6), strict=True)):
+        if step == 3:
+            p.freeze()
+            loop.freeze()
+        u, known = p.uncertainty(t(r), t(present))
+        u_ref, known_ref = loop.uncertainty(r, present)
+        np.testing.assert_array_equal(known, known_ref)
+        np.testing.assert_allclose(u, u_ref, **CLOSE)
+        p.update(t(r), t(present), t(f4[step]), t(labels[step]))
+        loop.update(r, present, f4[step], labels[step])
+        rows = [*loop.prototypes, *(row for more in loop.more for row in more)]
+        got = torch.cat([p.prototypes_Cd, p.extra_Ed]) if max(options["several"]) > 1 else p.prototypes_Cd
+        for row, want in zip(got, rows, strict=True):
+            np.testing.assert_allclose(row, 0 if want is None else want, **CLOSE)
+        if max(options["several"]) > 1:
+            assert p.extra_counts_E.tolist() == [n for counts in loop.more_counts for n in counts]
+    assert known.sum() > 3
+
+
+def test_several_prototypes_part_what_one_would_average():
+    """A background of two kinds: one prototype lies between them, two lie on them."""
+    far = torch.eye(4).double()[:2]
+    f4 = torch.stack([far[0]] * 3 + [far[1]] * 3, 1)[None]
+    labels = torch.zeros(1, 6, dtype=torch.int64)
+    cosines = {}
+    for several in ((1, 1), (2, 1)):
+        p = Prototypes(num_classes=2, dim=4, d_cls=4, center=False, votes="position", several=several).double()
+        p.phi_dD.copy_(torch.eye(4))
+        p.update(torch.zeros(1, 2, 4).double(), torch.zeros(1, 2, dtype=torch.bool), f4, labels)
+        cosines[several] = p.cosines(far)[0][:, 0]
+    torch.testing.assert_close(cosines[1, 1], torch.full((2,), 0.5**0.5).double())
+    torch.testing.assert_close(cosines[2, 1], torch.ones(2).double())
+
+
+def test_positions_that_vote_must_be_given():
+    p = Prototypes(num_classes=2, dim=4, d_cls=4, votes="position")
+    with pytest.raises(UgrlError, match="positions vote"):
+        p.update(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+
+
 def test_a_margin_halfway_between_two_prototypes_is_1():
     p = Prototypes(num_classes=2, dim=4, d_cls=4, center=False, kind="margin").double()
     p.phi_dD.copy_(torch.eye(4))
@@ -96,9 +162,19 @@ def test_debias_is_the_plain_mean_of_equal_weights_as_eta_nears_1():
     torch.testing.assert_close(p.prototypes_Cd, torch.stack(codes).mean(0), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("bad", [{"kind": "ratio"}, {"against": "some"}])
-def test_other_words_are_refused(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad.values()))):
+BAD = [
+    ({"kind": "ratio"}, "ratio"),
+    ({"against": "some"}, "some"),
+    ({"votes": "none"}, "votes: 'none'"),
+    ({"several": (2, 1)}, "several"),
+    ({"several": (0, 1), "votes": "position"}, "several"),
+    ({"several": (2, 1), "votes": "position", "encoding": "fourier"}, "several"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_other_words_are_refused(bad, message):
+    with pytest.raises(ConfigError, match=message):
         Prototypes(num_classes=2, dim=4, d_cls=4, **bad)
 
 
@@ -217,7 +293,7 @@ def test_a_loss_with_a_weight_for_each_pixel(balance):
         shares = np.where(fg, 0.5 / fg.sum(), 0.5 / (valid & ~fg).sum()) * valid
     x = t(seg).requires_grad_()
     loss = segmentation_loss(x, t(labels), t(w), balance=balance)
-    assert float(loss) == pytest.approx(by_loop(seg), rel=1e-10)
+    assert float(loss.detach()) == pytest.approx(by_loop(seg), rel=1e-10)
     loss.backward()
     np.testing.assert_allclose(x.grad, ref.numeric_gradient(by_loop, seg), rtol=1e-6, atol=1e-9)
 
@@ -234,3 +310,90 @@ def test_a_pool_by_the_u_of_pixels(kind, keep):
     np.testing.assert_array_equal(got, ref.reliable_pool_loops(labels, u, conf, keep, kind, ties, u_px))
     plain = reliable_pool(t(labels), t(u), t(conf), keep=keep, kind=kind, keys_B=keys)
     assert not torch.equal(got, plain)
+
+
+# -- whole steps and runs ---------------------------------------------------------------------
+
+UNCERTAINTY = {
+    "kind": "margin",
+    "against": "shown",
+    "level": "pixel",
+    "votes": "position",
+    "background_prototypes": 3,
+    "debias": True,
+    "within_class": True,
+}
+
+
+def tree(setting="IV", **train):
+    """A run with everything that this file is about."""
+    out = tiny_tree(steps=5, cls_warmup_iters=1, lr_warmup_iters=1, checkpoint_every=3, keep_checkpoints=9, **train)
+    out["method"]["setting"] = setting
+    out["method"]["uncertainty"] |= UNCERTAINTY
+    out["method"]["contrast"]["pool"] = "ranked"
+    out["method"]["pseudo"] = {"source": "cam+prototypes", "prototype_weight": 1.0, "background_bias": 0.05}
+    return out
+
+
+def test_ranks_parts_and_a_resumed_run_are_one(shards, tmp_path):
+    run(tree(), shards, tmp_path / "one")
+    run(tree(), shards, tmp_path / "ranks", world=2)
+    run(tree(micro_batch=3), shards, tmp_path / "parts")
+    run(tree(), shards, tmp_path / "rest", resume=tmp_path / "one" / "checkpoints" / "step_00000003")
+    one = losses(tmp_path / "one")
+    assert {"stat/u_px_fg", "stat/u_px_bg", "stat/share_seg", "ucl"} <= set().union(*one)
+    for other, first in (("ranks", 0), ("parts", 0), ("rest", 3)):
+        found = losses(tmp_path / other)
+        assert len(found) == len(one) - first
+        for a, b in zip(one[first:], found, strict=True):
+            close(a, b, rel=1e-7, floor=1e-9)
+        for name in ("model", "prototypes"):
+            a, b = (load_file(checkpoint.find(tmp_path / x) / f"{name}.safetensors") for x in ("one", other))
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-7, msg=f"{other} {key}")
+
+
+def targets_of(changed, shards):
+    """Targets of the first batch at a step after the warm-up, with prototypes of the four batches before."""
+    made = Trainer(build(changed), shards=shards, out=None, quiet=True, dtype=torch.float64, device="cpu")
+    batches = made.loader(made.loader_spec())
+    try:
+        for _ in range(4):
+            made.step_fn.targets(next(batches).to("cpu", torch.float64), 0)
+        return made.step_fn.targets(next(batches).to("cpu", torch.float64), 2)
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "acts"), [("Base", False), ("I", False), ("II", True), ("III", False), ("IV", True)]
+)
+def test_prototypes_have_a_say_in_labels_where_u_has_one_in_the_segmentation(setting, acts, shards):
+    changed = tree(setting)
+    found = targets_of(changed, shards)
+    changed["method"]["pseudo"]["source"] = "cam"
+    plain = targets_of(changed, shards)
+    assert torch.equal(found.labels_BHW, plain.labels_BHW) is not acts
+    assert (found.w_BHW is not None) == acts
+
+
+def test_the_level_of_u_is_the_level_of_the_weights(shards):
+    changed = tree()
+    by_pixel = targets_of(changed, shards)
+    changed["method"]["uncertainty"]["level"] = "class"
+    by_class = targets_of(changed, shards)
+    assert by_class.w_BHW is None and by_class.u_BHW is None
+    assert torch.equal(by_pixel.labels_BHW, by_class.labels_BHW)
+    assert not torch.equal(by_pixel.pool_Bhw, by_class.pool_Bhw)
+    labelled = by_pixel.labels_BHW != 255
+    for c in by_pixel.labels_BHW[labelled].unique():
+        here = by_pixel.labels_BHW == c
+        assert float(by_pixel.w_BHW[here].mean()) == pytest.approx(1.0)
+
+
+def test_a_configuration_that_cannot_be(shards):
+    changed = tree()
+    changed["method"]["uncertainty"]["votes"] = "class"
+    with pytest.raises(ConfigError, match="background_prototypes is 3 .*votes position"):
+        build(changed)
