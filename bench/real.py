@@ -2,9 +2,10 @@
 
     python -m bench.real [--voc DEVKIT] [--settings Base IV Full] [--seeds 1] [--config voc676] [--jobs N] [--out DIR]
 
-or ``make real``. Each arm (a setting and a seed) is one process with one thread; all arms of a seed see the same images
-in the same order and crops. Started again, it goes on: a run that was killed continues from its checkpoint, and what is
-finished is not repeated. Results lie in ``OUT/results``, so the table alone takes a second.
+or ``make real``. With ``--arms FILE`` a setting is what that file says: a name, and the keys that it changes
+(``bench/finding.yaml`` is one). Each arm (a setting and a seed) is one process with one thread; all arms of a seed see
+the same images in the same order and crops. Started again, it goes on: a run that was killed continues from its
+checkpoint, and what is finished is not repeated. Results lie in ``OUT/results``, so the table alone takes a second.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -50,6 +53,8 @@ DEVKIT = Path("../shared/data/voc676/VOCdevkit")
 LOOK_S, LINE_S, LEAVE_S = 0.5, 60.0, 120.0
 # The dearest first, so that the cores end together.
 COSTS = ("IV", "III", "II", "I", "Base", "Full")
+SHORT = ("Base", "IV", "Full")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_-]{0,40}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Arm:
     """One setting with one seed.
 
     Attributes:
-        setting: Value of ``method.setting``.
+        setting: Value of ``method.setting``, or the name that ``--arms`` gives it.
         seed: Of the run.
         cfg: The whole configuration.
         out: The folder of the benchmark.
@@ -344,10 +349,10 @@ def arms_of(args: argparse.Namespace, base: Config, shards: Path) -> list[Arm]:
         UgrlError: The configuration cannot be trained on these shards, or an arm was begun with another one.
     """
     manifest, found = Manifest.load(shards), []
+    changed = {name: _changed(base, name, args.variants[name]) for name in args.settings}
     for seed in range(args.seeds):
-        for setting in sorted(set(args.settings), key=COSTS.index):
-            method = replace(base.method, setting=setting)
-            cfg = replace(base, name=f"{setting}-{seed}", seed=seed, method=method)
+        for setting in sorted(changed, key=lambda name: COSTS.index(changed[name].method.setting)):
+            cfg = replace(changed[setting], name=f"{setting}-{seed}", seed=seed)
             arm = Arm(setting, seed, cfg, args.out)
             check_run(cfg, manifest, fresh=checkpoint.latest(arm.run) is None)
             if (arm.run / "config.yaml").exists():
@@ -358,7 +363,50 @@ def arms_of(args: argparse.Namespace, base: Config, shards: Path) -> list[Arm]:
     return found
 
 
-def write_table(arms: Sequence[Arm], out: Path, config: str, console: Console) -> None:
+def _changed(base: Config, name: str, values: dict[str, Any]) -> Config:
+    """The configuration with what an arm changes.
+
+    Raises:
+        ConfigError: It cannot be; the message names the arm.
+    """
+    tree = configs.to_dict(base)
+    for key, value in values.items():
+        part = tree
+        for word in key.split(".")[:-1]:
+            part = part[word]
+        part[key.rpartition(".")[2]] = value
+    try:
+        return configs.build(tree)
+    except ConfigError as error:
+        raise ConfigError(f"arm {line(name, 40)}: {error}") from None
+
+
+def variants_of(file: Path | None) -> dict[str, dict[str, Any]]:
+    """What each arm changes, by its name: the settings, or what a file says.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no table of such arms.
+    """
+    if file is None:
+        return {setting: {"method.setting": setting} for setting in ORDER}
+    tree, known, found = configs.read_yaml(file), sorted(configs.paths()), dict[str, dict[str, Any]]()
+    for name, values in tree.items():
+        where = f"{line(file)}: {line(str(name), 40)}"
+        if not NAME.fullmatch(str(name)) or not isinstance(values, dict) or not values:
+            raise ConfigError(f"{where}: expected a name of letters, digits, + - _, with the keys that the arm changes")
+        like = values.pop("like", None)
+        if like is not None and like not in found:
+            raise ConfigError(f"{where}: like: no arm '{line(str(like), 40)}' above it{nearest(str(like), found)}")
+        for key in values:
+            if key not in known or key in ("seed", "name"):
+                raise ConfigError(f"{where}: no key '{line(str(key), 60)}'{nearest(str(key), known)}")
+        found[name] = {**(found[like] if like is not None else {}), **values}
+    if not found:
+        raise ConfigError(f"{line(file)}: no arm")
+    return found
+
+
+def write_table(arms: Sequence[Arm], order: Sequence[str], out: Path, config: str, console: Console) -> None:
     """Print the table of what is measured, and write it as Markdown and JSON."""
     found = {(arm.setting, arm.seed): scores for arm in arms if (scores := arm.scores()) is not None}
     if not found:
@@ -368,7 +416,7 @@ def write_table(arms: Sequence[Arm], out: Path, config: str, console: Console) -
         f"Configuration {config}: {cfg.model.backbone}, crops of {cfg.data.crop} px, "
         f"{cfg.train.steps} steps of {cfg.train.global_batch}; {len(found)} of {len(arms)} arms."
     ]
-    summed = summary(found)
+    summed = summary(found, order)
     write_whole(out / "real.json", json.dumps({"notes": notes, **summed}, indent=1) + "\n")
     write_whole(out / "real.md", as_markdown(summed, notes))
     for table in as_tables(summed):
@@ -382,9 +430,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for name, value in (("seeds", args.seeds), ("jobs", args.jobs), ("steps", args.steps)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; expected at least 1")
+    args.variants = variants_of(args.arms)
+    args.settings = list(dict.fromkeys(args.settings or (args.variants if args.arms else SHORT)))
     for setting in args.settings:
-        if setting not in ORDER:
-            raise ConfigError(f"--settings: no '{line(setting, 40)}'{nearest(setting, ORDER)}")
+        if setting not in args.variants:
+            raise ConfigError(f"--settings: no '{line(setting, 40)}'{nearest(setting, args.variants)}")
     base, args.out = base_of(args), folder_for(args.out).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     with own(place(args.out)) as held, ugrl.hear.owning(held.give_back):
@@ -402,7 +452,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
                     left, shards, jobs=jobs, images=images, device=args.device, console=console, stop=stop
                 )
             stopped = stop.number if stop.requested else None
-        write_table(arms, args.out, args.config, Console(width=None if sys.stdout.isatty() else 120))
+        write_table(
+            arms, list(args.variants), args.out, args.config, Console(width=None if sys.stdout.isatty() else 120)
+        )
     if stopped is not None:
         command, _ = pasted([sys.executable, "-m", "bench.real", *args.words])
         console.print(f"interrupted; continue with the same command: {command}", soft_wrap=True)
@@ -427,7 +479,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--voc", type=Path, default=DEVKIT, metavar="DEVKIT", help="default: %(default)s")
-    parser.add_argument("--settings", nargs="+", default=["Base", "IV", "Full"], metavar="NAME", help=" ".join(ORDER))
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {' '.join(ORDER)}, default: {' '.join(SHORT)}; or of those of --arms, default: all",
+    )
+    parser.add_argument("--arms", type=Path, metavar="FILE", help="YAML: name of an arm → the keys that it changes")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1; default: %(default)s")
     parser.add_argument("--config", default="voc676", metavar="NAME|FILE", help="default: %(default)s")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the configuration's train.steps")

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ REFINED_AT = (0.25, 0.35, 0.45, 0.55)
 # Confidences are counted in so many bins.
 BINS = 4096
 # Tells results of another way of measuring from those of this one.
-VERSION = 1
+VERSION = 2
 
 
 # -- what judges a batch ----------------------------------------------------------------------
@@ -102,6 +102,26 @@ class Judged:
             p.kind, p.against, p.within_class = before
 
 
+# -- counts of an image -----------------------------------------------------------------------
+
+# Image → rows ``[class, pixels right, pixels predicted, pixels true]`` of the classes that it has; of these an interval
+# over images is made.
+Counts = dict[str, list[list[int]]]
+
+
+def image_counts(ids: Sequence[str], labels_BHW: Tensor, truth_BHW: Tensor, classes: int) -> Counts:
+    """The counts of some images; pixels whose truth is 255 are left out."""
+    out = {}
+    for id, labels, truth in zip(ids, labels_BHW, truth_BHW, strict=True):
+        real = truth != IGNORE
+        cell = (truth[real] * classes + labels[real]).long()
+        table = torch.bincount(cell, minlength=classes * classes).view(classes, classes)
+        right, predicted, true = table.diagonal(), table.sum(0), table.sum(1)
+        some = (predicted + true > 0).nonzero().flatten().tolist()
+        out[id] = [[c, int(right[c]), int(predicted[c]), int(true[c])] for c in some]
+    return out
+
+
 # -- counts of a split ------------------------------------------------------------------------
 
 
@@ -112,6 +132,8 @@ class PairScores:
         self.thresholds = thresholds
         self._u: dict[str, list[Tensor]] = {}
         self._p: list[Tensor] = []
+        self._image: list[int] = []
+        self._image_names: list[str] = []
         self._iou: list[Tensor] = []
 
     def add(self, seen: BatchPasses, judged: Judged) -> None:
@@ -128,7 +150,17 @@ class PairScores:
         self._iou.append((above[:, 1] / union.double()).where(union > 0, torch.nan))
         for name, (u_BC, known_BC) in judged.pairs.items():
             self._u.setdefault(name, []).append(u_BC[pb, pf + 1].double().where(known_BC[pb, pf + 1], torch.nan))
+        self._image += [len(self._image_names) + b for b in pb.tolist()]
+        self._image_names += seen.batch.ids
         self._p.append(seen.probs_BF[pb, pf].double())
+
+    def rows(self, threshold: float) -> dict[str, list[float | None]]:
+        """Every number of every pair, by name: each u, ``p`` and the CAM's ``iou``; ``None`` where there is none."""
+        found = {name: torch.cat(parts) for name, parts in self._u.items()}
+        found |= {"p": torch.cat(self._p), "iou": torch.cat(self._iou)[:, self.thresholds.index(threshold)]}
+        return {
+            name: [round(x, 5) if math.isfinite(x) else None for x in values.tolist()] for name, values in found.items()
+        } | {"image": list(self._image)}
 
     def aurocs(self, threshold: float) -> dict[str, float]:
         """How well each u and 1 - p tell the pairs whose CAM IoU is below the median; without any u, 1 - p alone.
@@ -211,7 +243,7 @@ class TrainScores:
 
     def __init__(self, cfg: Config, classes: int, par: PAR | None) -> None:
         self.cam, self.par, c = ThresholdCurve(classes), par, cfg.method.cam
-        self.mixed = ThresholdCurve(classes)
+        self.mixed, self.classes, self.images = ThresholdCurve(classes), classes, Counts()
         self.pairs = PairScores(self.cam.thresholds)
         self.labels = LabelScores(classes, has_u=not Schedule.of(cfg).supervised)
         self.high, self.low = c.high, c.low
@@ -239,6 +271,8 @@ class TrainScores:
             labels = torch.where(margins[high] > 0, at[high], torch.where(ground, 0, IGNORE))
             conf = torch.where(margins[high] > 0, margins[high], torch.where(ground, -margins[low], 0.0))
         self.labels.add(labels, conf, truth, judged)
+        told = truth.where(labels != IGNORE, IGNORE)
+        self.images |= image_counts(batch.ids, labels.where(labels != IGNORE, 0), told, self.classes)
 
     def scores(self) -> tuple[dict[str, float], float, float]:
         """The scores, and the thresholds that were chosen: of the CAM, and of the maps that labels are made of."""
@@ -257,6 +291,7 @@ class ValScores:
 
     def __init__(self, classes: int, threshold: float, mixed: float) -> None:
         self.mixed, self.maps = mixed, Confusion(classes)
+        self.classes, self.images = classes, Counts()
         self.threshold, self.pairs = threshold, PairScores((threshold,))
         self.tags = TagMetrics(classes - 1)
         self.cam, self.plain, self.averaged = (Confusion(classes) for _ in range(3))
@@ -273,7 +308,9 @@ class ValScores:
         self.pairs.add(seen, judged)
         native = combined_scores(seen.net, seen.batch.images_B3HW, EvalConfig(), known=seen.logits)
         self.plain.add(native.argmax(1), seen.labels_BHW)
-        self.averaged.add(segmentation_labels(seen), seen.labels_BHW)
+        averaged_BHW = segmentation_labels(seen)
+        self.averaged.add(averaged_BHW, seen.labels_BHW)
+        self.images |= image_counts(batch.ids, averaged_BHW, seen.labels_BHW, self.classes)
 
     def scores(self) -> dict[str, float]:
         """Shares of 1, by name."""
@@ -301,9 +338,7 @@ def walk(
         on_batch(len(batch.ids))
 
 
-def measure(
-    run: Path, shards: Path, cfg: Config, on_batch: Callable[[int], None] = lambda _: None
-) -> dict[str, float | None]:
+def measure(run: Path, shards: Path, cfg: Config, on_batch: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
     """Measure the last checkpoint of a run on ``train`` and ``val``.
 
     Args:
@@ -313,7 +348,9 @@ def measure(
         on_batch: Called with the number of images that are through.
 
     Returns:
-        Scores by name, shares of 1; ``None`` where there is none, as for the u of a run without prototypes.
+        ``scores``: shares of 1 by name, ``None`` where there is none, as for the u of a run without prototypes;
+        ``images``: ``seg_val`` and ``pseudo_train``, each a :data:`Counts`; ``pairs``: ``train`` and ``val``, each as
+        :meth:`PairScores.rows` has it.
     """
     got = restore(run, device=resolve("cpu"))
     classes = len(got.class_names) + 1
@@ -323,7 +360,11 @@ def measure(
     val = ValScores(classes, threshold, mixed)
     judged = replace(cfg, eval=replace(cfg.eval, cam_background=threshold))
     walk(got, judged, ShardReader(shards, cfg.data.val_split, cfg.data), val, on_batch)
-    return {k: v if math.isfinite(v) else None for k, v in {**found, **val.scores()}.items()}
+    return {
+        "scores": {k: v if math.isfinite(v) else None for k, v in {**found, **val.scores()}.items()},
+        "images": {"pseudo_train": train.images, "seg_val": val.images},
+        "pairs": {"train": train.pairs.rows(threshold), "val": val.pairs.rows(threshold)},
+    }
 
 
 # -- the process ------------------------------------------------------------------------------
@@ -379,9 +420,9 @@ def main(words: list[str] | None = None) -> int:
         images += count
         args.progress.write_text(str(images))
 
-    scores = measure(args.run, args.shards, cfg, on_batch)
+    found = measure(args.run, args.shards, cfg, on_batch)
     step = checkpoint.read_state(checkpoint.find(args.run)).step
-    write_whole(args.result, json.dumps({**stamp(cfg, step), "scores": scores}, indent=1) + "\n")
+    write_whole(args.result, json.dumps({**stamp(cfg, step), **found}) + "\n")
     return 0
 
 

@@ -34,18 +34,31 @@ TELLING = {
     "pixel_conf_fg": "confidence, foreground pixels",
     "pixel_u_bg": "u, background pixels",
     "pixel_conf_bg": "confidence, background pixels",
+    "distance_auroc_train": "distance, pairs, train",
+    "margin_auroc_train": "margin to all, pairs, train",
+    "margin_shown_auroc_train": "margin to shown, pairs, train",
+    "distance_auroc_val": "distance, pairs, val",
+    "margin_auroc_val": "margin to all, pairs, val",
+    "margin_shown_auroc_val": "margin to shown, pairs, val",
+    "pixel_distance_fg": "distance at the pixel, foreground",
+    "pixel_margin_shown_fg": "margin at the pixel, foreground",
+    "pixel_distance_bg": "distance at the pixel, background",
+    "pixel_margin_shown_bg": "margin at the pixel, background",
 }
 CHOSEN = {
     "cam_threshold": "threshold of the CAM",
-    "refined_threshold": "threshold of the refined CAM",
+    "maps_threshold": "threshold of the label maps",
+    "refined_threshold": "threshold of the refined maps",
     "labelled_train": "labelled pixels, train",
 }
 LEGEND = (
     "Percent; mean ± standard deviation over seeds. IoU are means over the classes. Background thresholds are chosen "
-    "on train (CAM, refined CAM) and used on val. Pseudo-labels: two thresholds as configured, without ignored pixels. "
+    "on train (CAM, label maps, refined maps) and used on val. Label maps: what labels are made of, the CAM or what "
+    "method.pseudo.source makes of it. Pseudo-labels: two thresholds as configured, without ignored pixels. "
     "seg: native size, one pass; averaged: eval.seg_scales and eval.mirror.",
     "AUROC in percent: what tells (image, class) pairs whose CAM IoU is below the median, and wrong pseudo-labels on "
-    "train, pixel by pixel. 50 is chance.",
+    "train, pixel by pixel. 50 is chance. u is the run's own, of the class in the image; the others are measured with "
+    "the same prototypes, whatever the run was trained with.",
 )
 Scores = Mapping[str, float | None]
 
@@ -59,18 +72,19 @@ def add_ratio(results: Mapping[tuple[str, int], Scores]) -> dict[tuple[str, int]
     return out
 
 
-def summary(results: Mapping[tuple[str, int], Scores]) -> dict[str, Any]:
+def summary(results: Mapping[tuple[str, int], Scores], order: Sequence[str] = ORDER) -> dict[str, Any]:
     """Each score of each setting: value by seed, mean, standard deviation; and the differences to Base, seed by seed.
 
     Args:
         results: Scores by setting and seed.
+        order: Of the settings in the tables.
 
     Returns:
         ``settings`` and ``minus_base``: setting → score → ``{"seeds": {seed: value}, "mean": …, "sd": …}``; ``sd`` is
         ``None`` with one seed.
     """
     results = add_ratio(results)
-    settings = [s for s in ORDER if any(s == setting for setting, _ in results)]
+    settings = [s for s in order if any(s == setting for setting, _ in results)]
     names = (*COLUMNS, *TELLING, *CHOSEN)
     out: dict[str, Any] = {"settings": {}, "minus_base": {}}
     for setting in settings:

@@ -218,6 +218,78 @@ def other_devkit(folder: Path) -> Path:
     return root
 
 
+ARMS = """
+Base: {method.setting: Base}
+IV-all:
+  like: Base
+  method.setting: IV
+  method.uncertainty.kind: margin
+  method.uncertainty.against: shown
+  method.uncertainty.level: pixel
+  method.uncertainty.votes: position
+  method.uncertainty.background_prototypes: 2
+  method.pseudo.source: cam+prototypes
+"""
+
+
+def miou_of(counts: dict[str, list[list[int]]]) -> float:
+    """Mean IoU of the counts of images, over the classes of the ground truth."""
+    total: dict[int, list[int]] = {}
+    for rows in counts.values():
+        for c, *numbers in rows:
+            total[c] = [a + b for a, b in zip(total.get(c, [0, 0, 0]), numbers, strict=True)]
+    ious = [right / (predicted + true - right) for right, predicted, true in total.values() if true]
+    return math.fsum(ious) / len(ious)
+
+
+def test_arms_of_a_file(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    given = [*words[:4], "--arms", str(tmp_path / "arms.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert real.main([*given, "--steps", "8", "train.checkpoint_every=8"]) == 0, capsys.readouterr()
+    tree = json.loads((tmp_path / "out" / "real.json").read_text())
+    assert list(tree["settings"]) == ["Base", "IV-all"] and list(tree["minus_base"]) == ["IV-all"]
+    got, readers = again(tmp_path / "out", "IV-all-0")[1:]
+    assert got.cfg.method.pseudo.source == "cam+prototypes" and got.prototypes.extra_Ed.shape[0] == 1
+    for name in ("Base-0", "IV-all-0"):
+        result = json.loads((tmp_path / "out" / "results" / f"{name}.json").read_text())
+        scores, pairs = result["scores"], result["pairs"]
+        for key in ("seg_val", "pseudo_train"):
+            assert miou_of(result["images"][key]) == pytest.approx(scores[key], abs=1e-9)
+            assert list(result["images"][key]) == readers[key.rpartition("_")[2]].manifest.ids(key.rpartition("_")[2])
+        for split in ("train", "val"):
+            rows = [r for r in zip(*(pairs[split][k] for k in ("margin_shown", "p", "iou", "u")), strict=True)]
+            known = [(m, p, iou) for m, p, iou, u in rows if None not in (m, p, iou, u)]
+            bad = [iou < float(np.median([iou for *_, iou in known])) for *_, iou in known]
+            for k, name_ in ((0, "margin_shown"), (1, "p")):
+                score = [row[k] if k == 0 else -row[k] for row in known]
+                assert scores[f"{name_}_auroc_{split}"] == pytest.approx(ref_auroc(score, bad), abs=1e-3)
+        assert (scores["maps_train"] == scores["cam_train"]) == (name == "Base-0")
+        own = "margin_shown" if name == "IV-all-0" else "distance"
+        assert pairs["val"]["u"] == pairs["val"][own]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A: {method.setting: IV, like: B}", "A: like: no arm 'B' above it"),
+        ("A: {method.setting: IV, method.lamda: 1}", "A: no key 'method.lamda'"),
+        ("A: {seed: 1}", "A: no key 'seed'"),
+        ("a/b: {method.setting: IV}", "a/b: expected a name"),
+        ("A: {}", "A: expected a name of letters, digits, + - _, with the keys"),
+        ("{}", "no arm"),
+        ("A: {method.setting: V}", "arm A: config key 'method.setting' is 'V'"),
+    ],
+)
+def test_a_file_of_arms_that_cannot_be(
+    text: str, message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "arms.yaml").write_text(text)
+    given = [*words[:4], "--arms", str(tmp_path / "arms.yaml"), "--out", str(tmp_path / "out")]
+    assert real.main(given) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and message in errors[0], errors
+
+
 # -- the numbers, computed again ---------------------------------------------------------------
 
 
@@ -317,18 +389,29 @@ def test_areas_of_counts_are_those_of_rows() -> None:
     assert math.isnan(weighted_auroc(score, positive, torch.zeros(9)))
 
 
+class _Judged:
+    """A u for each class and, as the margin of each pixel, one that tells every wrong label."""
+
+    def __init__(self, u_BC: torch.Tensor, known_BC: torch.Tensor) -> None:
+        self.pairs = {"u": (u_BC, known_BC)}
+
+    def pixels(self, labels_BHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"margin_shown": torch.tensor([[[0.2, 1.9, 0.4, 1.0, 0.0]]])}
+
+
 def test_u_and_confidence_judge_the_same_pixels() -> None:
     labels = torch.tensor([[[1, 1, 0, 0, IGNORE]]])
     truth = torch.tensor([[[1, 0, 0, 1, 1]]])
     conf, u = torch.tensor([[[0.1, 0.9, 0.5, 0.2, 0.0]]]), torch.tensor([[0.3, 0.7]])
     for known, foreground in ((torch.tensor([[True, True]]), 0.0), (torch.tensor([[True, False]]), math.nan)):
         scores = LabelScores(2, has_u=True)
-        scores.add(labels, conf, truth, u, known)
+        scores.add(labels, conf, truth, _Judged(u, known))
         found = scores.scores()
         assert found["labelled_train"] == 0.8 and found["pixel_conf_bg"] == 1.0 and found["pixel_u_bg"] == 0.5
+        assert found["pixel_margin_shown_bg"] == 1.0
         assert found["pixel_conf_fg"] == foreground or math.isnan(foreground) and math.isnan(found["pixel_conf_fg"])
     bare = LabelScores(2, has_u=False)
-    bare.add(labels, conf, truth, u, torch.tensor([[False, False]]))
+    bare.add(labels, conf, truth, _Judged(u, torch.tensor([[False, False]])))
     assert bare.scores()["pixel_conf_fg"] == 0.0 and math.isnan(bare.scores()["pixel_u_fg"])
 
 
@@ -352,7 +435,7 @@ def test_the_table_is_paired_by_seed() -> None:
     assert found["settings"]["IV"]["seg_val"]["mean"] == pytest.approx((0.33 + 0.35 + 0.9) / 3)
     titles = [title for title, *_ in parts(found)]
     assert titles == ["Scores", "Scores − Base, paired by seed", "What tells bad labels", "Chosen on train"]
-    assert "| IV | 2 | – | – | – | – | +2.0 ± 4.2 |" in as_markdown(found, ["a|b"]).replace("− ", "−")
+    assert "| IV | 2 | – | – | – | – | – | +2.0 ± 4.2 |" in as_markdown(found, ["a|b"]).replace("− ", "−")
     assert "a\\|b" in as_markdown(found, ["a|b"])
 
 
