@@ -2,8 +2,8 @@
 
     python -m bench.finding [--results DIR] [--out FILE.md]
 
-Results are those that ``make finding`` measures (``python -m bench.real --arms bench/finding.yaml``): one small file for
-each arm and seed. Nothing is trained here, and it takes seconds.
+Results are those that ``make finding`` measures (``python -m bench.real --arms bench/finding.yaml``): one small file
+for each arm and seed. Nothing is trained here, and it takes seconds.
 """
 
 from __future__ import annotations
