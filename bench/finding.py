@@ -357,6 +357,7 @@ def main(words: list[str] | None = None) -> int:
     def body(args: argparse.Namespace, console: Console) -> int:
         text = report(read_all(args.results))
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(args.out, text)
         print(text)
         return 0

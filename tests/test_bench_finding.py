@@ -1,0 +1,148 @@
+"""The tables of docs/finding.md from results whose values are known."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import finding
+from bench.real_measure import image_counts
+from tests.reference_metrics import ref_auroc
+from ugrl.eval.metrics import Confusion
+from ugrl.seeding import generator
+
+
+def labels(seed: str, wrong: float, n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Truth of some images, and a prediction of which a share is wrong."""
+    g = generator("finding labels", seed)
+    truth = g.choice([0, 0, 1, 2, 3, 255], (n, 8, 9))
+    other = (truth + 1) % 4
+    guess = np.where(
+        generator("finding wrong", seed).random(truth.shape) < wrong, other, np.where(truth == 255, 0, truth)
+    )
+    return torch.from_numpy(guess), torch.from_numpy(truth)
+
+
+def result(arm: str, seed: int, wrong: float, has_u: bool = True) -> dict[str, Any]:
+    """As ``bench.real_measure`` writes it."""
+    guess, truth = labels(str(seed), wrong)
+    counts = image_counts([f"i{k}" for k in range(12)], guess, truth, 4)
+    g = generator("finding pairs", arm, seed)
+    iou = g.random(20)
+    noise = g.normal(0, 0.3, 20)
+    pairs = {
+        "image": [k // 2 for k in range(20)],
+        "iou": [None, *iou[1:].tolist()],
+        "p": g.random(20).tolist(),
+        **{name: (1 - iou + noise).tolist() if has_u else [None] * 20 for name in finding.TELLS},
+    }
+    found = Confusion(4)
+    found.add(guess, truth)
+    scores = {
+        "seg_val": found.miou,
+        "pseudo_train": found.miou,
+        "tag_map": 0.8,
+        "pixel_conf_fg": 0.6,
+        "pixel_conf_bg": 0.7,
+    }
+    return {
+        "scores": {**scores, "u_auroc_val": None},
+        "images": {"seg_val": counts, "pseudo_train": counts},
+        "pairs": {"train": pairs, "val": pairs},
+    }
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """Two seeds of three arms; one file is compressed."""
+    for arm, wrong in (("Base", 0.5), ("IV", 0.3), ("Full", 0.1)):
+        for seed in (0, 1):
+            tree = json.dumps(result(arm, seed, wrong, has_u=arm != "Full"))
+            (tmp_path / f"{arm}-{seed}.json").write_text(tree)
+    raw = (tmp_path / "IV-1.json").read_bytes()
+    (tmp_path / "IV-1.json").unlink()
+    (tmp_path / "IV-1.json.gz").write_bytes(gzip.compress(raw))
+    return tmp_path
+
+
+def test_counts_give_the_mean_iou_again(stored: Path) -> None:
+    found = finding.read_all(stored)
+    assert {arm: sorted(runs) for arm, runs in found.items()} == {arm: [0, 1] for arm in ("Base", "Full", "IV")}
+    for runs in found.values():
+        for run in runs.values():
+            assert finding.miou(run.counts["seg_val"], np.ones(12)) == pytest.approx(run.scores["seg_val"], abs=1e-12)
+    guess, truth = labels("0", 0.5)
+    twice = Confusion(4)
+    twice.add(torch.cat([guess, guess[:1]]), torch.cat([truth, truth[:1]]))
+    weight = np.array([2.0, *[1.0] * 11])
+    assert finding.miou(found["Base"][0].counts["seg_val"], weight) == pytest.approx(twice.miou, abs=1e-12)
+
+
+def test_areas_are_those_of_loops_with_ties_and_weights() -> None:
+    g = generator("finding auroc")
+    score, bad = g.integers(0, 5, 30).astype(float), g.random(30) < 0.4
+    assert finding.auroc(score, bad, np.ones(30)) == pytest.approx(ref_auroc(score, bad), abs=1e-12)
+    weight = g.integers(0, 3, 30)
+    again = [(s, b) for s, b, w in zip(score, bad, weight, strict=True) for _ in range(w)]
+    want = ref_auroc([s for s, _ in again], [b for _, b in again])
+    assert finding.auroc(score, bad, weight.astype(float)) == pytest.approx(want, abs=1e-12)
+
+
+def test_differences_are_paired(stored: Path) -> None:
+    found = finding.read_all(stored)
+    gap = finding.against(found, "seg_val", "Base")["IV"]
+    values = [found["IV"][s].scores["seg_val"] - found["Base"][s].scores["seg_val"] for s in (0, 1)]
+    assert gap.mean == pytest.approx(sum(values) / 2) and gap.low < gap.mean < gap.high and gap.seeds == 2
+    assert gap.low > 0 and gap.p == pytest.approx(2 / finding.DRAWS)
+    # Paired with itself there is nothing: no draw of images or seeds makes a difference.
+    same = finding.against({"A": found["IV"], "Base": found["IV"]}, "seg_val", "Base")["A"]
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 2)
+
+
+def test_what_tells_is_that_of_loops(stored: Path) -> None:
+    found = finding.read_all(stored)
+    got = finding.tells(found["IV"], "val", "margin")
+    assert got is not None and finding.tells(found["Full"], "val", "margin") is None
+    areas, gaps = [], []
+    for run in found["IV"].values():
+        pairs = {name: values[1:] for name, values in run.pairs["val"].items()}  # the first has no IoU
+        bad = pairs["iou"] < np.median(pairs["iou"])
+        areas.append(ref_auroc(pairs["margin"], bad))
+        gaps.append(areas[-1] - ref_auroc(-pairs["p"], bad))
+    assert got[0] == pytest.approx(np.mean(areas), abs=1e-12) and got[1].mean == pytest.approx(np.mean(gaps), abs=1e-12)
+
+
+def test_the_report_has_all_tables(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finding.main(["--results", str(stored), "--out", str(stored / "out" / "tables.md")]) == 0
+    said, text = capsys.readouterr().out, (stored / "out" / "tables.md").read_text()
+    assert text.strip() == said.strip()
+    for title in ("Scores", "Differences to Base", "Differences to IV", "What tells bad pairs", "Risk and coverage"):
+        assert f"### {title}" in text
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+    assert "Power: the paired differences" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"images": 3}', '{"images": {"a": {"b": [[0]]}}, "pairs": {}, "scores": {}}']
+)
+def test_a_file_that_is_no_result_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "IV-0.json").write_text(text)
+    assert finding.main(["--results", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and "IV-0.json" in errors[0]
+
+
+def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (None, "notes.json"):
+        if name:
+            (tmp_path / name).write_text("{}")
+        assert finding.main(["--results", str(tmp_path)]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
