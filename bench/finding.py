@@ -362,7 +362,8 @@ def main(words: list[str] | None = None) -> int:
         print(text)
         return 0
 
-    return enter(parser, sys.argv[1:] if words is None else words, body, "interrupted")
+    words = sys.argv[1:] if words is None else words
+    return enter(parser, words or ["--results", str(STORED)], body, "interrupted")
 
 
 if __name__ == "__main__":

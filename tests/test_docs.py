@@ -149,8 +149,8 @@ def make(words: list[str]) -> None:
         assert re.search(known, MAKEFILE, re.MULTILINE), f"make {word}"
 
 
-class Parsed(Exception):  # noqa: N818
-    """A program has read its words."""
+class Parsed(BaseException):  # noqa: N818
+    """A program has read its words; no program catches it."""
 
 
 def python(words: list[str]) -> None:
