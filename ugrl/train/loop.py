@@ -43,6 +43,7 @@ from ugrl.train.progress import Progress, TimeLeft, header, tell
 from ugrl.train.run_folder import LogFiles, RunFolder
 from ugrl.train.tensorboard import TensorBoard
 from ugrl.train.tracking import MlflowObserver
+from ugrl.train.wandb_tracking import WandbObserver
 from ugrl.types import Batch, StepOutput
 
 # Images of the validation split that pictures show, at each validation.
@@ -219,6 +220,9 @@ class Trainer:
                 name, params = self.folder.home.name, config_mod.public_dict(cfg)
                 note = main / "mlflow.json"
                 found.append(MlflowObserver(train.mlflow, note, name=name, params=params, say=self.say))
+            if train.wandb is not None:
+                name, params = self.folder.home.name, config_mod.public_dict(cfg)
+                found.append(WandbObserver(train.wandb, main, name=name, params=params, say=self.say))
             found.append(TensorBoard(main / "tb", step=self.done, names=self.class_names, say=self.say))
         found += [display, TimeLeft(pace, train.steps, self.say)]
         found += [CheckpointTimes(self.save, train.at(train.checkpoint_every)), HookObserver(self.hooks)]
