@@ -25,7 +25,7 @@ from ugrl.secrets import public_database
 from ugrl.text import line
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication
+    from wsgiref.types import StartResponse, WSGIApplication
 
 LOOPBACK, FIRST, LAST = "127.0.0.1", 8080, 8099
 MISSING = "optuna-dashboard is not installed: pip install 'ugrl[dashboard]'; then, beside the search: "

@@ -120,7 +120,7 @@ class WandbWriter:
 
         self.out.mkdir(parents=True, exist_ok=True)
         # Nothing is told of the host, its load, its programs and its output: scalars and the configuration alone.
-        private = {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True}
+        private: dict[str, Any] = {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True}
         private |= {"x_save_requirements": False, "save_code": False, "disable_git": True, "host": HOST}
         known = {k: v for k, v in private.items() if k in wandb.Settings.model_fields}  # others have other versions
         settings = wandb.Settings(console="off", silent=True, init_timeout=START_S, **known)
