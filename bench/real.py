@@ -337,8 +337,9 @@ def base_of(args: argparse.Namespace) -> Config:
     if args.steps is not None:
         values["train.steps"] = args.steps
     base = configs.load(args.config, values)
-    if base.train.mlflow is not None:
-        raise ConfigError("train.mlflow: arms are not tracked; leave it out")
+    for key in ("mlflow", "wandb"):
+        if getattr(base.train, key) is not None:
+            raise ConfigError(f"train.{key}: arms are not tracked; leave it out")
     return base
 
 

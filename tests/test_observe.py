@@ -138,7 +138,8 @@ def test_pictures_are_written_beside_the_scalars(tmp_path: Path) -> None:
         masks_BHW=None,
         pairs_P2=torch.tensor([[0, 0], [1, 0]]),
     )
-    views = {"cam": torch.rand(2, 16, 16), "u": torch.rand(2, 16, 16)}
+    labels = torch.tensor([0, 1, 255, 0]).repeat(2, 16, 4)
+    views = {"cam": torch.rand(2, 16, 16), "labels": labels, "u": torch.rand(2, 16, 16)}
     board.on_pictures(3, batch, views)
     board.close()
     assert [(tag, step) for tag, step, _ in points(tmp_path / "tb")] == [("train/walk", 3)]

@@ -251,7 +251,7 @@ def test_plots_that_no_longer_apply_are_removed(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("pareto", "importance", "contour"):
         (folder / f"{name}.png").write_bytes(b"old")
-    notes = draw(story.findings(), folder)
+    notes = draw(story.findings(), folder).notes
     assert plots(tmp_path) == {"history", "curves", "slices", "parallel", "rungs", "cost"}
     assert [n.split(":")[0] for n in notes] == ["importance", "contour"]
 

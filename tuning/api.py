@@ -64,7 +64,7 @@ def tune(
         out: Folder of the search; ``runs/tune-<name of the space>`` by default.
         quiet: No progress and no tables.
         options: Of the command, by their names: ``data``, ``config``, ``trials``, ``workers``, ``concurrent``,
-            ``storage``, ``warm_start``, ``warm_best``, ``resume``, ``address``, ``wait``.
+            ``storage``, ``warm_start``, ``warm_best``, ``resume``, ``address``, ``wait``, ``dashboard``.
 
     Raises:
         ConfigError: An option is unknown; as the command.

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ examples:
   ugrl-tune --space shapes --out runs/a --resume        run the rest of a search; also beside its other drivers
   ugrl-tune --space shapes --trials 4 train.steps=300   other budget, other base configuration
   ugrl-tune --space coco --data DIR --warm-start runs/voc    begin with what was best elsewhere
+  ugrl-tune --space shapes --dashboard                  with a live page on this machine (pip install 'ugrl[dashboard]')
   ugrl-tune --space table3 --config shapes              a table of the paper on other data
   ugrl-tune report runs/voc                             table, plots, report.html, report.md, best.yaml, at any time
 """
@@ -62,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step-s", type=float, metavar="S", help="seconds of a training step, for --dry-run")
     parser.add_argument("--address", metavar="ADDR", help="of a running Ray cluster (default: start Ray here)")
     parser.add_argument("--wait", action="store_true", help="wait for room on it as long as it takes")
+    parser.add_argument("--dashboard", action="store_true", help="serve optuna-dashboard here while the search runs")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the base configuration")
     return parser
@@ -158,6 +161,8 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Check, search, run the best again, report."""
     if args.dry_run:
+        if args.dashboard:
+            raise ConfigError("--dashboard shows a search that runs; --dry-run runs none")
         from ugrl.terminal import Terminal
 
         return run_dry(args, Terminal())
@@ -188,6 +193,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     study, interrupted, halted = ended_search(search) if args.resume else None, 0, ""
     if study is None or not nothing_left(search, study, open_finals(search, study, create=False)):
         study, interrupted, halted = _run_on_ray(args, search, warm, console, study)
+    elif args.dashboard:
+        from tuning.dashboard import by_hand
+
+        text = f"dashboard: the search has ended; look at it with: {by_hand(search.space, search.out)}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     finals = open_finals(search, study, create=False)
     if not interrupted:  # whoever sends a signal does not wait for pictures
         write_report(read_findings(search, study, finals), console)
@@ -253,6 +263,11 @@ def _run_parts(
                 console.print(text, highlight=False, soft_wrap=True)
 
         stack.enter_context(head_watched(search.base.cluster.head_s, say))
+        if args.dashboard:
+            from tuning.dashboard import Dashboard
+
+            tell = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+            stack.enter_context(Dashboard(search.space, search.out, tell))
         patience_s = math.inf if args.wait else search.base.cluster.busy_s
         lease = stack.enter_context(Lease(study, slots=slots))
         stack.enter_context(ugrl.hear.owning(lambda: lease.__exit__(None, None, None)))

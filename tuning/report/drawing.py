@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from tuning.report.findings import baseline, paper_trial, paper_values
 from tuning.report.read import Findings
+from tuning.report.spots import Spot, spots_of
 from tuning.space.axis import Axis
 from tuning.space.space import SearchSpace
 from tuning.study.record import TrialRow, collapsed, label, percent, ranked
@@ -100,13 +101,15 @@ def is_numeric(axis: Axis) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.edges)
 
 
-def save(fig: Figure, path: Path) -> None:
-    """Write a figure and forget it."""
+def save(fig: Figure, path: Path) -> list[Spot]:
+    """Write a figure and forget it; the marks in it that stand for trials."""
     fig.set_layout_engine("constrained")
     picture = io.BytesIO()
     fig.savefig(picture, format="png")
+    spots = spots_of(fig)
     plt.close(fig)
     place(path).write(picture.getvalue())
+    return spots
 
 
 def rung_steps(space: SearchSpace, steps: int) -> list[int]:
@@ -144,11 +147,11 @@ def of_sample(rows: Sequence[TrialRow]) -> str:
     return f": a sample of {LINES} of {len(rows)} trials" if len(rows) > LINES else ""
 
 
-def draw_bars(ax: Axes, x: Sequence[float], heights: Sequence[float], **style: Any) -> None:
-    """Bars from zero as one artist: an artist each is slow for thousands."""
+def draw_bars(ax: Axes, x: Sequence[float], heights: Sequence[float], trials: Sequence[int] = (), **style: Any) -> None:
+    """Bars from zero as one artist: an artist each is slow for thousands. ``trials`` are those that they stand for."""
     sides = ((-0.4, 0), (-0.4, 1), (0.4, 1), (0.4, 0))
     corners = [[(at + aside, up * height) for aside, up in sides] for at, height in zip(x, heights, strict=True)]
-    ax.add_collection(PolyCollection(corners, **style))
+    ax.add_collection(PolyCollection(corners, urls=_urls(trials), **style))
 
 
 def factor(findings: Findings) -> float:
@@ -205,16 +208,19 @@ def scatter_trials(ax: Axes, placed: Sequence[tuple[float, TrialRow]], findings:
     at = {r.number: min(high + margin, max(low - margin, drawn_value(findings, r))) for _, r in placed}
     for state, color in COLORS.items():
         these = [(x, r) for x, r in placed if r.state == state and (best is None or r.number != best.number)]
-        inside = [(x, at[r.number]) for x, r in these if low <= at[r.number] <= high]
-        draw_dots(ax, inside, color=color, marker="x" if state == "FAIL" else "o", s=32, label=state.lower())
-        for marker, outside in (
-            ("v", [(x, at[r.number]) for x, r in these if at[r.number] < low]),
-            ("^", [(x, at[r.number]) for x, r in these if at[r.number] > high]),
+        for marker, there, style in (
+            ("x" if state == "FAIL" else "o", lambda y: low <= y <= high, {"color": color, "s": 32}),
+            ("v", lambda y: y < low, {"fc": "none", "ec": color, "s": 38}),
+            ("^", lambda y: y > high, {"fc": "none", "ec": color, "s": 38}),
         ):
-            draw_dots(ax, outside, fc="none", ec=color, marker=marker, s=38, label=f"{state.lower()}, beyond the axis")
+            shown = [(x, r) for x, r in these if there(at[r.number])]
+            words = state.lower() if "color" in style else f"{state.lower()}, beyond the axis"
+            points, trials = [(x, at[r.number]) for x, r in shown], [r.number for _, r in shown]
+            draw_dots(ax, points, trials, marker=marker, label=words, **style)
     for x, r in placed:
         if best is not None and r.number == best.number:
-            ax.scatter([x], [at[r.number]], color=BEST, marker="*", s=150, zorder=4, label=best_label(findings))
+            star = {"color": BEST, "marker": "*", "s": 150, "zorder": 4, "label": best_label(findings)}
+            draw_dots(ax, [(x, at[r.number])], [r.number], **star)
         if paper is not None and r.number == paper.number:
             name = f"the paper's: trial {r.number}"
             ax.scatter([x], [at[r.number]], fc="none", ec=PAPER, marker="D", s=70, lw=1.3, zorder=5, label=name)
@@ -264,13 +270,16 @@ def rung_lines(ax: Axes, findings: Findings) -> None:
 def over_contour(ax: Axes, findings: Findings, scales: Sequence[Scale]) -> None:
     """Trials, the best one and the paper's point on top of a contour, and its axes."""
     rows = [r for r in scored_rows(findings) if all(sc.axis.path in r.params for sc in scales)]
-    whole = [places_of(scales, r.params) for r in rows if r.state == "COMPLETE"]
-    early = [places_of(scales, r.params) for r in rows if r.state != "COMPLETE"]
-    draw_dots(ax, whole, fc="white", ec="#333333", s=26, lw=0.9, zorder=3, label="complete")
-    draw_dots(ax, early, fc="#bbbbbb", ec="#333333", marker="s", s=18, lw=0.7, zorder=3, label="not complete")
     best, marks = findings.best, paper_values(findings)
-    top = [places_of(scales, r.params) for r in rows if best is not None and r.number == best.number]
-    draw_dots(ax, top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=best_label(findings))
+
+    def dots(these: Sequence[TrialRow], **style: Any) -> None:
+        draw_dots(ax, [places_of(scales, r.params) for r in these], [r.number for r in these], **style)
+
+    whole, early = [[r for r in rows if (r.state == "COMPLETE") is done] for done in (True, False)]
+    dots(whole, fc="white", ec="#333333", s=26, lw=0.9, zorder=3, label="complete")
+    dots(early, fc="#bbbbbb", ec="#333333", marker="s", s=18, lw=0.7, zorder=3, label="not complete")
+    top = [r for r in rows if best is not None and r.number == best.number]
+    dots(top, color=BEST, ec="white", marker="*", s=190, zorder=5, label=best_label(findings))
     paper = paper_trial(findings)
     at = marks if paper is None else paper.params
     known = [s.place(at[s.axis.path]) if s.axis.path in at else math.nan for s in scales]
@@ -287,10 +296,15 @@ def over_contour(ax: Axes, findings: Findings, scales: Sequence[Scale]) -> None:
     ax.grid(visible=False)
 
 
-def draw_dots(ax: Axes, points: Sequence[Sequence[float]], **style: Any) -> None:
-    """Marks at points, if there are any."""
+def draw_dots(ax: Axes, points: Sequence[Sequence[float]], trials: Sequence[int] = (), **style: Any) -> None:
+    """Marks at points, if there are any; ``trials`` are those that they stand for."""
     if points:
-        ax.scatter([p[0] for p in points], [p[1] for p in points], **style)
+        ax.scatter([p[0] for p in points], [p[1] for p in points], urls=_urls(trials), **style)
+
+
+def _urls(trials: Sequence[int]) -> list[str] | None:
+    """The trials of marks as matplotlib keeps them, see :mod:`tuning.report.spots`."""
+    return [str(number) for number in trials] or None
 
 
 # Where a line crosses a parallel axis that does not count.

@@ -70,13 +70,13 @@ def _write_files(findings: Findings) -> tuple[list[str], PaperSection | None]:
     out = findings.search.out
     write_csv(findings)
     write_best(findings)
-    notes = draw(findings, out / PLOT_FOLDER)
+    drawn = draw(findings, out / PLOT_FOLDER)
     paper = paper_section(findings, out / PLOT_FOLDER)
     if paper is not None:
         place(out / PAPER_TEXT).write(paper.markdown().encode())
-    write_markdown(findings, out / TEXT, notes, paper)
-    write_html(findings, out / PAGE, notes, paper)
-    return notes, paper
+    write_markdown(findings, out / TEXT, drawn.notes, paper)
+    write_html(findings, out / PAGE, drawn.notes, paper, drawn.spots)
+    return drawn.notes, paper
 
 
 def write_csv(findings: Findings) -> Path:

@@ -6,8 +6,9 @@ The same sections are written as Markdown with pictures beside it, and as one HT
 from __future__ import annotations
 
 import base64
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from tuning.report.drawing import sample_rows
 from tuning.report.paper import PaperSection
 from tuning.report.read import Findings
 from tuning.report.sections import Block, Code, Picture, Rows, Section, Tiles, contents, title_of
+from tuning.report.spots import Spot, answers
 from ugrl.secrets import masked
 from ugrl.storage import place
 from ugrl.text import html, markdown
@@ -42,8 +45,26 @@ def write_markdown(findings: Findings, path: Path, notes: Sequence[str], paper: 
     place(path).write("\n".join(lines).encode(errors="backslashreplace"))
 
 
-def write_html(findings: Findings, path: Path, notes: Sequence[str], paper: PaperSection | None = None) -> None:
-    """The report as one HTML file that needs no network and no other file; arguments as of :func:`write_markdown`."""
+def write_html(
+    findings: Findings,
+    path: Path,
+    notes: Sequence[str],
+    paper: PaperSection | None = None,
+    spots: Mapping[str, Sequence[Spot]] | None = None,
+) -> None:
+    """The report as one HTML file that needs no network and no other file.
+
+    Args:
+        findings: As of :func:`write_markdown`, and so are the next three.
+        path: The file.
+        notes: What could not be drawn, and why.
+        paper: The paper's table beside the measured one.
+        spots: Name of a plot → its marks, which tell their trial to whoever points at them.
+    """
+    rows = sample_rows(findings, findings.rows)
+    known = {r.number for r in rows}
+    marks = {name: [s for s in these if s.trial in known] for name, these in (spots or {}).items()}
+    marked = {s.trial for these in marks.values() for s in these}
     pages = Environment(
         loader=PackageLoader("tuning.report"), autoescape=True, finalize=_escape, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,6 +74,8 @@ def write_html(findings: Findings, path: Path, notes: Sequence[str], paper: Pape
         lined_up=_lined_up,
         numeric_columns=_numeric_columns,
         png=partial(_png, path.parent),
+        spots=marks,
+        answers=_script(answers([r for r in rows if r.number in marked], findings)),
         page_css=_as_it_is("page.css"),
         page_js=_as_it_is("page.js"),
     )
@@ -114,10 +137,16 @@ def _lined_up(blocks: Sequence[Block]) -> list[Block | list[Picture]]:
     return made
 
 
-def _png(folder: Path, picture: Picture) -> tuple[Markup, int]:
-    """The picture as a part of the page, and its width in pixels."""
+def _png(folder: Path, picture: Picture) -> tuple[Markup, int, int]:
+    """The picture as a part of the page, and its width and height in pixels."""
     data = _file(picture, folder).read_bytes()
-    return Markup(f"data:image/png;base64,{base64.b64encode(data).decode()}"), int.from_bytes(data[16:20])
+    size = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    return Markup(f"data:image/png;base64,{base64.b64encode(data).decode()}"), *size
+
+
+def _script(value: Any) -> Markup:
+    """A value as a script reads it, without anything that the page could take for its own."""
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _numeric_columns(table: Rows) -> list[bool]:

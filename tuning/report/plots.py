@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tuning.report.drawing import (
     best_label,
     best_so_far,
     draw_bars,
+    draw_dots,
     drawn_value,
     factor,
     is_numeric,
@@ -50,6 +52,7 @@ from tuning.report.drawing import (
 )
 from tuning.report.findings import paper_values, training_seconds
 from tuning.report.read import Findings, once
+from tuning.report.spots import Spot
 from tuning.space.axis import Axis
 from tuning.study.record import TrialRow, label, pareto, percent
 
@@ -63,28 +66,38 @@ CONTOUR = 8
 CONTOUR_AXES = 3
 
 
-def draw(findings: Findings, folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class Drawn:
+    """What :func:`draw` has done.
+
+    Attributes:
+        notes: Lines to tell the user: what could not be drawn, and why.
+        spots: Name of a plot → its marks that stand for trials.
+    """
+
+    notes: list[str]
+    spots: dict[str, list[Spot]]
+
+
+def draw(findings: Findings, folder: Path) -> Drawn:
     """Draw every plot of :data:`PLOTS` that the findings suffice for, and remove those that they do not.
 
     Args:
         findings: Of the search.
         folder: Where ``NAME.png`` go; made if needed.
-
-    Returns:
-        Lines to tell the user: what could not be drawn, and why.
     """
     scored = any(r.value is not None for r in findings.rows)
-    notes = [] if scored else ["no trial has a score yet: no plots of scores"]
+    drawn = Drawn([] if scored else ["no trial has a score yet: no plots of scores"], {})
     with matplotlib.rc_context(STYLE):
         for name, plot in PLOTS.items():
             found = plot(findings) if scored or plot in UNSCORED else ""
             if isinstance(found, Figure):
-                save(found, folder / f"{name}.png")
+                drawn.spots[name] = save(found, folder / f"{name}.png")
                 continue
             (folder / f"{name}.png").unlink(missing_ok=True)
             if found:
-                notes.append(found)
-    return notes
+                drawn.notes.append(found)
+    return drawn
 
 
 @once
@@ -151,6 +164,7 @@ def curves(findings: Findings) -> Figure | str:
             zorder=3 if chosen else 2,
             marker="o" if len(x) < 30 else None,
             ms=4.5 if chosen else 3,
+            url=str(r.number),
             label=None if name in seen else name,
         )
         seen.add(name)
@@ -254,6 +268,7 @@ def parallel(findings: Findings) -> Figure | str:
             lw=2.6 if chosen else 1.4 if whole else 0.8,
             ls="-" if whole else "--",
             zorder=4 if chosen else 3 if whole else 2,
+            url=str(r.number),
             label=None if name in seen else name or None,
         )
         seen.add(name)
@@ -323,7 +338,7 @@ def cost(findings: Findings) -> Figure | str:
         these = [r for r in rows if r.state == state]
         if these:
             numbers, held = [r.number for r in these], [weigh(r, r.seconds) for r in these]
-            draw_bars(ax, numbers, held, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
+            draw_bars(ax, numbers, held, numbers, fc=to_rgba(color, 0.35), ec=color, lw=0.6)
             trained = [weigh(r, training_seconds(r)) for r in these]
             draw_bars(ax, numbers, trained, fc=color, ec="none", label=state.lower())
     draw_bars(ax, [rows[0].number], [0], fc=to_rgba("#777777", 0.35), ec="#777777", lw=0.6, label="held, not training")
@@ -356,8 +371,8 @@ def front(findings: Findings) -> Figure | str:
             ("x", "beyond a constraint", [r for r in others if r.violation], COLORS["FAIL"]),
             ("D", "beaten by none", best, BEST),
         ):
-            if these:
-                ax.scatter(*_pair(findings, these, k), c=color, marker=marker, s=38, label=words, zorder=3)
+            points = list(zip(*_pair(findings, these, k), strict=True))
+            draw_dots(ax, points, [r.number for r in these], c=color, marker=marker, s=38, label=words, zorder=3)
         if len(objectives) == 2:
             ax.plot(*_pair(findings, best, k), color=BEST, lw=0.8)
         for r in best:

@@ -40,6 +40,7 @@ from tuning.report.sentences import (
     states,
     verdict,
 )
+from tuning.report.spots import address
 from tuning.space.axis import Axis
 from tuning.study.record import TrialRow, label, pareto, ranked
 from ugrl import config as configs
@@ -61,6 +62,8 @@ class Rows:
         rows: Cells, as text.
         marked: Index of a row → how it stands out: ``best``, ``weak`` or ``paper``.
         sortable: Whether a click on a column sorts.
+        linked: Index of the column that has links.
+        links: Index of a row → the address behind that cell.
     """
 
     kind: ClassVar[str] = "rows"
@@ -68,6 +71,8 @@ class Rows:
     rows: tuple[tuple[str, ...], ...]
     marked: Mapping[int, str] = field(default_factory=dict)
     sortable: bool = False
+    linked: int = 0
+    links: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,8 @@ def _leaderboard(findings: Findings) -> Rows:
             marked[position - 1] = "best"
         elif r.number not in able:
             marked[position - 1] = "weak"
-    return Rows(tuple(header), tuple(rows), marked, True)
+    links = {k: where for k, r in enumerate(ordered(findings)[:LONGEST]) if (where := address(r, findings))}
+    return Rows(tuple(header), tuple(rows), marked, True, header.index("trial"), links)
 
 
 def _mattered(findings: Findings) -> tuple[Block, ...]:

@@ -29,7 +29,7 @@ SPACE, BASE = "space.yaml", "base.yaml"
 # A resumed search may get a larger budget or another machine; what it searches stays.
 MAY_CHANGE = (
     *("budget", "concurrent", "resources", "workers", "final.best", "final.seeds", "max_failures"),
-    "overrides.train.mlflow",
+    *("overrides.train.mlflow", "overrides.train.wandb"),
 )
 
 
@@ -52,7 +52,7 @@ def check_same(space: SearchSpace, base: configs.Config, out: Path) -> None:
     stored = configs.build(configs.read_yaml(out / BASE))
     base = configs.build(configs.public_dict(base))
     for path in configs.paths():
-        if path != "train.mlflow" and configs.get(stored, path) != configs.get(base, path):
+        if path not in ("train.mlflow", "train.wandb") and configs.get(stored, path) != configs.get(base, path):
             raise ConfigError(
                 f"{out}: was started with {path} = {configs.get(stored, path)}, not {configs.get(base, path)}; "
                 "a search is resumed as it was"

@@ -348,6 +348,8 @@ class TrainConfig:
     """Checkpoints that stay because they score best by ``eval.objective``; 0: none."""
     head_decay: Literal["weights", "all"] = "weights"
     """Parameters of the heads that ``train.weight_decay`` is for: all but norms and biases, or (AFA) all of them."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the scalars as well: ``PROJECT`` or ``ENTITY/PROJECT``. ``null``: none."""
 
     def at(self, value: Steps) -> int:
         """A number of steps: a share is one of the whole run, and at least one step.

@@ -24,6 +24,8 @@ from ugrl.text import nearest
 OKABE_ITO = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7")
 TOL_MUTED = ("CC6677", "332288", "DDCC77", "117733", "88CCEE", "882255", "44AA99", "999933", "AA4499")
 _BASES = {"safe": OKABE_ITO, "tol": TOL_MUTED}
+# A map in [0, 1] from dark blue over teal to yellow: lightness rises all the way, so that grey shows it too.
+HEAT = ((13, 8, 80), (60, 75, 170), (32, 144, 140), (120, 200, 90), (253, 231, 37))
 #: Pixels that say nothing (255), in every palette, as in VOC's.
 IGNORED = (224, 224, 192)
 
@@ -58,6 +60,15 @@ def palette(name: str = "voc") -> np.ndarray:
     colours = voc_palette() if name == "voc" else _extended(_BASES[name], 254)
     colours.flags.writeable = False
     return colours
+
+
+def heat(x_HW: np.ndarray) -> np.ndarray:
+    """A map in [0, 1] in the colours of :data:`HEAT`, uint8 (H, W, 3)."""
+    at = np.clip(x_HW, 0, 1) * (len(HEAT) - 1)
+    stops = np.array(HEAT, np.float64)
+    low = np.minimum(at.astype(int), len(HEAT) - 2)
+    part = (at - low)[..., None]
+    return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
 
 
 def _extended(base: tuple[str, ...], count: int) -> np.ndarray:

@@ -106,7 +106,7 @@ def without_places(cfg: Config) -> Config:
         cfg,
         data=replace(cfg.data, shards=None, cache_dir=None),
         model=replace(cfg.model, weights=cfg.model.weights if _is_public(cfg.model.weights) else None),
-        train=replace(cfg.train, mlflow=None),
+        train=replace(cfg.train, mlflow=None, wandb=None),
         cluster=replace(cfg.cluster, address=None, storage=None),
     )
 

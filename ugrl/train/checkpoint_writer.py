@@ -30,7 +30,7 @@ from ugrl.train.observer import Observer, nothing
 
 Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
-FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json", "weights.json")
+FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json", "wandb.json", "weights.json")
 FOLDERS = ("tb", "seen")
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -24,6 +24,8 @@ from ugrl.data.transfer import Transfer
 from ugrl.distributed import barrier, is_main, rank, world_size
 from ugrl.errors import CheckpointError
 from ugrl.eval.evaluate import EvalResult, GivenUp, evaluate
+from ugrl.eval.looks import Look, Seer
+from ugrl.eval.looks import looks as show
 from ugrl.eval.selection import why_no_masks
 from ugrl.storage import Place, place
 from ugrl.terminal import Terminal
@@ -41,7 +43,11 @@ from ugrl.train.progress import Progress, TimeLeft, header, tell
 from ugrl.train.run_folder import LogFiles, RunFolder
 from ugrl.train.tensorboard import TensorBoard
 from ugrl.train.tracking import MlflowObserver
+from ugrl.train.wandb_tracking import WandbObserver
 from ugrl.types import Batch, StepOutput
+
+# Images of the validation split that pictures show, at each validation.
+LOOKS = 4
 
 
 class Trainer:
@@ -214,7 +220,10 @@ class Trainer:
                 name, params = self.folder.home.name, config_mod.public_dict(cfg)
                 note = main / "mlflow.json"
                 found.append(MlflowObserver(train.mlflow, note, name=name, params=params, say=self.say))
-            found.append(TensorBoard(main / "tb", step=self.done, say=self.say))
+            if train.wandb is not None:
+                name, params = self.folder.home.name, config_mod.public_dict(cfg)
+                found.append(WandbObserver(train.wandb, main, name=name, params=params, say=self.say))
+            found.append(TensorBoard(main / "tb", step=self.done, names=self.class_names, say=self.say))
         found += [display, TimeLeft(pace, train.steps, self.say)]
         found += [CheckpointTimes(self.save, train.at(train.checkpoint_every)), HookObserver(self.hooks)]
         return Observers(found)
@@ -302,8 +311,11 @@ class Trainer:
                     result = self.validate(stop)
                 except GivenUp:
                     return False
+                looks = self._look() if self.observers.draws else []
             self.metrics = {**result.metrics, "step": float(self.done)}
             self.observers.on_eval(self.done, result)
+            if looks:
+                self.observers.on_looks(self.done, looks)
             if result.verdict:
                 self.say(f"step {self.done}  {result.verdict}")
         return True
@@ -336,6 +348,10 @@ class Trainer:
                 self.net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Whole images come in many sizes: compiling for each would cost more than it saves."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
     def validate(self, stop: Callable[[], bool] | None = None) -> EvalResult:
         """Evaluate the present network on ``data.val_split``; ``stop`` as of :func:`ugrl.eval.evaluate.evaluate`."""
         cfg, seen = self.cfg, 0
@@ -346,8 +362,7 @@ class Trainer:
             seen += len(ids) * world_size()
             self.observers.on_eval_batch(self.done, ids, seen, total)
 
-        # Whole images come in many sizes: compiling for each would cost more than it saves.
-        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+        with self._eager():
             return evaluate(
                 self.net,
                 self.val_reader,
@@ -360,6 +375,21 @@ class Trainer:
                 on_batch=on_batch,
                 stop=stop,
             )
+
+    def _look(self) -> list[Look]:
+        """What the network makes of :data:`LOOKS` images spread evenly over the validation split, in their order."""
+        cfg = self.cfg
+        most = judged_rows(cfg, self.manifest, cfg.data.val_split)
+        chosen = sorted({(2 * k + 1) * most // (2 * LOOKS) for k in range(LOOKS)}) if most else []
+        targets = self.step_fn.target_maker
+        seer = Seer(self.net, cfg, self.prototypes, targets, self.done, self.device, self.dtype)
+        self.net.eval()
+        try:
+            with self._eager():
+                found = [look for part in show(seer, self.val_reader, chosen) for look in part]
+        finally:
+            self.net.train()
+        return sorted(found, key=lambda look: look.index)
 
     # -- data ---------------------------------------------------------------------------------
 

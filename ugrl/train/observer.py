@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ugrl.distributed import is_main
 from ugrl.eval.evaluate import EvalResult
+from ugrl.eval.looks import Look
 from ugrl.storage import Place
 from ugrl.types import Batch
 
@@ -22,7 +23,7 @@ class Observer:
     """Told on every rank what happens. Each method does nothing by default; ``done`` counts the steps that are done."""
 
     draws = False
-    """Whether it has a use for :meth:`on_pictures`."""
+    """Whether it has a use for :meth:`on_pictures` and :meth:`on_looks`."""
 
     def on_batch(self, done: int, ids: Sequence[str]) -> None:
         """A step begins, the ``done``-th, with these images of this rank."""
@@ -41,6 +42,9 @@ class Observer:
 
     def on_eval(self, done: int, result: EvalResult) -> None:
         """A validation has ended."""
+
+    def on_looks(self, done: int, looks: Sequence[Look]) -> None:
+        """After a validation, on rank 0 and where an observer draws: a few images of it, the same ones each time."""
 
     def on_step_end(self, done: int) -> None:
         """Everything that belongs to a step is done, a validation among it."""
@@ -74,6 +78,7 @@ class Observers(Observer):
 
     on_batch, on_log, on_step, on_pictures = map(_told, ("on_batch", "on_log", "on_step", "on_pictures"))
     on_eval_batch, on_eval, on_step_end = map(_told, ("on_eval_batch", "on_eval", "on_step_end"))
+    on_looks = _told("on_looks")
     on_checkpoint, leave, close = map(_told, ("on_checkpoint", "leave", "close"))
 
 

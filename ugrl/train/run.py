@@ -24,11 +24,12 @@ from ugrl.text import line
 from ugrl.train import checkpoint
 from ugrl.train.check import check_run
 from ugrl.train.tracking import check_mlflow
+from ugrl.train.wandb_tracking import check_wandb
 
 # May differ between a run and its resumption: nothing in them changes what is computed.
 FREE: tuple[str, ...] = ("name", "data.shards", "data.threads", "data.prefetch", "data.cache_dir", "data.cache_disk_mb")
 FREE += ("train.cpu_threads", "train.log_every", "train.micro_batch", "train.nan_patience", "train.record_ids")
-FREE += ("train.stall_s", "train.mlflow", "train.keep_best", "data.storage_patience_s")
+FREE += ("train.stall_s", "train.mlflow", "train.wandb", "train.keep_best", "data.storage_patience_s")
 FREE_SECTIONS = ("cluster.", "eval.", "train.keep_checkpoints", "train.picture_every", "train.checkpoint_every")
 
 
@@ -127,6 +128,8 @@ def plan_run(
     check_run(cfg, manifest, fresh=not resume or checkpoint.latest(out) is None)
     if cfg.train.mlflow is not None:
         check_mlflow(cfg.train.mlflow)
+    if cfg.train.wandb is not None:
+        check_wandb(cfg.train.wandb)
     if resume and (found := checkpoint.latest(out)) is not None:
         now = manifest.fingerprint(cfg.data.train_split, cfg.data.val_split)
         checkpoint.check_data(checkpoint.read_state(found), now, shards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ugrl.eval.evaluate import EvalResult
-from ugrl.eval.palette import PALETTE, denormalize
+from ugrl.eval.looks import Look
+from ugrl.eval.palette import denormalize
+from ugrl.eval.sheet import Row, draw, row_of
 from ugrl.train.background import BackgroundWriter, Say
 from ugrl.train.observer import Observer
 from ugrl.train.tracking import Scalar, points_of, scalars_of
-from ugrl.types import Batch
+from ugrl.types import IGNORE, Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,15 @@ class TensorBoard(Observer):
     Args:
         folder: For TensorBoard's files: ``OUT/tb``.
         step: Steps done before: what TensorBoard knows of later ones is hidden, for they are written again.
+        names: Of the classes 1…F, for pictures.
         say: Told in one line of trouble; by default it goes to stderr.
 
     Attributes:
         writer: Background writer of the event files; ``None`` without tensorboardX.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, say: Say | None = None) -> None:
+    def __init__(self, folder: Path, *, step: int = 0, names: Sequence[str] = (), say: Say | None = None) -> None:
+        self.names = tuple(names)
         self.writer: BackgroundWriter[Scalar | Picture] | None = None
         try:
             import tensorboardX  # noqa: F401
@@ -70,9 +74,16 @@ class TensorBoard(Observer):
             self.scalars(group, values, done)
 
     def on_pictures(self, done: int, batch: Batch, views: Mapping[str, Tensor]) -> None:
-        """One row per image: image, CAM of its classes, pseudo-label, prediction, uncertainty (and mask)."""
+        """``train/walk``: crops of this batch, and what the step made of them."""
+        self._draw("train/walk", f"step {done}: crops of a training batch", walk_rows(batch, views), done)
+
+    def on_looks(self, done: int, looks: Sequence[Look]) -> None:
+        """``val/walk``: photographs of the validation split, the same ones each time."""
+        self._draw("val/walk", f"step {done}: the same images of the validation split", map(look_row, looks), done)
+
+    def _draw(self, name: str, title: str, rows: Iterable[Row], step: int) -> None:
         if self.writer:
-            self.writer.put([Picture("train/walk", sheet(batch, views), done, time.time())])
+            self.writer.put([Picture(name, draw(title, list(rows), self.names), step, time.time())])
 
     def leave(self, status: str) -> None:
         """Have the rest written."""
@@ -146,38 +157,40 @@ def _summary(item: Scalar | Picture) -> Any:
     return scalar(f"{item.group}/{item.name}", item.value)
 
 
-def heat(x_HW: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] as blue–yellow–red, uint8 (H, W, 3)."""
-    x = np.clip(x_HW, 0.0, 1.0)[..., None]
-    stops = np.array([[13, 8, 80], [60, 120, 200], [250, 230, 90], [200, 20, 20]], dtype=np.float64)
-    at = x[..., 0] * (len(stops) - 1)
-    low = np.minimum(at.astype(int), len(stops) - 2)
-    part = (at - low)[..., None]
-    return (stops[low] * (1 - part) + stops[low + 1] * part).astype(np.uint8)
-
-
-def sheet(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> np.ndarray:
-    """The picture of :meth:`TensorBoard.on_pictures`, uint8 (rows·H, columns·W, 3)."""
-    rows = []
-    pairs = batch.pairs_P2
+def walk_rows(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> list[Row]:
+    """The first images of a training batch, as crops, and what the step made of them."""
+    rows, pairs = [], batch.pairs_P2
     for k in range(min(most, len(batch.ids))):
-        image = denormalize(batch.images_B3HW[k].float().cpu().numpy())
-        h, w = image.shape[:2]
-        columns = [image]
+        image_HW3 = denormalize(batch.images_B3HW[k].float().cpu().numpy())
+        h, w = image_HW3.shape[:2]
+        own = (pairs[:, 0] == k).nonzero().flatten()
+        layers: dict[str, np.ndarray] = {}
         if "cam" in views:
-            own = (pairs[:, 0] == k).nonzero().flatten()
             cam = views["cam"][own.to(views["cam"].device)].float()
-            top = cam.amax(0).cpu().numpy() if len(own) else np.zeros((h, w))
-            columns.append((0.4 * image + 0.6 * heat(top)).astype(np.uint8))
+            layers["CAM of its tags"] = cam.amax(0).cpu().numpy() if len(own) else np.zeros((h, w))
         if "labels" in views:
-            columns.append(PALETTE[views["labels"][k].cpu().numpy()])
+            layers["pseudo-label"] = _labels(views["labels"][k])
+        if "u" in views:
+            undecided = views["labels"][k] == IGNORE
+            layers["uncertainty u"] = views["u"][k].float().masked_fill(undecided, math.nan).cpu().numpy()
         if "prediction" in views:
             logits = views["prediction"][k : k + 1].float()
             full = torch.nn.functional.interpolate(logits, size=(h, w), mode="bilinear", align_corners=False)
-            columns.append(PALETTE[full.argmax(1)[0].cpu().numpy()])
-        if "u" in views:
-            columns.append(heat(views["u"][k].float().cpu().numpy()))
+            layers["prediction"] = _labels(full.argmax(1)[0])
         if batch.masks_BHW is not None:
-            columns.append(PALETTE[batch.masks_BHW[k].cpu().numpy()])
-        rows.append(np.concatenate(columns, axis=1))
-    return np.concatenate(rows, axis=0)
+            layers["true mask"] = _labels(batch.masks_BHW[k])
+        rows.append(row_of(batch.ids[k], [f + 1 for f in pairs[own, 1].tolist()], image_HW3, layers))
+    return rows
+
+
+def look_row(look: Look) -> Row:
+    """A whole photograph of a validation, and what the network makes of it."""
+    layers = {"CAM of its tags": look.cam_HW, "pseudo-label": look.pseudo_HW, "uncertainty u": look.u_HW}
+    layers["prediction"] = look.predicted_HW
+    if look.truth_HW is not None:
+        layers["true mask"] = look.truth_HW
+    return row_of(look.id, look.tags, look.image_HW3, layers)
+
+
+def _labels(labels_HW: Tensor) -> np.ndarray:
+    return labels_HW.to(torch.uint8).cpu().numpy()

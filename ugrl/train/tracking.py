@@ -23,7 +23,7 @@ from ugrl.errors import ConfigError, DataError
 from ugrl.eval.evaluate import EvalResult
 from ugrl.files import replacing
 from ugrl.secrets import masked, public
-from ugrl.train.background import BackgroundWriter, Say
+from ugrl.train.background import BackgroundWriter, Say, Writer
 from ugrl.train.observer import Observer
 
 EXPERIMENT = "ugrl"
@@ -91,23 +91,17 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-class MlflowObserver(Observer):
-    """A run's scalars in MLflow. A thread sends them; a lost server never stops the training.
+class Tracker(Observer):
+    """A run's scalars elsewhere. A thread sends them; a lost server never stops the training.
 
     Args:
-        where: A tracking URI, or a folder.
-        note: ``OUT/mlflow.json``, which keeps the run's id.
-        name: Name of the run.
-        params: Configuration of the run.
+        name: For messages: where they go.
+        writer: What sends them.
         say: Told in one line of trouble; by default it goes to stderr.
-
-    Raises:
-        ConfigError: MLflow is not installed.
     """
 
-    def __init__(self, where: str, note: Path, *, name: str, params: Mapping[str, Any], say: Say | None = None) -> None:
-        writer = MlflowWriter(where, note, name=name, params=params)
-        self.writer: BackgroundWriter[Scalar] = BackgroundWriter(f"MLflow at {public(where)}", writer, say)
+    def __init__(self, name: str, writer: Writer[Scalar], say: Say | None = None) -> None:
+        self.writer: BackgroundWriter[Scalar] = BackgroundWriter(name, writer, say)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """One point per value under ``group/``."""
@@ -129,6 +123,25 @@ class MlflowObserver(Observer):
     def close(self) -> None:
         """Wait for it."""
         self.writer.close()
+
+
+class MlflowObserver(Tracker):
+    """A run's scalars in MLflow.
+
+    Args:
+        where: A tracking URI, or a folder.
+        note: ``OUT/mlflow.json``, which keeps the run's id.
+        name: Name of the run.
+        params: Configuration of the run.
+        say: Told in one line of trouble; by default it goes to stderr.
+
+    Raises:
+        ConfigError: MLflow is not installed.
+    """
+
+    def __init__(self, where: str, note: Path, *, name: str, params: Mapping[str, Any], say: Say | None = None) -> None:
+        writer = MlflowWriter(where, note, name=name, params=params)
+        super().__init__(f"MLflow at {public(where)}", writer, say)
 
 
 class MlflowWriter:

@@ -13,11 +13,12 @@ import torch
 
 from ugrl.data.reader import ShardReader
 from ugrl.errors import DataError
+from ugrl.eval.looks import Look
 from ugrl.eval.palettes import palette as known_palette
 from ugrl.text import line
 from ugrl.types import IGNORE
 from ugrl.view import pictures
-from ugrl.view.collect import Look, Run, looks
+from ugrl.view.collect import Run, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,13 @@ import torch
 
 from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError, DataError
+from ugrl.eval.looks import Look
 from ugrl.eval.metrics import Confusion
 from ugrl.eval.palettes import palette as known_palette
 from ugrl.files import write_whole
 from ugrl.text import html, line
 from ugrl.view import pictures
-from ugrl.view.collect import Look, Run, looks, marks_of
+from ugrl.view.collect import Run, looks, marks_of
 
 MARK = "ugrl view"
 # Colours of u end here: beyond it a pair is nearer to the opposite of its prototype than to the prototype.

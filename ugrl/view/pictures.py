@@ -8,20 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ugrl.eval.palettes import HEAT as HEAT
+from ugrl.eval.palettes import heat as heat
 from ugrl.types import IGNORE
 
-# A map in [0, 1] from dark blue over teal to yellow: lightness rises all the way, so that grey shows it too.
-HEAT = ((13, 8, 80), (60, 75, 170), (32, 144, 140), (120, 200, 90), (253, 231, 37))
 LEVELS = 64
-
-
-def heat(x_HW: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] in the colours of :data:`HEAT`, uint8 (H, W, 3)."""
-    at = np.clip(x_HW, 0, 1) * (len(HEAT) - 1)
-    stops = np.array(HEAT, np.float64)
-    low = np.minimum(at.astype(int), len(HEAT) - 2)
-    part = (at - low)[..., None]
-    return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
 
 
 def fitted(size: Sequence[int], most: int) -> tuple[int, int]:

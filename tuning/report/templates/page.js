@@ -27,3 +27,43 @@ for (const table of document.querySelectorAll("table.sort")) {
     table.tBodies[0].append(...rows.sort(order));
   });
 }
+// A mark of a plot tells its trial while a pointer is on it; a click keeps what it says, with a link to its folder.
+const tip = document.body.appendChild(document.createElement("div"));
+tip.id = "tip";
+tip.hidden = true;
+let kept = false;
+const hide = () => {
+  kept = false;
+  tip.hidden = true;
+  for (const mark of document.querySelectorAll(".plot .on")) mark.classList.remove("on");
+};
+const tell = (event) => {
+  const mark = event.target.closest(".plot [data-t]");
+  if (!mark) return false;
+  hide();
+  const number = mark.dataset.t, [text, folder] = trials[number];
+  tip.textContent = text;
+  if (folder) {
+    const link = tip.appendChild(document.createElement("a"));
+    link.href = folder;
+    link.textContent = folder;
+  }
+  for (const same of document.querySelectorAll(`.plot [data-t="${number}"]`)) same.classList.add("on");
+  tip.hidden = false;
+  const edge = document.documentElement.clientWidth - tip.offsetWidth - 8;
+  tip.style.left = `${scrollX + Math.max(4, Math.min(event.clientX + 14, edge))}px`;
+  const below = event.clientY + 18 + tip.offsetHeight < innerHeight || event.clientY < tip.offsetHeight + 14;
+  tip.style.top = `${scrollY + event.clientY + (below ? 18 : -tip.offsetHeight - 12)}px`;
+  return true;
+};
+document.addEventListener("pointerover", (event) => {
+  if (!kept && !tell(event) && !tip.contains(event.target)) hide();
+});
+document.addEventListener("click", (event) => {
+  if (tip.contains(event.target)) return;
+  if (tell(event)) kept = true;
+  else hide();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") hide();
+});
