@@ -151,7 +151,8 @@ def _looks(seer: Seer, read: Batch, at: Sequence[int], with_mask: Sequence[bool]
         predicted_BHW = seen.seg_probs_BCHW.argmax(1)
         r_BCD, present_BC = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=local)
         u_BC, known_BC = seer.prototypes.uncertainty(r_BCD, present_BC)
-        pseudo_BHW, _ = targets.labels(batch, _spread(seer, batch, cam))
+        told = targets.told(batch, replace(cam, cam_PHW=_spread(seer, batch, cam)), present_BC)
+        pseudo_BHW, _ = targets.labels(batch, told.cam_PHW)
         probs_BF = seen.probs_BF
         iou_P = None if batch.masks_BHW is None else uncertain_pairs(seen, u_BC, known_BC)[1].tolist()
     emb_BDhw = plain.emb_BDhw if embed else None
