@@ -231,6 +231,18 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PseudoConfig:
+    """Where pseudo-labels come from."""
+
+    source: Literal["cam", "teacher", "agree"] = "cam"
+    """What labels the pixels of a training image: its CAM; the mask of another method that the shards hold
+    (``teacher``); or only what both say (``agree``). Classes that the image is not tagged with are ignored."""
+    u_max: float = _num(1.0, ge=0, le=2)
+    """Largest uncertainty u of a class at which ``agree`` believes the teacher alone, where the CAM is undecided. At 1
+    a class vector has nothing in common with its prototype; 2 believes the teacher for every u."""
+
+
+@dataclass(frozen=True, slots=True)
 class MethodConfig:
     """The method; ``setting`` is a row of the paper's Table 3, or the supervised upper bound."""
 
@@ -242,6 +254,7 @@ class MethodConfig:
     uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.published import walk_of, walked_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.schedule import FULL, Schedule
+from ugrl.method.teacher import agreed_labels, teacher_labels
 from ugrl.method.weighting import effective_share, modulation_weights
 from ugrl.seeding import derive
 from ugrl.types import IGNORE, Batch, Focus
@@ -149,7 +150,7 @@ class TargetMaker:
             n_BF = batch.tags_BF.to(u_BC)
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
-        labels_BHW, conf_BHW = self.labels(batch, cam.cam_PHW)
+        labels_BHW, conf_BHW = self.pseudo(batch, cam.cam_PHW, u_BC, known_BC)
         pairs_BHW = labels_BHW
         if schedule.as_afa and schedule.propagates(step):
             labels_BHW, conf_BHW = self.walked(batch, cam)
@@ -209,6 +210,14 @@ class TargetMaker:
             )
             out = replace(out, cam_PHW=cam_PHW)
         return out
+
+    def pseudo(self, batch: Batch, cam_PHW: Tensor, u_BC: Tensor, known_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels by ``method.pseudo.source``, and their confidence; as :meth:`labels`."""
+        c = self.cfg.method.pseudo
+        if c.source == "teacher":
+            return teacher_labels(batch, cam_PHW)
+        found = self.labels(batch, cam_PHW)
+        return agreed_labels(batch, *found, u_BC, known_BC, u_max=c.u_max) if c.source == "agree" else found
 
     def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels (B, H, W) and the confidence of each: distance to the deciding threshold."""
