@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     >>> names_of([Path("a/sam"), Path("b/clip")]), names_of([Path("a/x"), Path("b/x")])
     (['sam', 'clip'], ['a/x', 'b/x'])
     """
-    last = [folder.resolve().name for folder in folders]
+    last = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return [str(f) if last.count(name) > 1 or not name else name for f, name in zip(folders, last, strict=True)]
 
 

@@ -20,14 +20,12 @@ from ugrl.eval.metrics import Confusion
 from ugrl.eval.palette import denormalize
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.grid import sample_nearest
-from ugrl.method.cam import CamOutput
-from ugrl.method.class_vectors import batch_vectors
-from ugrl.method.pseudo import propagate_cam
 from ugrl.method.targets import TargetMaker
 from ugrl.storage import Place, place
 from ugrl.text import line
 from ugrl.train.build import build_par
 from ugrl.train.checkpoint import find
+from ugrl.train.labels import label
 from ugrl.train.restore import Restored, restore
 from ugrl.types import IGNORE, Batch
 
@@ -174,7 +172,7 @@ def open_split(shards: str | Path, split: str) -> ShardReader:
     Raises:
         DataError: No such shards or split, or a split without an image.
     """
-    reader = ShardReader(shards, split)
+    reader = ShardReader(shards, split, teacher=True)
     if not len(reader):
         raise DataError(f"{reader.manifest.root}: split '{line(split, 40)}' has no images; choose another --split")
     return reader
@@ -233,9 +231,7 @@ def _looks(run: Run, read: Batch, at: Sequence[int], with_mask: Sequence[bool], 
         seen = BatchPasses(got.net, cfg, batch, read.images_B3HW, plain)
         cam = seen.cam  # before the segmentation, which takes over some of its passes
         predicted_BHW = seen.seg_probs_BCHW.argmax(1)
-        r_BCD, present_BC = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=local)
-        u_BC, known_BC = got.prototypes.uncertainty(r_BCD, present_BC)
-        pseudo_BHW, _ = targets.labels(batch, _spread(run, batch, cam))
+        pseudo_BHW, r_BCD, present_BC, u_BC, known_BC = label(targets, seen, step)
         probs_BF = seen.probs_BF
         iou_P = None if batch.masks_BHW is None else uncertain_pairs(seen, u_BC, known_BC)[1].tolist()
     emb_BDhw = plain.emb_BDhw if embed else None
@@ -263,20 +259,6 @@ def _looks(run: Run, read: Batch, at: Sequence[int], with_mask: Sequence[bool], 
             )
         )
     return made
-
-
-def _spread(run: Run, batch: Batch, cam: CamOutput) -> Tensor:
-    """The CAM that pseudo-labels are made of: after its walk along the affinity, where the run has come to it."""
-    if not run.targets.schedule.propagates(run.got.step) or cam.affinity_BNN is None:
-        return cam.cam_PHW
-    return propagate_cam(
-        cam.cam_PHW,
-        batch.pairs_P2,
-        cam.affinity_BNN,
-        batch.boxes_B4,
-        grid=(cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1]),
-        radius=run.got.cfg.method.uncertainty.radius,
-    )
 
 
 def _labels(labels_HW: Tensor) -> np.ndarray:
