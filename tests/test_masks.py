@@ -21,6 +21,10 @@ from tests import test_train as two
 from tests.predictions import trained
 from tests.test_data_loader_ray import asked, blocks, ray_data
 from tests.tiny import tiny_tree
+from tuning.cli import check_data
+from tuning.space.options import Objective
+from tuning.space.search import Search
+from tuning.space.space_file import build_space
 from ugrl.cli import main
 from ugrl.config import build
 from ugrl.data.images import decode_labels, encode_labels
@@ -37,7 +41,9 @@ from ugrl.eval.metrics import Confusion
 from ugrl.export import labels as exported
 from ugrl.method.teacher import agreed_labels, tagged, teacher_labels
 from ugrl.method.weighting import modulation_weights
+from ugrl.storage import place
 from ugrl.train.batches import local_loader
+from ugrl.train.flops import step_gflop
 from ugrl.train.loop import Trainer
 from ugrl.train.restore import restore
 from ugrl.types import IGNORE, Batch
@@ -386,6 +392,13 @@ def test_without_a_teacher_nothing_of_it_is_read(taught: Path, shards: Path) -> 
     assert a.teachers_BHW is None
 
 
+def test_the_operations_of_a_taught_step_are_counted() -> None:
+    """Without PAR (whose operations are elementwise and not counted) nothing is added or missing."""
+    counts = [step_gflop(build(tree(source)), 6) for source in ("cam", "teacher")]
+    assert counts[0] == pytest.approx(counts[1], rel=0.02)
+    assert step_gflop(build(tree("agree")), 6) <= counts[0] * 1.02
+
+
 @pytest.mark.parametrize("source", ["teacher", "agree"])
 def test_two_ranks_learn_from_a_teacher_as_one_does(source: str, taught: Path, tmp_path: Path) -> None:
     made = tree(source)
@@ -417,6 +430,19 @@ def test_a_run_without_its_teacher_is_refused_before_it_begins(
     (some / f"{third}.png").unlink()
     prepare(TaughtSource(ShapesSource(SPEC), some), tmp_path / "few", tune_val=0.17, seed=0)
     assert f"19 of 20 images have a teacher mask (the first without one is '{third}')" in refused(tmp_path / "few")
+
+
+def test_a_search_over_the_source_asks_for_teacher_masks_before_it_begins(
+    shards: Path, taught: Path, tmp_path: Path
+) -> None:
+    made = {"search": {"method.pseudo.source": {"choice": ["cam", "agree"]}}, "trials": 2, "config": "shapes"}
+    for folder, words in ((shards, "none of 20 images have a teacher mask"), (taught, "")):
+        search = Search(build_space(made), build(tiny_tree()), place(folder), (Objective("auto"),), tmp_path)
+        if words:
+            with pytest.raises(DataError, match=words):
+                check_data(search)
+        else:
+            assert [o.name for o in check_data(search).objectives] == ["seg_miou"]
 
 
 @pytest.mark.parametrize(
@@ -644,6 +670,22 @@ def test_a_taught_run_exports_what_it_was_taught(taught: Path, shards: Path, tmp
         exported.check_teachers(got.cfg, reader.manifest, "val")
     run = open_run(out, best=False, device=CPU)
     assert sum(len(batch) for batch in looks(run, open_split(taught, "val"), range(3))) == 3
+
+
+def test_the_snippet_of_the_guide_makes_a_map_of_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[1] / "docs/teachers.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "labels").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, "teachers.md", "exec"), names)
+    row = next(rows_of(folder))
+    labels_HW = labels_of((folder / "SegmentationClass" / f"{row['image']}.png").read_bytes())
+    weights_HW = names["weights_of"](row["image"])
+    assert weights_HW.shape == labels_HW.shape and (weights_HW[labels_HW == IGNORE] == 0).all()
+    assert weights_HW[labels_HW == int(row["label"])] == pytest.approx(float(row["weight"]))
 
 
 @pytest.mark.parametrize(
