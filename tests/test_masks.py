@@ -166,13 +166,23 @@ def test_prepare_takes_a_folder_of_masks(
     assert re.search(r"train.*20.*20.*20", text) and "teacher masks" in text
     assert "1 × teacher mask of no image (such as stranger.png)" in text
     assert "16 × image without a teacher mask (such as val_000000)" in text
-    # The same command with another folder goes on with nothing.
-    partial = Path(shutil.copytree(tmp_path / "out", tmp_path / "other.partial"))
-    (partial / "manifest.json").unlink()
-    journal = {"options": {"schema_version": 2, "teacher": str(tmp_path / "clip")}, "shards": []}
-    (partial / "journal.json").write_text(json.dumps(journal))
-    assert main([*words, "--out", str(tmp_path / "other"), "--teacher", str(sam)]) == 2
-    assert "begun with" in capsys.readouterr().err
+
+
+def test_masks_of_two_teachers_are_not_mixed(teacher: Path, tmp_path: Path) -> None:
+    """What one folder has begun, another one of the same name does not end; the first one, mended, does."""
+    first, second = (Path(shutil.copytree(teacher, tmp_path / name / "sam")) for name in ("one", "two"))
+    last = ShapesSource(SPEC).splits()["train"][-1]
+    spoiled(first, last, "cut off")
+    with pytest.raises(DataError, match=r"5 of 10 shards stay in .*out\.partial"):
+        prepare(TaughtSource(ShapesSource(SPEC), first), tmp_path / "out", tune_val=0, shard_rows=4)
+    with pytest.raises(DataError, match="begun with teacher '.*one/sam', now '.*two/sam'"):
+        prepare(TaughtSource(ShapesSource(SPEC), second), tmp_path / "out", tune_val=0, shard_rows=4)
+    with pytest.raises(DataError, match="begun with schema_version 2, now 1"):
+        prepare(ShapesSource(SPEC), tmp_path / "out", tune_val=0, shard_rows=4)
+    shutil.copy(teacher / f"{last}.png", first)
+    made = prepare(TaughtSource(ShapesSource(SPEC), first), tmp_path / "out", tune_val=0, shard_rows=4)
+    whole = prepare(TaughtSource(ShapesSource(SPEC), second), tmp_path / "whole", tune_val=0, shard_rows=4)
+    assert made.to_json() == whole.to_json() and made.splits["train"].with_teachers == 24
 
 
 def spoiled(folder: Path, id: str, how: str) -> None:
@@ -640,6 +650,16 @@ def test_the_labels_are_those_that_the_run_looks_at(folder: Path, base: Path, sh
                 assert (float(row["u"]) if row["u"] else None) == (
                     pytest.approx(look.u[c], abs=1e-5) if c in look.u else None
                 )
+
+
+def test_scales_that_a_cam_is_scored_at_change_no_label(base: Path, shards: Path) -> None:
+    got, reader = restore(base, device=CPU), ShardReader(shards, "train")
+    scored = replace(got.cfg, eval=replace(got.cfg.eval, cam_scales=(1.0, 2.0), cam_side=64))
+    found = [
+        {marks.id: labels_HW for marks, labels_HW in exported.labelled(replace(got, cfg=cfg), reader)}
+        for cfg in (got.cfg, scored)
+    ]
+    assert all(np.array_equal(found[0][id], found[1][id]) for id in reader.ids)
 
 
 def test_weights_are_those_of_the_segmentation_loss(folder: Path) -> None:
