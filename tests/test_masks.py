@@ -17,7 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+import ugrl
 from tests import test_train as two
+from tests.own import own_shards
 from tests.predictions import trained
 from tests.test_data_loader_ray import asked, blocks, ray_data
 from tests.tiny import tiny_tree
@@ -166,6 +168,14 @@ def test_prepare_takes_a_folder_of_masks(
     assert re.search(r"train.*20.*20.*20", text) and "teacher masks" in text
     assert "1 × teacher mask of no image (such as stranger.png)" in text
     assert "16 × image without a teacher mask (such as val_000000)" in text
+
+
+def test_the_python_api_takes_a_folder_of_masks_too(tmp_path: Path) -> None:
+    own_shards(tmp_path)
+    write(tmp_path / "sam", "p0", np.ones((40, 40), np.uint8))
+    made = ugrl.prepare(tmp_path / "own", tmp_path / "taught", teacher=tmp_path / "sam", tune_val=0, quiet=True)
+    reader = ShardReader(made, "train", teacher=True)
+    assert [id for k, id in enumerate(reader.ids) if reader[k].teacher is not None] == ["p0"]
 
 
 def test_masks_of_two_teachers_are_not_mixed(teacher: Path, tmp_path: Path) -> None:
