@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ugrl.data.order import batch_rows
 from ugrl.data.reader import ShardReader, wants_masks
-from ugrl.data.shards import SCHEMA, Manifest, from_table, to_table
+from ugrl.data.shards import SCHEMA_VERSION, SCHEMAS, TEACHER_VERSION, Manifest, from_table, to_table
 from ugrl.data.spec import LoaderSpec
 from ugrl.errors import DataError, UgrlError
 from ugrl.row import Row
@@ -40,7 +40,9 @@ PLACE = [
     pa.field("kind", pa.string()),
     pa.field("error", pa.string()),
 ]
-CARRIED = pa.schema([*SCHEMA, *PLACE])
+# By whether rows have teacher masks.
+VERSION = {False: SCHEMA_VERSION, True: TEACHER_VERSION}
+CARRIED = {taught: pa.schema([*SCHEMAS[version], *PLACE]) for taught, version in VERSION.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Carried:
     @property
     def bytes(self) -> int:
         """Size of the row's image and mask files."""
-        return len(self.row.image) + len(self.row.mask or b"")
+        return len(self.row.image) + len(self.row.mask or b"") + len(self.row.teacher or b"")
 
 
 def fetch(
@@ -95,10 +97,10 @@ def fetch(
         if row.error is not None:
             break
         if size >= block_bytes:
-            yield pack(rows)
+            yield pack(rows, teacher=spec.teacher)
             rows, size = [], 0
     if rows:
-        yield pack(rows)
+        yield pack(rows, teacher=spec.teacher)
 
 
 def _read_ahead(positions: range, spec: LoaderSpec, reader: ShardReader) -> Iterator[Carried]:
@@ -141,15 +143,15 @@ def _open(stream: str, manifest: Manifest, spec: LoaderSpec) -> ShardReader:
     """Make a reader for a stream. A process keeps it, so that later tasks find the shards open."""
     while len(_opened) >= OPEN_STREAMS:
         del _opened[next(iter(_opened))]
-    _opened[stream] = ShardReader(manifest, spec.split, spec.data)
+    _opened[stream] = ShardReader(manifest, spec.split, spec.data, teacher=spec.teacher)
     return _opened[stream]
 
 
-def pack(rows: list[Carried]) -> pa.Table:
+def pack(rows: list[Carried], *, teacher: bool = False) -> pa.Table:
     """Rows as a block of :data:`CARRIED`."""
-    columns = list(to_table([r.row for r in rows]).columns)
+    columns = list(to_table([r.row for r in rows], VERSION[teacher]).columns)
     columns += [pa.chunked_array([[getattr(r, f.name) for r in rows]], f.type) for f in PLACE]
-    return pa.Table.from_arrays(columns, schema=CARRIED)
+    return pa.Table.from_arrays(columns, schema=CARRIED[teacher])
 
 
 def unpack(table: pa.Table) -> list[Carried]:

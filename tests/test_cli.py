@@ -34,13 +34,16 @@ def test_the_surface_is_what_the_readme_says() -> None:
     assert options(commands["figures"].format_help()) == looking | {"--images"}
     common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
     measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
-    measured |= {"--protocol", "--set", "--out", "--json"}
+    measured |= {"--protocol", "--set", "--out", "--json", "--masks", "--compare"}
     assert options(commands["eval"].format_help()) == common | measured
     own = {"--out", "--batch", "--tile", "--overlap", "--palette", "--overlay", "--cam", "--uncertainty", "--export"}
     assert options(commands["predict"].format_help()) == common | own | {"--on-error", "--protocol"}
-    exported = {"--help", "--version", "--best", "--to", "--out", "--size", "--images", "--data"}
+    exported = {"--help", "--version", "--best", "--to", "--out", "--size", "--images", "--data"} | {
+        "--split",
+        "--device",
+    }
     assert options(commands["export"].format_help()) == exported
-    assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels"} <= options(
+    assert {"--root", "--out", "--on-error", "--tune-val", "--keep-unannotated", "--labels", "--teacher"} <= options(
         commands["prepare"].format_help()
     )
     for command in commands.values():

@@ -155,7 +155,7 @@ def split(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m.update(class_names=["cat", "cat"]), "expected 1…254 different ones"),
         (lambda m: m.update(class_names=[1]), "class_names: 1; expected a text"),
         (lambda m: m.update(splits=[]), r"splits: \[\]; expected keys and values"),
-        (lambda m: m.update(schema_version=[2]), r"schema version \[2\]; expected 1"),
+        (lambda m: m.update(schema_version=[2]), r"schema version \[2\]; expected 1 or 2"),
         (lambda m: m.pop("options"), "no key 'options'"),
         (split(rows=12), "12 rows, 11 with masks; its shards hold 11"),
         (split(with_masks=12), "12 with masks"),

@@ -360,8 +360,8 @@ def edit(folder, **changes):
 
 
 def test_a_manifest_of_another_version_is_refused(copy):
-    edit(copy, schema_version=2)
-    with pytest.raises(DataError, match="manifest.json: schema version 2; expected 1: run 'ugrl prepare' again"):
+    edit(copy, schema_version=3)
+    with pytest.raises(DataError, match="manifest.json: schema version 3; expected 1 or 2: run 'ugrl prepare' again"):
         Manifest.load(copy)
 
 
@@ -369,10 +369,10 @@ def test_a_shard_of_another_version_is_refused(copy):
     path = copy / "train-00000.parquet"
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"ugrl.schema_version": b"7"}), path)
-    with pytest.raises(DataError, match=r"train-00000\.parquet: shard of schema version 7; expected 1"):
+    with pytest.raises(DataError, match=r"train-00000\.parquet: shard of schema version 7; expected 1 or 2"):
         open_shard(path)
     pq.write_table(table.replace_schema_metadata({}), path)
-    with pytest.raises(DataError, match="shard of schema version none; expected 1"):
+    with pytest.raises(DataError, match="shard of schema version none; expected 1 or 2"):
         open_shard(path)
 
 

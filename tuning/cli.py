@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from tuning.space.search import Search
     from tuning.space.space import SearchSpace
 
+# Values of a search that ask more of the data than others.
+DEMANDING = {("method.setting", "Full"), ("method.pseudo.source", "teacher"), ("method.pseudo.source", "agree")}
+
 SUMMARY = """\
 examples:
   ugrl-tune --space shapes                              the demo: generated images, minutes on two cores
@@ -141,16 +144,17 @@ def check_data(search: Search, *, fresh: bool = True) -> Search:
     from ugrl.train.check import check_run
 
     space, base = search.space, search.base
-    if any(axis.path == "method.setting" and "Full" in axis.edges for axis in space.search):
-        # The setting that asks most of the data is checked for all.
-        base = configs.build(configs.override(configs.to_dict(base), {"method.setting": "Full"}))
+    # The values that ask most of the data are checked for all.
+    asked = [{axis.path: value} for axis in space.search for value in axis.edges if (axis.path, value) in DEMANDING]
+    bases = [configs.build(configs.override(configs.to_dict(base), values)) for values in asked] or [base]
     manifest = Manifest.load(search.shards)
     found = []
     for o in space.objectives:
         name = None if o.name in COSTS else o.name
-        real = check_run(base, manifest, split=space.split, objective=name, fresh=fresh)
-        if space.final.best or space.final.every:  # measured there too, by the same metric
-            check_run(base, manifest, split=space.final.split, objective=real)
+        for each in bases:
+            real = check_run(each, manifest, split=space.split, objective=name, fresh=fresh)
+            if space.final.best or space.final.every:  # measured there too, by the same metric
+                check_run(each, manifest, split=space.final.split, objective=real)
         found.append(Objective(real) if name else o)
     return replace(search, objectives=tuple(found))
 

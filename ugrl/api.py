@@ -16,6 +16,7 @@ from ugrl import config as configs
 from ugrl.command import folder_for
 from ugrl.config import Config
 from ugrl.data.cli import layout
+from ugrl.data.mask_folder import TaughtSource
 from ugrl.data.prepare import inventory_of
 from ugrl.data.prepare import prepare as write_shards
 from ugrl.data.shards import MANIFEST
@@ -68,6 +69,7 @@ def prepare(
     seed: int = 0,
     reuse: bool = False,
     quiet: bool = False,
+    teacher: str | Path | None = None,
     **options: Any,
 ) -> Path:
     """Write a data set to shards, as ``ugrl prepare`` does; work that was stopped continues.
@@ -81,6 +83,7 @@ def prepare(
         seed: Of the held-out choice.
         reuse: Take ``out`` as it is where it exists already, though ``root`` may have changed since.
         quiet: No progress, no census and no warnings.
+        teacher: Folder of masks of another method, ``ID.png`` each, that ``method.pseudo.source`` may learn from.
         options: Those of the source, such as ``year=2017``.
 
     Returns:
@@ -100,8 +103,9 @@ def prepare(
         return out
     if (out / MANIFEST).is_file():
         raise DataError(f"{line(out)}: is prepared already; reuse=True takes it as it is, or choose another out")
+    images = open_source(source or layout(root), root, **options)
     made = write_shards(
-        open_source(source or layout(root), root, **options),
+        images if teacher is None else TaughtSource(images, Path(teacher)),
         out,
         tune_val=tune_val,
         on_error=on_error,

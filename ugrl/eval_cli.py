@@ -1,4 +1,4 @@
-"""``ugrl eval``: a checkpoint measured on any split or list, by any protocol."""
+"""``ugrl eval``: a checkpoint, or the masks of any method, measured on any split or list, by any protocol."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ugrl.data.reader import ShardReader
     from ugrl.data.shards import Manifest
     from ugrl.eval.evaluate import EvalResult
+    from ugrl.eval.masks import Masks
     from ugrl.eval.thresholds import Threshold
     from ugrl.terminal import Terminal
     from ugrl.train.restore import Restored
@@ -36,6 +37,9 @@ examples:
   ugrl eval runs/voc --data shards --protocol toco        several scales and a CRF, as ToCo measures
   ugrl eval runs/voc --data shards --what cam refined     the CAM at the threshold that is best on 'train'
   ugrl eval runs/voc --data shards --what refined --list train.txt --out labels
+  ugrl eval runs/voc --data shards --masks sam3 --masks clip --compare    beside masks of others, sam3/ID.png
+  ugrl eval --masks sam3 --data shards --split val        masks alone
+  ugrl eval runs/a runs/b --data shards --what seg --compare              what b gains by class
   ugrl eval runs/voc --data shards --scales 0.75 1 1.25 --mirror --crf --set eval.crf_bi_w=5
 """
 
@@ -54,7 +58,13 @@ def threshold(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ugrl eval``, but for those of every command that takes a checkpoint."""
     parser.description, parser.epilog = "Measure.", EXAMPLES + (parser.epilog or "")
-    parser.add_argument("checkpoint", help="a run folder or one of its checkpoints/step_…, a path or a URI")
+    parser.add_argument(
+        "checkpoint",
+        nargs="*",
+        metavar="RUN",
+        help="a run folder or one of its checkpoints/step_…, a path or a URI; a second one to compare with; none is "
+        "needed with --masks",
+    )
     parser.add_argument("--data", required=True, metavar="DIR|URI", help="prepared shards")
     parser.add_argument("--split", help="default: val")
     parser.add_argument("--list", type=Path, metavar="FILE", help="the images that a text file names, one id a line")
@@ -79,6 +89,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="any other key of the section eval",
     )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="also score the masks of another method, DIR/ID.png with class indices; may be given several times",
+    )
+    parser.add_argument("--compare", action="store_true", help="show the others' differences to the first, by class")
     parser.add_argument("--out", type=folder_for, metavar="DIR", help="also write the labels: DIR/cam/ID.png, …")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
@@ -106,6 +125,7 @@ def check_together(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: One of them would do nothing.
     """
+    _check_columns(args)
     if args.threshold is not None and args.threshold_from is not None:
         raise ConfigError("--threshold and --threshold-from; expected one of the two")
     if args.list is not None and args.split is not None:
@@ -126,10 +146,52 @@ def check_together(args: argparse.Namespace) -> None:
                 )
 
 
+def _check_columns(args: argparse.Namespace) -> None:
+    """Refuse too many runs, none, and options that need one.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    runs: list[str] = args.checkpoint
+    if len(runs) > 2:
+        raise ConfigError(f"{len(runs)} runs ({line(runs[2], 60)} is the third); expected one, or two to compare")
+    if not runs and not args.masks:
+        raise ConfigError("neither a run nor --masks; expected one of the two")
+    if args.compare and len(runs) + len(args.masks) < 2:
+        raise ConfigError("--compare of one thing; expected a second run, or --masks beside it")
+    if len(runs) == 2 and args.out is not None:
+        raise ConfigError("--out and two runs; expected one run, whose labels are written")
+    if runs:
+        return
+    given = [
+        name for name in ("what", "crf", "refined_cam", "threshold", "threshold_from", "out") if getattr(args, name)
+    ]
+    given += [name for name in ("best", "scales", "mirror", "device") if getattr(args, name)]
+    given += ["protocol"] if args.protocol not in (None, "native") else []
+    if given:
+        name = given[0].replace("_", "-")
+        raise ConfigError(f"--{name} is for a run; expected one before --masks: masks are counted as they are")
+    if other := [word for word in args.overrides if word.partition("=")[0].strip() != "eval.limit"]:
+        raise ConfigError(f"--set {line(other[0], 80)} is for a run; expected eval.limit alone beside --masks")
+
+
+@dataclass
+class OpenRun:
+    """A run that is about to be measured, how, and what to tell of that."""
+
+    where: str
+    got: Restored
+    how: EvalConfig
+    told: list[str]
+    device: Any
+
+
 @dataclass
 class Measured:
     """What an evaluation was, and what it gave."""
 
+    name: str
+    where: str
     got: Restored
     reader: ShardReader
     cfg: Config
@@ -150,34 +212,100 @@ def run(args: argparse.Namespace, choose_checkpoint: Callable[..., tuple[Path, s
     """
     from ugrl.data.reader import ShardReader
     from ugrl.data.shards import Manifest
-    from ugrl.device import resolve
-    from ugrl.storage import place
+    from ugrl.eval.masks import comparison
     from ugrl.terminal import Terminal
     from ugrl.train.progress import result_table
-    from ugrl.train.restore import restore
 
     check_together(args)
-    device = resolve(args.device)
-    path, chosen = choose_checkpoint(args.checkpoint, best=args.best)
     manifest = Manifest.load(args.data)
     reader = ShardReader(manifest, args.split) if args.list is None else _listed(manifest, args.list)
+    console = Terminal(stderr=True)
+    opened = [_open_run(args, where, choose_checkpoint, reader) for where in args.checkpoint]
+    limits = {min(run.how.limit or len(reader), len(reader)) for run in opened}
+    if len(limits) > 1:
+        raise ConfigError(
+            f"the runs look at {' and '.join(map(str, sorted(limits)))} images; expected the same: --set eval.limit=0"
+        )
+    limit = how_to_measure(Config(), args)[0].limit or len(reader)
+    count = limits.pop() if limits else min(limit, len(reader))
+    # The cheap things first: a mask that is missing is not to be found after an hour.
+    masks = _score_masks(args, reader, count, console)
+    runs = [_measure_run(args, run, reader, count, console) for run in opened]
+    if args.json:
+        print(json.dumps(_json_of(args, runs, masks, count), indent=1))
+        return 0
+    for found in runs:
+        Terminal().print(result_table(found.result))
+    if masks or len(runs) > 1:
+        title = f"{_where(args)}: {count} images, IoU in percent"
+        Terminal().print(comparison(_columns(runs, masks), title, differences=args.compare))
+    return 0
+
+
+def _score_masks(args: argparse.Namespace, reader: ShardReader, count: int, console: Terminal) -> list[Masks]:
+    """The scores of the folders of masks on the first so many images.
+
+    Raises:
+        DataError: An image has no ground truth, or a mask cannot be used.
+    """
+    from ugrl.data.progress import Progress
+    from ugrl.eval.masks import names_of, score_masks
+    from ugrl.eval.selection import masks_text
+
+    if not args.masks:
+        return []
+    if not reader.has_masks:
+        have = masks_text(reader.manifest, args.split) if args.list is None else "some of its images have none"
+        raise DataError(f"--masks: {_where(args)}: {have}; expected a true mask for every image, to score by")
+    found = []
+    for name, root in zip(names_of(args.masks), args.masks, strict=True):
+        console.print(f"masks {line(root)}; {_where(args)}: {count} images", soft_wrap=True, markup=False)
+        with Progress(total=count, what="masks") as bar:
+            found.append(score_masks(name, root, reader, count, on_image=lambda _: bar.advance(1)))
+    return found
+
+
+def _columns(runs: list[Measured], masks: list[Masks]) -> list[Masks]:
+    """All that is set side by side: what was measured of each run, then the folders."""
+    from ugrl.eval.masks import Masks, names_of
+
+    found = []
+    for run, name in zip(runs, names_of([Path(run.name) for run in runs]), strict=True):
+        kinds = [kind for kind in ("seg", "crf", "cam", "refined") if f"{kind}_iou" in run.result.classes]
+        for kind in kinds:
+            table, mean = run.result.classes[f"{kind}_iou"], run.result.metrics.get(f"{kind}_miou", math.nan)
+            found.append(Masks(f"{name} {kind}", table, mean))
+    return found + masks
+
+
+def _open_run(
+    args: argparse.Namespace, where: str, choose_checkpoint: Callable[..., tuple[Path, str]], reader: ShardReader
+) -> OpenRun:
+    from ugrl.device import resolve
+    from ugrl.storage import place
+    from ugrl.train.restore import restore
+
+    device, manifest = resolve(args.device), reader.manifest
+    path, chosen = choose_checkpoint(where, best=args.best)
     got = restore(path, device=device)
     if manifest.class_names != got.class_names:
         raise CheckpointError(
-            f"{place(args.checkpoint)}: trained on {_names(got.class_names)}; {manifest.root} has "
-            f"{_names(manifest.class_names)}"
+            f"{place(where)}: trained on {_names(got.class_names)}; {manifest.root} has {_names(manifest.class_names)}"
         )
     how, told = how_to_measure(got.cfg, args)
-    console = Terminal(stderr=True)
-    total = min(how.limit or len(reader), len(reader))
-    for text in [f"{chosen}; {_where(args)}: {total} images", *told]:
+    return OpenRun(where, got, how, [chosen, *told], device)
+
+
+def _measure_run(
+    args: argparse.Namespace, run: OpenRun, reader: ShardReader, count: int, console: Terminal
+) -> Measured:
+    from ugrl.storage import place
+
+    chosen, *told = run.told
+    for text in [f"{chosen}; {_where(args)}: {count} images", *told]:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
-    found = _measure(args, got, reader, how, console, device)
-    if args.json:
-        print(json.dumps(_told(args, found), indent=1))
-    else:
-        Terminal().print(result_table(found.result))
-    return 0
+    found = _measure(args, run.got, reader, run.how, console, run.device)
+    return Measured(place(run.where).public, run.where, run.got, reader, *found)
 
 
 def _where(args: argparse.Namespace) -> str:
@@ -192,7 +320,7 @@ def _listed(manifest: Manifest, path: Path) -> ShardReader:
 
 def _measure(
     args: argparse.Namespace, got: Restored, reader: ShardReader, how: EvalConfig, console: Terminal, device: Any
-) -> Measured:
+) -> tuple[Config, EvalResult, dict[str, Threshold], str]:
     """Search the thresholds where that is asked for, then measure."""
     from ugrl.data.progress import Progress
     from ugrl.eval.thresholds import search_thresholds
@@ -242,7 +370,7 @@ def _measure(
         )
     if args.out is not None:
         console.print(f"labels: {args.out}", soft_wrap=True, markup=False, highlight=False)
-    return Measured(got, reader, cfg, result, thresholds, on)
+    return cfg, result, thresholds, on
 
 
 def _threshold_images(args: argparse.Namespace, cfg: Config, manifest: Manifest) -> tuple[ShardReader, str]:
@@ -308,13 +436,36 @@ def keeper(out: Path) -> Callable[[str, str, np.ndarray], None]:
     return keep
 
 
+def _json_of(args: argparse.Namespace, runs: list[Measured], masks: list[Masks], count: int) -> dict[str, Any]:
+    """All of an evaluation for another program: the first run, the other one, and the masks."""
+    from ugrl.storage import place
+
+    told: dict[str, Any] = {"data": place(args.data).public, "split": None if args.list else args.split}
+    told |= {"list": None if args.list is None else str(args.list), "images": count}
+    if runs:
+        told = _told(args, runs[0])
+    if len(runs) > 1:
+        told["other"] = _told(args, runs[1])
+    if masks:
+        told["masks"] = [
+            {
+                "name": m.name,
+                "miou": m.miou if math.isfinite(m.miou) else None,
+                "left_out": m.left_out,
+                "iou": {name: v if math.isfinite(v) else None for name, v in m.iou.items()},
+            }
+            for m in masks
+        ]
+    return told
+
+
 def _told(args: argparse.Namespace, found: Measured) -> dict[str, Any]:
     """An evaluation for another program."""
     from ugrl.storage import place
 
     how, result = found.cfg.eval, found.result
     told: dict[str, Any] = {
-        "checkpoint": place(args.checkpoint).public,
+        "checkpoint": place(found.where).public,
         "step": found.got.step,
         "data": place(args.data).public,
         "split": args.split if args.list is None else None,

@@ -18,6 +18,7 @@ class Row:
         height: Pixels of the upright picture.
         tags: Class indices 1…F that the image shows, ascending.
         mask: Label PNG (indices, 255 ignored) or ``None``.
+        teacher: Label PNG that another method made, where a reader was asked for it, or ``None``.
     """
 
     id: str
@@ -26,3 +27,4 @@ class Row:
     height: int
     tags: tuple[int, ...]
     mask: bytes | None = None
+    teacher: bytes | None = None

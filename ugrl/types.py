@@ -42,6 +42,7 @@ class Sample:
         tags_F: float32 (F,): 1 for each class that the image shows, else 0.
         mask_HW: uint8 labels with 255 outside the box, or ``None``.
         box_4: int64 ``(y0, y1, x0, x1)``.
+        teacher_HW: As ``mask_HW``, of the teacher.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Sample:
     tags_F: np.ndarray
     mask_HW: np.ndarray | None
     box_4: np.ndarray
+    teacher_HW: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Batch:
         masks_BHW: uint8, 255 outside the boxes, or ``None``; read by metrics and pictures, and by a loss only with the
             setting Full.
         pairs_P2: int64 ``(b, f)`` of every tag, row-major, on the CPU; f counts from 0.
+        teachers_BHW: uint8 teacher masks, 255 outside the boxes, or ``None`` (``method.pseudo.source``).
     """
 
     ids: tuple[str, ...]
@@ -71,32 +74,38 @@ class Batch:
     boxes_B4: Tensor
     masks_BHW: Tensor | None
     pairs_P2: Tensor
+    teachers_BHW: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The same batch with its large tensors on ``device`` (boxes and pairs stay)."""
-        masks = self.masks_BHW
+        masks, teachers = self.masks_BHW, self.teachers_BHW
         return replace(
             self,
             images_B3HW=self.images_B3HW.to(device, dtype, non_blocking=True),
             tags_BF=self.tags_BF.to(device, dtype, non_blocking=True),
             masks_BHW=None if masks is None else masks.to(device, non_blocking=True),
+            teachers_BHW=None if teachers is None else teachers.to(device, non_blocking=True),
         )
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples; the batch has masks only if every sample has one."""
-    masks = [s.mask_HW for s in samples]
+    """Stack samples; the batch has masks (of either kind) only if every sample has one."""
     tags = torch.from_numpy(np.stack([s.tags_F for s in samples]))
     return Batch(
         ids=tuple(s.id for s in samples),
         images_B3HW=torch.from_numpy(np.stack([s.image_3HW for s in samples])),
         tags_BF=tags,
         boxes_B4=torch.from_numpy(np.stack([s.box_4 for s in samples])).long(),
-        masks_BHW=None
-        if any(m is None for m in masks)
-        else torch.from_numpy(np.stack([m for m in masks if m is not None])),
+        masks_BHW=stack_masks([s.mask_HW for s in samples]),
         pairs_P2=tags.nonzero(),
+        teachers_BHW=stack_masks([s.teacher_HW for s in samples]),
     )
+
+
+def stack_masks(masks: list[np.ndarray | None]) -> Tensor | None:
+    """Masks of one size as a tensor (B, H, W), or ``None`` where one is missing."""
+    found = [mask for mask in masks if mask is not None]
+    return torch.from_numpy(np.stack(found)) if len(found) == len(masks) else None
 
 
 @dataclass(frozen=True, slots=True)

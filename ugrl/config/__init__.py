@@ -36,6 +36,7 @@ from ugrl.config.tree import EvalConfig as EvalConfig
 from ugrl.config.tree import LossConfig as LossConfig
 from ugrl.config.tree import MethodConfig as MethodConfig
 from ugrl.config.tree import ModelConfig as ModelConfig
+from ugrl.config.tree import PseudoConfig as PseudoConfig
 from ugrl.config.tree import ShapesConfig as ShapesConfig
 from ugrl.config.tree import Steps as Steps
 from ugrl.config.tree import TrainConfig as TrainConfig

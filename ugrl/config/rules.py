@@ -170,6 +170,22 @@ RULES = (
         ),
     ),
     Rule(
+        ("method.pseudo.source", "method.cam.propagate"),
+        lambda cfg: cfg.method.pseudo.source not in ("teacher", "agree") or cfg.method.cam.propagate != "afa",
+        lambda cfg: (
+            f"method.pseudo.source is {cfg.method.pseudo.source}, and method.cam.propagate is afa, which walks for "
+            "labels of the CAM alone; expected none or affinity"
+        ),
+    ),
+    Rule(
+        ("method.pseudo.source", "method.setting"),
+        lambda cfg: cfg.method.pseudo.source not in ("teacher", "agree") or cfg.method.setting != "Full",
+        lambda cfg: (
+            f"method.pseudo.source is {cfg.method.pseudo.source}, and method.setting Full learns from the true masks; "
+            "expected cam, or another setting"
+        ),
+    ),
+    Rule(
         ("name",),
         _is_folder_name,
         lambda cfg: f"name is {show(cfg.name)}; expected a name that a folder can have",

@@ -257,10 +257,15 @@ class LossConfig:
 class PseudoConfig:
     """What pseudo-labels are made of."""
 
-    source: Literal["cam", "cam+prototypes"] = "cam"
-    """The CAM alone, or with how much nearer a position's feature is to the prototype of the class than to that of
-    the background: CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b). In the settings II and IV, where u has a say in L_seg;
-    the others use the CAM alone."""
+    source: Literal["cam", "cam+prototypes", "teacher", "agree"] = "cam"
+    """What labels the pixels of a training image: its CAM; the CAM with how much nearer a position's feature is to the
+    prototype of the class than to that of the background, CAM + w·(cos(H_p, P_c) − cos(H_p, P_0) − b), in the settings
+    II and IV, where u has a say in L_seg (``cam+prototypes``); the mask of another method that the shards hold
+    (``teacher``); or only what CAM and mask both say (``agree``). Classes that the image is not tagged with are
+    ignored."""
+    u_max: float = _num(1.0, ge=0, le=2)
+    """Largest uncertainty u of a class at which ``agree`` believes the teacher alone, where the CAM is undecided. At 1
+    a class vector has nothing in common with its prototype; 2 believes the teacher for every u."""
     prototype_weight: float = _num(0.5, ge=0)
     """w of ``cam+prototypes``."""
     background_bias: float = _num(0.0, ge=-2, le=2)

@@ -126,6 +126,7 @@ class Augment:
             tags_F=tags_vector(row.tags, self.num_classes),
             mask_HW=self.mask(row, cut),
             box_4=np.array(cut.box_4, np.int64),
+            teacher_HW=self.teacher(row, cut),
         )
 
     def cut(self, height: int, width: int, rng: np.random.Generator) -> Cut:
@@ -180,9 +181,16 @@ class Augment:
         Raises:
             DataError: The mask is broken, or of another size than the image.
         """
-        if row.mask is None:
+        return self._cut_labels(row.mask, cut, f"row {row.id}: the mask")
+
+    def teacher(self, row: Row, cut: Cut) -> np.ndarray | None:
+        """The row's teacher mask under a cut; as :meth:`mask`."""
+        return self._cut_labels(row.teacher, cut, f"row {row.id}: the teacher mask")
+
+    def _cut_labels(self, data: bytes | None, cut: Cut, where: str) -> np.ndarray | None:
+        if data is None:
             return None
-        labels = nearest(_labels(row, (cut.x.length, cut.y.length)), cut.y, cut.x)
+        labels = nearest(_labels(data, (cut.x.length, cut.y.length), where), cut.y, cut.x)
         mask_CC = np.full((self.crop, self.crop), IGNORE, np.uint8)
         y0, y1, x0, x1 = cut.box_4
         mask_CC[y0:y1, x0:x1] = labels[:, ::-1] if cut.flip else labels
@@ -210,12 +218,10 @@ def clear_outside(canvas: np.ndarray, cut: Cut, colour_3: np.ndarray | int = 0) 
     canvas[y0:y1, x1:] = colour_3
 
 
-def _labels(row: Row, size: tuple[int, int]) -> Image.Image:
-    labels = decode_labels(row.mask or b"", f"row {row.id}")
+def _labels(data: bytes, size: tuple[int, int], where: str) -> Image.Image:
+    labels = decode_labels(data, where.removesuffix(": the mask"))
     if labels.size != size:
-        raise DataError(
-            f"row {row.id}: the mask is {labels.width}×{labels.height}; expected {size[0]}×{size[1]} as the image"
-        )
+        raise DataError(f"{where} is {labels.width}×{labels.height}; expected {size[0]}×{size[1]} as the image")
     return labels
 
 
@@ -231,10 +237,15 @@ def eval_sample(row: Row, num_classes: int) -> Sample:
     """
     image_HW3 = decode_pixels(row.image, f"row {row.id}")
     height, width = image_HW3.shape[:2]
+
+    def whole(data: bytes | None, what: str) -> np.ndarray | None:
+        return None if data is None else np.array(_labels(data, (width, height), f"row {row.id}: the {what}"))
+
     return Sample(
         id=row.id,
         image_3HW=normalize(image_HW3),
         tags_F=tags_vector(row.tags, num_classes),
-        mask_HW=None if row.mask is None else np.array(_labels(row, (width, height))),
+        mask_HW=whole(row.mask, "mask"),
         box_4=np.array([0, height, 0, width], np.int64),
+        teacher_HW=whole(row.teacher, "teacher mask"),
     )

@@ -20,7 +20,7 @@ class Decoded:
     @property
     def bytes(self) -> int:
         """What keeping it costs."""
-        return self.image_HW3.nbytes + len(self.row.mask or b"")
+        return self.image_HW3.nbytes + len(self.row.mask or b"") + len(self.row.teacher or b"")
 
 
 class PixelCache:

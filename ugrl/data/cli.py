@@ -41,6 +41,7 @@ examples:
   ugrl prepare coco --root coco --out shards
   ugrl prepare coco --root coco --out shards --masks smallest-on-top   as several papers measure
   ugrl prepare shapes --out shards --train 1200 --val 200            generated images
+  ugrl prepare voc --root VOCdevkit --out shards --teacher sam3      beside each image the mask sam3/ID.png
   ugrl prepare --verify shards                                       are its files whole?
 """
 
@@ -66,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("raise", "skip"),
         default="raise",
         help="stop at an unusable image, or leave it out and count it (default raise)",
+    )
+    parser.add_argument(
+        "--teacher", type=Path, metavar="DIR", help="masks of another method, DIR/ID.png, that training may learn from"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the held-out choice, and of shapes (default 0)")
     coco = parser.add_argument_group("coco")
@@ -97,14 +101,15 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: Arguments that do not go together.
         DataError: Bad input, see :func:`ugrl.data.prepare.prepare`.
     """
+    from ugrl.data.mask_folder import TaughtSource
     from ugrl.data.prepare import inventory_of, prepare, target
     from ugrl.data.shards import verify
     from ugrl.terminal import Terminal
 
     console = Terminal()
     if args.verify is not None:
-        if args.source or args.out:
-            raise ConfigError("--verify stands alone; expected no SOURCE and no --out beside it")
+        if args.source or args.out or args.teacher:
+            raise ConfigError("--verify stands alone; expected no SOURCE, --out or --teacher beside it")
         manifest = verify(args.verify)
         if args.masks is not None and (have := manifest.options.get("masks", "file-order")) != args.masks:
             raise DataError(
@@ -119,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     options = source_options(args)
     target(args.out, args.root)
     source = open_source(args.source, args.root, **options)
+    if args.teacher is not None:
+        source = TaughtSource(source, args.teacher)
     manifest = prepare(
         source,
         args.out,
@@ -255,15 +262,24 @@ def summary(manifest: Manifest) -> Table:
     """Splits, rows, masks, what was left out, shards and size."""
     from rich.table import Table
 
+    from ugrl.data.shards import TEACHER_VERSION
+
     how = f", masks {line(manifest.options['masks'])}" if "masks" in manifest.options else ""
     table = Table(title=plain(f"{manifest.root}: {manifest.source}, {manifest.num_classes} classes{how}"))
     table.add_column("split")
-    for column in ("rows", "with masks", "left out", "shards", "MB"):
+    taught = manifest.schema_version == TEACHER_VERSION
+    for column in ("rows", "with masks", *(["teacher masks"] if taught else []), "left out", "shards", "MB"):
         table.add_column(column, justify="right")
     for name, info in manifest.splits.items():
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(info.left_out.items())) or "0"
         size = sum(s.bytes for s in info.shards) / 1e6
         table.add_row(
-            plain(name), str(info.rows), str(info.with_masks), plain(left_out), str(len(info.shards)), f"{size:.1f}"
+            plain(name),
+            str(info.rows),
+            str(info.with_masks),
+            *([str(info.with_teachers)] if taught else []),
+            plain(left_out),
+            str(len(info.shards)),
+            f"{size:.1f}",
         )
     return table

@@ -28,10 +28,19 @@ class Labels:
     boxes_B4: Tensor
     masks_BHW: Tensor | None
     pairs_P2: Tensor
+    teachers_BHW: Tensor | None = None
 
     def batch(self, images_B3HW: Tensor) -> Batch:
         """The batch with these images."""
-        return Batch(self.ids, images_B3HW, self.tags_BF, self.boxes_B4, self.masks_BHW, self.pairs_P2)
+        return Batch(
+            self.ids,
+            images_B3HW,
+            self.tags_BF,
+            self.boxes_B4,
+            self.masks_BHW,
+            self.pairs_P2,
+            self.teachers_BHW,
+        )
 
 
 @dataclass(frozen=True, slots=True)

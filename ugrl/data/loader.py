@@ -32,12 +32,14 @@ class LocalLoader:
 
     def __init__(self, spec: LoaderSpec, reader: ShardReader | None = None, *, cache: PixelCache | None = None) -> None:
         self.spec = spec
-        self.reader = ShardReader(spec.shards, spec.split, spec.data) if reader is None else reader
+        self.reader = (
+            ShardReader(spec.shards, spec.split, spec.data, teacher=spec.teacher) if reader is None else reader
+        )
         self.cache = cache  # which may be empty yet
         if cache is None and spec.data.cache_mb > 0:
             self.cache = PixelCache(spec.data.cache_mb)
         if self.cache is not None:
-            self.cache.belong(self.reader.manifest.fingerprint(self.reader.split))
+            self.cache.belong(self.reader.manifest.fingerprint(self.reader.split) + "+teacher" * spec.teacher)
         self._maker = BatchMaker.of(spec, self.cache)
         self.step = spec.start_step
         self._ahead = spec.start_step

@@ -17,10 +17,10 @@ from ugrl.data.cache import Decoded, PixelCache
 from ugrl.data.device import Labels, PixelBatch, RawBatch, cut_axes
 from ugrl.data.images import decode_pixels
 from ugrl.data.order import sample_rng
-from ugrl.data.spec import LoaderSpec
+from ugrl.data.spec import NEEDS_TEACHER, LoaderSpec
 from ugrl.data.spec import OnDevice as OnDevice
-from ugrl.errors import HungError
-from ugrl.types import Batch, Row
+from ugrl.errors import DataError, HungError
+from ugrl.types import Batch, Row, stack_masks
 
 
 class Loaded(Protocol):
@@ -73,6 +73,7 @@ class Draft:
         raw: Parts of the decoded images, uint8 (h, w, 3) each.
         axes_B23: float64, see :class:`ugrl.data.device.RawBatch`.
         with_masks: Whether masks are wanted.
+        teachers: Teacher masks, as ``masks``.
     """
 
     images: Tensor | None
@@ -83,6 +84,7 @@ class Draft:
     raw: list[Tensor]
     axes_B23: Tensor
     with_masks: bool
+    teachers: list[np.ndarray | None]
 
 
 class BufferPool:
@@ -117,6 +119,7 @@ class BatchMaker:
         on_device: What is left to the device: nothing, normalising, or all but decoding.
         cache: Where decoded images are kept.
         pin_memory: Whether images lie in page-locked memory, for copies that overlap with a GPU's work.
+        teacher: Whether batches have teacher masks, which all rows then need.
     """
 
     def __init__(
@@ -127,9 +130,10 @@ class BatchMaker:
         on_device: OnDevice = "none",
         cache: PixelCache | None = None,
         pin_memory: bool = False,
+        teacher: bool = False,
     ) -> None:
         self.augment, self.seed, self.on_device = augment, seed, on_device
-        self.cache, self.pin_memory = cache, pin_memory
+        self.cache, self.pin_memory, self.with_teacher = cache, pin_memory, teacher
         self._memory = BufferPool()
 
     @classmethod
@@ -141,6 +145,7 @@ class BatchMaker:
             on_device=spec.on_device,
             cache=cache,
             pin_memory=spec.pin_memory,
+            teacher=spec.teacher,
         )
 
     def start(self, count: int, *, with_masks: bool = True) -> Draft:
@@ -159,7 +164,12 @@ class BatchMaker:
             raw=[torch.empty(0, 0, 3, dtype=torch.uint8)] * count,
             axes_B23=torch.empty(count, 2, 3, dtype=torch.float64),
             with_masks=with_masks,
+            teachers=[None] * count,
         )
+
+    def _stacked(self, masks: list[np.ndarray | None]) -> Tensor | None:
+        masks_BHW = stack_masks(masks)
+        return masks_BHW.pin_memory() if masks_BHW is not None and self.pin_memory else masks_BHW
 
     def _images(self, shape: tuple[int, ...], dtype: type) -> Tensor:
         if self.pin_memory:  # torch recycles page-locked memory, and knows when copies from it have ended
@@ -181,7 +191,7 @@ class BatchMaker:
             kept: The decoded row of :meth:`kept`, if there is one.
 
         Raises:
-            DataError: The image or mask is broken.
+            DataError: The image or a mask is broken, or the teacher's is wanted and missing.
         """
         image_HW3 = decode_pixels(row.image, f"row {row.id}") if kept is None else kept.image_HW3
         cut = self.augment.cut(image_HW3.shape[0], image_HW3.shape[1], sample_rng(self.seed, epoch, row.id))
@@ -190,6 +200,10 @@ class BatchMaker:
         draft.boxes_B4.numpy()[k] = cut.box_4
         if draft.with_masks:
             draft.masks[k] = self.augment.mask(row, cut)
+        if self.with_teacher:
+            draft.teachers[k] = self.augment.teacher(row, cut)
+            if draft.teachers[k] is None:
+                raise DataError(f"row {row.id}: no teacher mask; {NEEDS_TEACHER}")
         if draft.images is None:
             (rows, columns), axes = cut_axes(cut)
             part_hw3 = torch.from_numpy(image_HW3[rows, columns])
@@ -204,14 +218,13 @@ class BatchMaker:
 
     def finish(self, draft: Draft) -> Loaded:
         """The batch, once every slot is filled; it has masks only if every sample has one."""
-        masks = [m for m in draft.masks if m is not None]
-        masks_BHW = torch.from_numpy(np.stack(masks)) if len(masks) == len(draft.masks) else None
         labels = Labels(
             ids=tuple(draft.ids),
             tags_BF=draft.tags_BF,
             boxes_B4=draft.boxes_B4,
-            masks_BHW=masks_BHW.pin_memory() if masks_BHW is not None and self.pin_memory else masks_BHW,
+            masks_BHW=self._stacked(draft.masks),
             pairs_P2=draft.tags_BF.nonzero(),
+            teachers_BHW=self._stacked(draft.teachers) if self.with_teacher else None,
         )
         if draft.images is None:
             return RawBatch(labels, tuple(draft.raw), draft.axes_B23, self.augment.crop, self.augment.pad)

@@ -40,7 +40,7 @@ _TRUE, _FALSE = 1, 2
 _BYTES = {_TRUE: 1, _FALSE: 1, 3: 1, 7: 8}  # what takes a fixed number of them
 _PLAIN = _DATA_PAGE = _UNCOMPRESSED = 0
 _DEEPEST = 8
-# Of a row's image or mask: not looked up yet; there is none (nothing lies at 0, where a file's mark is).
+# Of a row's image or masks: not looked up yet; there is none (nothing lies at 0, where a file's mark is).
 _UNKNOWN, _NONE = -1, 0
 
 
@@ -54,18 +54,19 @@ class MappedShard:
     Args:
         path: The file of the shard, on a local disk.
         file: The same, opened by the library.
+        large: Columns of files that rows are to have: the image, then its masks.
     """
 
-    def __init__(self, path: Path, file: pq.ParquetFile) -> None:
+    def __init__(self, path: Path, file: pq.ParquetFile, large: tuple[str, ...] = LARGE) -> None:
         with pa.memory_map(str(path)) as mapped:
             self._bytes = memoryview(mapped.read_buffer()).cast("B")  # keeps the mapping, not the file, open
         small = file.read(SMALL, use_threads=False).combine_chunks()
         self._small = [small.column(name).chunk(0) for name in SMALL]
         if any(column.null_count for column in self._small):
             raise UnsupportedLayout("a row without a value")
-        self._columns = [_position(file.metadata, name) for name in LARGE]
+        self._columns = [_position(file.metadata, name) for name in large]
         self._groups = row_groups(self._bytes, [k for k, _ in self._columns])
-        self._spans_RL2 = np.full((file.metadata.num_rows, len(LARGE), 2), _UNKNOWN, np.int64)
+        self._spans_RL2 = np.full((file.metadata.num_rows, len(large), 2), _UNKNOWN, np.int64)
 
     def row(self, index: int, group: int, first: int) -> Row:
         """A row of a row group that begins with row ``first``.
@@ -75,16 +76,16 @@ class MappedShard:
         """
         if self._spans_RL2[index, 0, 0] == _UNKNOWN:
             self._look_up(group, first)
-        (image_start, image_end), (mask_start, mask_end) = self._spans_RL2[index].tolist()
-        if image_start == _NONE:
+        spans = self._spans_RL2[index].tolist()
+        if spans[0][0] == _NONE:
             raise UnsupportedLayout("a row without an image")
         id, width, height, tags = (column[index].as_py() for column in self._small)
-        mask = None if mask_start == _NONE else bytes(self._bytes[mask_start:mask_end])
-        return Row(id, bytes(self._bytes[image_start:image_end]), width, height, tuple(tags), mask)
+        image, *masks = (None if start == _NONE else bytes(self._bytes[start:end]) for start, end in spans)
+        return Row(id, image or b"", width, height, tuple(tags), *masks)
 
     def _look_up(self, group: int, first: int) -> None:
         rows, chunks = self._groups[group]
-        spans_nL2 = np.empty((rows, len(LARGE), 2), np.int64)
+        spans_nL2 = np.empty((rows, len(self._columns), 2), np.int64)
         for k, (chunk, (_, nullable)) in enumerate(zip(chunks, self._columns, strict=True)):
             if not chunk.plain:
                 raise UnsupportedLayout("a compressed chunk, or one with a dictionary")

@@ -25,11 +25,13 @@ import pyarrow as pa
 from ugrl import foreign
 from ugrl.command import folder_for
 from ugrl.data.census import Census, Inventory, census_of
+from ugrl.data.mask_folder import TaughtSource
 from ugrl.data.progress import Progress
 from ugrl.data.shards import (
     MANIFEST,
     ROW_GROUP,
     SCHEMA_VERSION,
+    TEACHER_VERSION,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -81,6 +83,7 @@ class ShardDone:
     sha256: str
     left_out: dict[str, int] = field(default_factory=dict)
     census: dict[str, Any] = field(default_factory=dict)
+    with_teachers: int = 0
 
 
 WriteShard = Callable[[Source, ShardJob, Path, OnError], ShardDone]
@@ -175,9 +178,10 @@ def write_shard(
         RowError: A row cannot be used and ``on_error`` is ``raise``; no file is left.
     """
     left_out: Counter[str] = Counter()
-    census = Census(len(source.class_names))
+    census, taught = Census(len(source.class_names)), 0
 
     def rows() -> Iterator[Row]:
+        nonlocal taught
         for id in job.ids:
             if on_row is not None:
                 on_row(1)
@@ -189,14 +193,20 @@ def write_shard(
                 left_out[error.reason] += 1
                 continue
             census.add(row)
+            taught += row.teacher is not None
             yield row
 
     with replacing(folder / job.file) as draft:
-        count, masks = write_rows(draft, rows())
+        count, masks = write_rows(draft, rows(), version_of(source))
         if count == 0:
             return ShardDone(job.split, job.file, 0, 0, 0, "", dict(left_out))
         size, digest = draft.stat().st_size, sha256(draft)
-    return ShardDone(job.split, job.file, count, masks, size, digest, dict(left_out), census.to_tree())
+    return ShardDone(job.split, job.file, count, masks, size, digest, dict(left_out), census.to_tree(), taught)
+
+
+def version_of(source: Source) -> int:
+    """The schema version that the shards of a source have."""
+    return TEACHER_VERSION if isinstance(source, TaughtSource) else SCHEMA_VERSION
 
 
 def prepare(
@@ -237,10 +247,11 @@ def prepare(
     partial = partial_of(out)
     jobs = plan(source, tune_val=tune_val, shard_rows=shard_rows, seed=seed)
     options = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": version_of(source),
         "source": source.name,
         "root": None if source.root is None else str(source.root.resolve()),
         **{f"source.{key}": value for key, value in source.options.items()},
+        **({"teacher": str(source.masks.root.resolve())} if isinstance(source, TaughtSource) else {}),
         "tune_val": tune_val,
         "shard_rows": shard_rows,
         "seed": seed,
@@ -374,6 +385,7 @@ def _noted(tree: Any, where: str) -> ShardDone:
         sha256=text("sha256"),
         left_out={reason: foreign.as_int(n, where, least=0) for reason, n in left_out.items()},
         census=foreign.as_dict(tree.get("census", {}), where),
+        with_teachers=foreign.as_int(tree.get("with_teachers", 0), f"{where}: with_teachers", least=0),
     )
 
 
@@ -427,6 +439,7 @@ def _manifest(
             with_masks=sum(p.with_masks for p in parts),
             shards=tuple(ShardInfo(p.file, p.rows, p.bytes, p.sha256) for p in parts if p.rows),
             left_out=dict(left_out),
+            with_teachers=sum(p.with_teachers for p in parts),
         )
     return Manifest(
         root=partial,
@@ -434,6 +447,7 @@ def _manifest(
         options={**source.options, "tune_val": tune_val, "tune_val_seed": seed},
         class_names=tuple(source.class_names),
         splits=splits,
+        schema_version=version_of(source),
         census=inventory.to_tree(),
     )
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ugrl.config import DataConfig
-from ugrl.data.pages import MappedShard, UnsupportedLayout
+from ugrl.data.pages import LARGE, MappedShard, UnsupportedLayout
 from ugrl.data.shard_cache import ShardCache
-from ugrl.data.shards import Manifest, check_row, from_table, open_shard, reading
+from ugrl.data.shards import SCHEMA, TEACHER, Manifest, check_row, from_table, open_shard, reading
 from ugrl.errors import DataError
 from ugrl.row import Row
 from ugrl.storage import Place, StorageError, retry
@@ -38,6 +38,7 @@ class ShardReader:
         shards: A prepared folder (a path, or a URI of a remote one), or its manifest.
         split: Name of the split to read.
         data: Of remote shards, where this node keeps copies and how long a storage that is away is asked again.
+        teacher: Whether rows have their teacher masks, where the shards do; else they are not read.
 
     Raises:
         DataError: As :meth:`Manifest.load`, or no such split.
@@ -48,9 +49,11 @@ class ShardReader:
         shards: str | Path | Place | Manifest,
         split: str,
         data: DataConfig = DEFAULTS,
+        *,
+        teacher: bool = False,
     ) -> None:
         self.manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
-        self.split = split
+        self.split, self.teacher = split, teacher
         info = self.manifest.split(split)
         self._paths = self.manifest.paths(split)
         self._patience = data.storage_patience_s
@@ -125,7 +128,8 @@ class ShardReader:
                         open_shard(path, self._footers[shard][0]) as file,
                         suppress(Exception),  # the library reads row groups, or words what is wrong with them
                     ):
-                        self._mapped[shard] = MappedShard(path, file)
+                        taught = self.teacher and TEACHER in file.schema_arrow.names
+                        self._mapped[shard] = MappedShard(path, file, (*LARGE, TEACHER) if taught else LARGE)
             return self._mapped[shard]
 
     def _group(self, shard: int, group: int) -> pa.Table:
@@ -142,7 +146,9 @@ class ShardReader:
     def _read(self, shard: int, group: int) -> pa.Table:
         try:
             with reading(self._paths[shard], f"row group {group} is unreadable"):
-                return self._open(shard).read_row_group(group, use_threads=False)
+                file = self._open(shard)
+                columns = None if self.teacher or TEACHER not in file.schema_arrow.names else SCHEMA.names
+                return file.read_row_group(group, columns=columns, use_threads=False)
         except (DataError, StorageError):
             self._last.files.pop(shard, None)  # a connection that broke is not used again
             raise

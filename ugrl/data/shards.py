@@ -3,9 +3,12 @@
 Layout of a prepared folder::
 
     OUT/manifest.json           schema version, source, class names, per split the shards and counts
-    OUT/train-00000.parquet     columns id, image, width, height, tags, mask
+    OUT/train-00000.parquet     columns id, image, width, height, tags, mask, and perhaps teacher
     OUT/tune_val-00000.parquet  held out of train, for searches
     OUT/val-00000.parquet       for the final number alone
+
+Of schema version 1 there is no column ``teacher`` (masks of another method), of version 2 there is: programs that know
+version 1 alone refuse the others instead of passing the column over. Without teacher masks version 1 is written.
 
 Rows lie in small row groups without compression (JPEG and PNG are compressed already), so that one row
 can be read without its shard.
@@ -32,6 +35,7 @@ from ugrl.storage import Place, StorageError, lasting, place
 from ugrl.text import brief, line, nearest
 
 SCHEMA_VERSION = 1
+TEACHER_VERSION = 2  # with the column ``teacher``
 MANIFEST = "manifest.json"
 ROW_GROUP = 8
 MOST_CLASSES = 254  # what a label of a byte can tell apart, with 0 and 255 for background and unknown
@@ -49,6 +53,15 @@ SCHEMA = pa.schema(
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
+TEACHER = "teacher"
+SCHEMAS = {
+    SCHEMA_VERSION: SCHEMA,
+    TEACHER_VERSION: pa.schema(
+        [*SCHEMA, pa.field(TEACHER, pa.large_binary(), nullable=True)],
+        metadata={_VERSION_KEY: str(TEACHER_VERSION).encode()},
+    ),
+}
+_VERSIONS = " or ".join(map(str, SCHEMAS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +76,13 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class SplitInfo:
-    """One split: rows, how many of them have a mask, shards in order, images left out by reason."""
+    """One split: rows, how many of them have a mask, shards in order, images left out by reason, teacher masks."""
 
     rows: int
     with_masks: int
     shards: tuple[ShardInfo, ...]
     left_out: dict[str, int] = field(default_factory=dict)
+    with_teachers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +160,7 @@ class Manifest:
                 name: {
                     "rows": info.rows,
                     "with_masks": info.with_masks,
+                    **({"with_teachers": info.with_teachers} if self.schema_version == TEACHER_VERSION else {}),
                     "left_out": dict(sorted(info.left_out.items())),
                     "shards": [
                         {"file": s.file, "rows": s.rows, "bytes": s.bytes, "sha256": s.sha256} for s in info.shards
@@ -184,11 +199,9 @@ class Manifest:
         text = line(path)
         tree = foreign.parse_json(place(path).read_small("manifest", error=DataError), text)
         version = foreign.field(tree, "schema_version", text)
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{text}: schema version {brief(version)}; expected {SCHEMA_VERSION}: run 'ugrl prepare' again"
-            )
-        manifest = _from_tree(root, tree, text)
+        if type(version) is not int or version not in SCHEMAS:
+            raise DataError(f"{text}: schema version {brief(version)}; expected {_VERSIONS}: run 'ugrl prepare' again")
+        manifest = _from_tree(root, tree, version, text)
         for name, info in manifest.splits.items():
             for shard in info.shards:
                 file = line(root / shard.file)
@@ -201,7 +214,7 @@ class Manifest:
         return manifest
 
 
-def _from_tree(root: Path | Place, tree: dict[str, Any], where: str) -> Manifest:
+def _from_tree(root: Path | Place, tree: dict[str, Any], version: int, where: str) -> Manifest:
     names = [
         foreign.as_str(name, f"{where}: class_names", most=200)
         for name in foreign.as_list(foreign.field(tree, "class_names", where), f"{where}: class_names")
@@ -215,6 +228,7 @@ def _from_tree(root: Path | Place, tree: dict[str, Any], where: str) -> Manifest
         options=foreign.as_dict(foreign.field(tree, "options", where), f"{where}: options"),
         class_names=tuple(names),
         splits={name: _split(info, f"{where}: split {brief(name)}") for name, info in splits.items()},
+        schema_version=version,
         census=foreign.as_dict(tree.get("census", {}), f"{where}: census"),
     )
 
@@ -233,11 +247,13 @@ def _split(tree: Any, where: str) -> SplitInfo:
         shards.append(ShardInfo(file, count(entry, "rows", at), count(entry, "bytes", at), sha256))
     left_out = foreign.as_dict(tree.get("left_out", {}), f"{where}: left_out")
     rows, with_masks = count(tree, "rows", where), count(tree, "with_masks", where)
-    if sum(s.rows for s in shards) != rows or with_masks > rows:
-        raise DataError(f"{where}: {rows} rows, {with_masks} with masks; its shards hold {sum(s.rows for s in shards)}")
-    return SplitInfo(
-        rows, with_masks, tuple(shards), {key: count(left_out, key, f"{where}: left_out") for key in left_out}
-    )
+    taught = count(tree, "with_teachers", where) if "with_teachers" in tree else 0
+    if sum(s.rows for s in shards) != rows or max(with_masks, taught) > rows:
+        held = sum(s.rows for s in shards)
+        with_them = f"{with_masks} with masks" + (f", {taught} with teacher masks" if taught else "")
+        raise DataError(f"{where}: {rows} rows, {with_them}; its shards hold {held}")
+    reasons = {key: count(left_out, key, f"{where}: left_out") for key in left_out}
+    return SplitInfo(rows, with_masks, tuple(shards), reasons, taught)
 
 
 def partial_of(out: Path) -> Path:
@@ -324,17 +340,18 @@ def open_shard(
 
 
 def _check(shard: pq.ParquetFile, rows: int | None, where: str) -> None:
-    """Hold a shard's footer against :data:`SCHEMA` and the file, before it decides what is read and allocated."""
+    """Hold a shard's footer against its schema and the file, before it decides what is read and allocated."""
     meta: Any = shard.metadata
     version = (meta.metadata or {}).get(_VERSION_KEY, b"none").decode(errors="replace")
-    if version != str(SCHEMA_VERSION):
+    wanted = next((schema for number, schema in SCHEMAS.items() if version == str(number)), None)
+    if wanted is None:
         raise DataError(
-            f"{where}: shard of schema version {brief(version)[1:-1]}; expected {SCHEMA_VERSION}: prepare it again"
+            f"{where}: shard of schema version {brief(version)[1:-1]}; expected {_VERSIONS}: prepare it again"
         )
     if rows is not None and meta.num_rows != rows:
         raise DataError(f"{where}: {meta.num_rows} rows; the manifest expects {rows}")
     schema = shard.schema_arrow
-    for want in SCHEMA:
+    for want in wanted:
         found = [schema.field(k).type for k in schema.get_all_field_indices(want.name)]
         if found != [want.type]:
             has = f"is {line(found[0], 60)}" if len(found) == 1 else "is missing" if not found else "occurs twice"
@@ -370,8 +387,8 @@ def check_row(row: Row, num_classes: int, where: str) -> Row:
     return row
 
 
-def to_table(rows: Sequence[Row]) -> pa.Table:
-    """Rows as an Arrow table of :data:`SCHEMA`."""
+def to_table(rows: Sequence[Row], version: int = SCHEMA_VERSION) -> pa.Table:
+    """Rows as an Arrow table of a schema version."""
     columns = {
         "id": [r.id for r in rows],
         "image": [r.image for r in rows],
@@ -379,12 +396,14 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
         "height": [r.height for r in rows],
         "tags": [list(r.tags) for r in rows],
         "mask": [r.mask for r in rows],
+        TEACHER: [r.teacher for r in rows],
     }
-    return pa.Table.from_pydict(columns, schema=SCHEMA)
+    schema = SCHEMAS[version]
+    return pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def from_table(table: pa.Table) -> list[Row]:
-    """The rows of an Arrow table of :data:`SCHEMA`.
+    """The rows of an Arrow table with the columns of :data:`SCHEMA`, and teacher masks where it has them.
 
     Raises:
         ValueError: A value is absent that must be there.
@@ -392,28 +411,30 @@ def from_table(table: pa.Table) -> list[Row]:
     for column in SCHEMA:
         if not column.nullable and table.column(column.name).null_count:
             raise ValueError(f"a row without '{column.name}'")
-    columns = [table.column(n).to_pylist() for n in SCHEMA.names]
-    return [Row(i, image, w, h, tuple(tags), mask) for i, image, w, h, tags, mask in zip(*columns, strict=True)]
+    names = [*SCHEMA.names, *([TEACHER] if TEACHER in table.column_names else [])]
+    columns = [table.column(n).to_pylist() for n in names]
+    return [Row(i, image, w, h, tuple(tags), *masks) for i, image, w, h, tags, *masks in zip(*columns, strict=True)]
 
 
-def write_rows(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
-    """Write a shard in bounded memory: at most one row group of rows is held.
+def write_rows(path: Path, rows: Iterator[Row], version: int = SCHEMA_VERSION) -> tuple[int, int]:
+    """Write a shard of a schema version in bounded memory: at most one row group of rows is held.
 
     Returns:
         Rows written, and how many of them have a mask. With no row, no file is left.
     """
     count = masks = 0
     group: list[Row] = []
-    with pq.ParquetWriter(path, SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
+    schema = SCHEMAS[version]
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as writer:
         for row in rows:
             group.append(row)
             count += 1
             masks += row.mask is not None
             if len(group) == ROW_GROUP:
-                writer.write_table(to_table(group), row_group_size=ROW_GROUP)
+                writer.write_table(to_table(group, version), row_group_size=ROW_GROUP)
                 group = []
         if group:
-            writer.write_table(to_table(group), row_group_size=ROW_GROUP)
+            writer.write_table(to_table(group, version), row_group_size=ROW_GROUP)
     if count == 0:
         path.unlink()
     return count, masks

@@ -131,31 +131,45 @@ def make_row(
     except DataError as error:
         raise RowError(str(error)) from None
     if mask is not None:
-        place = mask_where or where
-        try:
-            labels = decode_labels(mask, place)
-        except DataError as error:
-            raise RowError(str(error), "unusable mask") from None
-        if labels.size != (width, height):
-            found = f"{place}: the mask is {labels.width}×{labels.height}"
-            if labels.size == (height, width) and orientation(image) > 4:
-                raise RowError(
-                    f"{found}, as the image is stored, but a note in it (EXIF) turns it to {width}×{height}; expected "
-                    "a mask of the upright image: turn the mask, or remove the note",
-                    "unusable mask",
-                )
-            raise RowError(f"{found}; expected {width}×{height} as the image", "unusable mask")
-        bad = [v for v, n in enumerate(labels.histogram()) if n and v > num_classes and v != IGNORE]
-        if bad:
-            raise RowError(
-                f"{place}: the mask holds label {bad[0]}; expected 0…{num_classes} or {IGNORE}", "unusable mask"
-            )
-        if mask[24:25] != b"\x08":  # so that every reader of the shards sees these labels
-            mask = encode_labels(np.asarray(labels))
+        mask = checked_mask(mask, image, (width, height), num_classes, mask_where or where)
     ordered = tuple(sorted(set(int(t) for t in tags)))
     if any(not 1 <= t <= num_classes for t in ordered):
         raise RowError(f"{where}: tags {brief(ordered)}; expected class indices 1…{num_classes}", "unknown class")
     return Row(id=id, image=image, width=width, height=height, tags=ordered, mask=mask)
+
+
+def checked_mask(mask: bytes, image: bytes, size: tuple[int, int], num_classes: int, where: str) -> bytes:
+    """A label PNG that fits its image; one of another depth than 8 bits is written anew.
+
+    Args:
+        mask: Bytes of the file.
+        image: Bytes of the image's file.
+        size: Width and height of the upright image.
+        num_classes: F, the foreground classes.
+        where: Names the mask's file in errors.
+
+    Raises:
+        RowError: A broken mask, another size, or a label outside 0…F that is not 255.
+    """
+    width, height = size
+    try:
+        labels = decode_labels(mask, where)
+    except DataError as error:
+        raise RowError(str(error), "unusable mask") from None
+    if labels.size != size:
+        found = f"{where}: the mask is {labels.width}×{labels.height}"
+        if labels.size == (height, width) and orientation(image) > 4:
+            raise RowError(
+                f"{found}, as the image is stored, but a note in it (EXIF) turns it to {width}×{height}; expected "
+                "a mask of the upright image: turn the mask, or remove the note",
+                "unusable mask",
+            )
+        raise RowError(f"{found}; expected {width}×{height} as the image", "unusable mask")
+    bad = [v for v, n in enumerate(labels.histogram()) if n and v > num_classes and v != IGNORE]
+    if bad:
+        raise RowError(f"{where}: the mask holds label {bad[0]}; expected 0…{num_classes} or {IGNORE}", "unusable mask")
+    # So that every reader of the shards sees these labels.
+    return mask if mask[24:25] == b"\x08" else encode_labels(np.asarray(labels))
 
 
 class _MissingError(RowError):

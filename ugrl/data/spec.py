@@ -13,6 +13,10 @@ from ugrl.storage import Place
 OnDevice = Literal["none", "normalize", "augment"]
 
 
+# What is said where a teacher mask is missing, after the place.
+NEEDS_TEACHER = "method.pseudo.source needs one for every training image: ugrl prepare … --teacher DIR"
+
+
 def silent(_: str) -> None:
     """Tells nobody."""
 
@@ -36,6 +40,7 @@ class LoaderSpec:
         stall_s: Seconds that a step waits for its batch, where threads make it.
         say: Told in one line what is waited for.
         masks_every: Steps n, 2n, … (counted from 1) have masks where the rows do; 0 leaves them out.
+        teacher: Whether every step has teacher masks, which all rows then need.
     """
 
     shards: str | Path | Place
@@ -52,6 +57,7 @@ class LoaderSpec:
     masks_every: int = 1
     stall_s: float = 600.0
     say: Callable[[str], None] = silent
+    teacher: bool = False
 
     @property
     def local_batch(self) -> int:

@@ -38,7 +38,7 @@ class Transfer:
             batch = loaded.to(self.device, self.dtype)
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_stream(self._stream)
-        for tensor in (batch.images_B3HW, batch.tags_BF, batch.masks_BHW):
+        for tensor in (batch.images_B3HW, batch.tags_BF, batch.masks_BHW, batch.teachers_BHW):
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(consumer)  # its memory is not given away before the consumer is through
         return batch

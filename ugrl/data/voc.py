@@ -7,6 +7,8 @@ The root may be ``VOCdevkit``, ``VOCdevkit/VOC2012`` or the folder above. Read u
     Annotations/ID.xml                                   tags, with labels="xml"
     SegmentationClassAug/ID.png or SegmentationClass/ID.png
 
+    labelmap.txt                                         optional: other classes than VOC's twenty, see read_labelmap
+
 Images may have another suffix of an image. A line of a list is an id, whatever its characters, or the two paths of
 the augmented set's lists. Masks are read as indices, whatever their palette. Tags come from the XML's objects
 (``xml``, difficult ones among them) or from the labels in the mask (``mask``).
@@ -34,7 +36,6 @@ CLASS_NAMES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 LABELS = ("xml", "mask")
-_INDEX = {name: i + 1 for i, name in enumerate(CLASS_NAMES)}
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 # What follows "JPEGImages/" in "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", the second of the same ID.
 _PATHS = re.compile(r"(.+?)\.\w{1,5}(?:\s+\S*SegmentationClass\w*/\1\.png)?")
@@ -55,6 +56,29 @@ def list_entry(text: str) -> tuple[str, ...]:
     return (text, bare) if bare != text else (text,)
 
 
+def read_labelmap(path: Path) -> tuple[str, ...] | None:
+    """The classes that a ``labelmap.txt`` names in the order of their labels, without background; ``None``: no file.
+
+    A line is ``NAME:R,G,B:parts:actions`` as CVAT writes it (or ``NAME`` alone), a comment begins with ``#``, and the
+    first name is ``background``. Colours are not looked at: masks hold the numbers of the lines.
+
+    Raises:
+        DataError: Another first name, a name twice or empty, or too many.
+    """
+    if not os.path.lexists(path):
+        return None
+    rows = [text.strip() for text in read_text(path, "label map").splitlines()]
+    names = [text.partition(":")[0].strip() for text in rows if text and not text.startswith("#")]
+    if not names or names[0] != "background":
+        raise DataError(f"{line(path)}: begins with {brief(names[0]) if names else 'nothing'}; expected background")
+    for name in names:
+        if not name or CONTROL.search(name) or names.count(name) > 1:
+            raise DataError(f"{line(path)}: class {brief(name)}; expected a name on each line, each once")
+    if not 1 < len(names) <= IGNORE:
+        raise DataError(f"{line(path)}: {len(names) - 1} classes; expected 1…{IGNORE - 1}")
+    return tuple(names[1:])
+
+
 class VocSource:
     """See the module; a :class:`ugrl.data.source.Source`.
 
@@ -69,12 +93,13 @@ class VocSource:
     """
 
     name = "voc"
-    class_names = CLASS_NAMES
 
     def __init__(self, root: str | Path | None, *, labels: str = "xml", train_list: str | None = None) -> None:
         if labels not in LABELS:
             raise DataError(f"voc: labels is {brief(labels)}; expected xml or mask")
         self.root = _devkit(check_root(root, self.name))
+        self.class_names = read_labelmap(self.root / "labelmap.txt") or CLASS_NAMES
+        self._index = {name: i + 1 for i, name in enumerate(self.class_names)}
         self._labels = labels
         self._lists = self.root / "ImageSets" / "Segmentation"
         if train_list is None:
@@ -164,13 +189,17 @@ class VocSource:
             why = "labels come from masks" if self._labels == "mask" else f"split '{split}' is evaluated"
             raise RowError(f"{line(self.root / _MASKS[1] / f'{id}.png')}: missing mask, and {why}", "missing file")
         image = read_bytes(path)
-        tags = self._xml_tags(id) if self._labels == "xml" else _mask_tags(mask or b"", line(mask_path))
+        tags = (
+            self._xml_tags(id)
+            if self._labels == "xml"
+            else _mask_tags(mask or b"", line(mask_path), len(self.class_names))
+        )
         return make_row(
             id=id,
             image=image,
             tags=tags,
             mask=mask,
-            num_classes=len(CLASS_NAMES),
+            num_classes=len(self.class_names),
             where=f"{line(path)} ({where})",
             mask_where=line(mask_path),
         )
@@ -194,10 +223,10 @@ class VocSource:
         tags = set()
         for item in tree.iter("object"):
             name = (item.findtext("name") or "").strip()
-            if name not in _INDEX:
-                hint = line(nearest(name[:60], CLASS_NAMES), 60)
+            if name not in self._index:
+                hint = line(nearest(name[:60], self.class_names), 60)
                 raise RowError(f"{line(path)}: unknown class {brief(name)}{hint}", "unknown class")
-            tags.add(_INDEX[name])
+            tags.add(self._index[name])
         return tuple(sorted(tags))
 
 
@@ -221,9 +250,9 @@ def _devkit(root: Path) -> Path:
     raise DataError(f"{line(root)}: no ImageSets/Segmentation in it, in VOC2012 or in VOCdevkit/VOC2012 below it")
 
 
-def _mask_tags(mask: bytes, where: str) -> tuple[int, ...]:
+def _mask_tags(mask: bytes, where: str, num_classes: int) -> tuple[int, ...]:
     try:
         labels = np.unique(np.asarray(decode_labels(mask, where)))
     except DataError as error:
         raise RowError(str(error), "unusable mask") from None
-    return tuple(int(v) for v in labels if v not in (0, IGNORE) and v <= len(CLASS_NAMES))
+    return tuple(int(v) for v in labels if v not in (0, IGNORE) and v <= num_classes)

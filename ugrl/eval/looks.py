@@ -14,13 +14,11 @@ from ugrl.config import Config
 from ugrl.data.images import decode_labels
 from ugrl.data.reader import ShardReader
 from ugrl.eval.collectors import uncertain_pairs
+from ugrl.eval.labels import label
 from ugrl.eval.palette import denormalize
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.grid import sample_nearest
-from ugrl.method.cam import CamOutput
-from ugrl.method.class_vectors import batch_vectors
 from ugrl.method.prototypes import Prototypes
-from ugrl.method.pseudo import propagate_cam
 from ugrl.method.targets import TargetMaker
 from ugrl.model.network import UGRLNet
 from ugrl.text import line
@@ -149,10 +147,7 @@ def _looks(seer: Seer, read: Batch, at: Sequence[int], with_mask: Sequence[bool]
         seen = BatchPasses(seer.net, cfg, batch, read.images_B3HW, plain)
         cam = seen.cam  # before the segmentation, which takes over some of its passes
         predicted_BHW = seen.seg_probs_BCHW.argmax(1)
-        r_BCD, present_BC = batch_vectors(batch, cam, radius=cfg.method.uncertainty.radius, local=local)
-        u_BC, known_BC = seer.prototypes.uncertainty(r_BCD, present_BC)
-        told = targets.told(batch, replace(cam, cam_PHW=_spread(seer, batch, cam)), present_BC)
-        pseudo_BHW, _ = targets.labels(batch, told.cam_PHW)
+        pseudo_BHW, r_BCD, present_BC, u_BC, known_BC = label(targets, seen, seer.step)
         probs_BF = seen.probs_BF
         iou_P = None if batch.masks_BHW is None else uncertain_pairs(seen, u_BC, known_BC)[1].tolist()
     emb_BDhw = plain.emb_BDhw if embed else None
@@ -180,20 +175,6 @@ def _looks(seer: Seer, read: Batch, at: Sequence[int], with_mask: Sequence[bool]
             )
         )
     return made
-
-
-def _spread(seer: Seer, batch: Batch, cam: CamOutput) -> Tensor:
-    """The CAM that pseudo-labels are made of: after its walk along the affinity, where the run has come to it."""
-    if not seer.targets.schedule.propagates(seer.step) or cam.affinity_BNN is None:
-        return cam.cam_PHW
-    return propagate_cam(
-        cam.cam_PHW,
-        batch.pairs_P2,
-        cam.affinity_BNN,
-        batch.boxes_B4,
-        grid=(cam.f4_BDhw.shape[-2], cam.f4_BDhw.shape[-1]),
-        radius=seer.cfg.method.uncertainty.radius,
-    )
 
 
 def _labels(labels_HW: Tensor) -> np.ndarray:

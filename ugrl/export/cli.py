@@ -26,6 +26,7 @@ examples:
   ugrl export runs/voc --to onnx --out voc-onnx --size 512 512         one size, one image at a time
   ugrl export runs/voc --to safetensors --out voc-hub                  hf upload OWNER/NAME voc-hub
   ugrl export runs/voc --to transformers --out voc-segformer           a MiT as SegformerForSemanticSegmentation
+  ugrl export runs/voc --to labels --data shards --out voc-labels      pseudo-labels of split 'train', VOC's layout
 """
 #: Modules that a format needs beside this package's own, and the distributions that bring them.
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "transformers": ("transformers",)}
@@ -55,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to compare on (default: four generated)",
     )
     parser.add_argument(
-        "--data", metavar="DIR|URI", help="the run's shards, for the model card (default: where they were)"
+        "--data",
+        metavar="DIR|URI",
+        help="the run's shards, for the model card (default: where they were); with --to labels, what is labelled",
+    )
+    parser.add_argument("--split", help="of --to labels (default: train)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="of --to labels: cpu, cuda, … (default: cuda where there is one)"
     )
     parser.add_argument("--best", action="store_true", help="the best checkpoint of the run instead of the newest")
 
@@ -96,6 +103,11 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
     size = tuple(args.size) if args.size else None
     if size is not None and args.to not in ("onnx", "torch"):
         raise ConfigError(f"--size is for --to onnx and --to torch; files of {args.to} take images of any size")
+    if args.to == "labels":
+        return run_labels(args, choose)
+    for option in ("split", "device"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option} is for --to labels; expected none of it with --to {args.to}")
     refuse_missing(args.to)
 
     from ugrl.export.folder import refuse_foreign
@@ -142,6 +154,19 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
         print(f"{line(args.out / name, 1000)}  {count / 1e6:.2f} MB")
     print(f"compared with the network on {found.text}; {found.seconds:.2f} s for its passes")
     return 0
+
+
+def run_labels(args: argparse.Namespace, choose: Choose) -> int:
+    """``ugrl export --to labels``; as :func:`run`."""
+    if args.data is None:
+        raise ConfigError("--to labels without --data; expected the shards whose images are labelled")
+    if args.images:
+        raise ConfigError("--images are for formats of a network; --to labels takes the images of --data and --split")
+    args.split = args.split or "train"
+    from ugrl.export import labels
+
+    labels.refuse_taken(args.out)
+    return labels.run(args, *choose(args.checkpoint, best=args.best))
 
 
 def write(to: str, got: Restored, folder: Path, size: tuple[int, int] | None, facts: Facts) -> Runner:

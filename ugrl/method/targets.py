@@ -25,6 +25,7 @@ from ugrl.method.pseudo import propagate_cam, pseudo_labels
 from ugrl.method.published import walk_of, walked_labels
 from ugrl.method.refine import PAR, refine_labels
 from ugrl.method.schedule import FULL, Schedule
+from ugrl.method.teacher import agreed_labels, teacher_labels
 from ugrl.method.weighting import effective_share, modulation_weights, pixel_weights
 from ugrl.seeding import derive
 from ugrl.types import IGNORE, Batch, Focus
@@ -177,7 +178,7 @@ class TargetMaker:
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
         told = self.told(batch, cam, present_BC)
-        labels_BHW, conf_BHW = self.labels(batch, told.cam_PHW)
+        labels_BHW, conf_BHW = self.pseudo(batch, told.cam_PHW, u_BC, known_BC)
         pairs_BHW = labels_BHW
         if schedule.as_afa and schedule.propagates(step):
             labels_BHW, conf_BHW = self.walked(batch, told)
@@ -262,6 +263,14 @@ class TargetMaker:
                 u_min=u.u_min,
                 bound=u.bound,
             )
+
+    def pseudo(self, batch: Batch, cam_PHW: Tensor, u_BC: Tensor, known_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels by ``method.pseudo.source``, and their confidence; as :meth:`labels`."""
+        c = self.cfg.method.pseudo
+        if c.source == "teacher":
+            return teacher_labels(batch, cam_PHW)
+        found = self.labels(batch, cam_PHW)
+        return agreed_labels(batch, *found, u_BC, known_BC, u_max=c.u_max) if c.source == "agree" else found
 
     def labels(self, batch: Batch, cam_PHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels (B, H, W) and the confidence of each: distance to the deciding threshold."""

@@ -83,17 +83,13 @@ def coco(out: Path, masks: Masks, names: tuple[str, ...]) -> Path:
 def voc(out: Path, masks: Masks, names: tuple[str, ...], colours: str) -> Path:
     """``voc``: a folder of VOC's layout with ``labelmap.txt``, as CVAT imports it once it is zipped."""
     root = out / "voc"
-    rgb = palette(colours)
-    rows = ["# label:color_rgb:parts:actions"]
-    for label, name in enumerate(("background", *names)):
-        rows.append(f"{line(name).replace(':', ' ')}:{','.join(map(str, rgb[label].tolist()))}::")
     try:
         if root.is_dir():
             shutil.rmtree(root)
         with replacing(root, durable=False) as draft:
             (draft / "ImageSets" / "Segmentation").mkdir(parents=True)
             (draft / "SegmentationClass").mkdir()
-            (draft / "labelmap.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+            (draft / "labelmap.txt").write_text(labelmap(names, colours), encoding="utf-8")
             listed = "".join(f"{path.stem}\n" for path in masks)
             (draft / "ImageSets" / "Segmentation" / "default.txt").write_text(listed, encoding="utf-8")
             for path in masks:
@@ -101,6 +97,20 @@ def voc(out: Path, masks: Masks, names: tuple[str, ...], colours: str) -> Path:
     except OSError as error:
         raise DataError(f"{line(root)}: cannot be written ({error.strerror or error})") from None
     return root
+
+
+def labelmap(names: tuple[str, ...], colours: str) -> str:
+    """What ``labelmap.txt`` says: the name and colour of each class, background first."""
+    rgb = palette(colours)
+    rows = ["# label:color_rgb:parts:actions"]
+    for label, name in enumerate(("background", *names)):
+        rows.append(f"{plain_name(name)}:{','.join(map(str, rgb[label].tolist()))}::")
+    return "\n".join(rows) + "\n"
+
+
+def plain_name(name: str) -> str:
+    """A class name as ``labelmap.txt`` can hold it."""
+    return line(name).replace(":", " ")
 
 
 def submission(out: Path, masks: Masks, names: tuple[str, ...]) -> Path:

@@ -13,6 +13,7 @@ from ugrl.data.make import Loaded
 from ugrl.data.spec import LoaderSpec
 from ugrl.distributed import rank, world_size
 from ugrl.method.schedule import Schedule
+from ugrl.method.teacher import taught
 from ugrl.storage import Place
 
 LoaderFactory = Callable[[LoaderSpec], Iterator[Loaded]]
@@ -59,4 +60,5 @@ def spec_of(
         masks_every=1 if Schedule.of(cfg).supervised else cfg.train.at(cfg.train.picture_every) if masks else 0,
         stall_s=cfg.train.stall_s,
         say=say,
+        teacher=taught(cfg),
     )

@@ -15,6 +15,7 @@ from ugrl.errors import DataError
 from ugrl.eval.crf import find_backend
 from ugrl.eval.selection import NEEDS_MASKS, masks_text, resolve_objective
 from ugrl.method.schedule import FULL
+from ugrl.method.teacher import taught
 from ugrl.model.specs import TIMM
 from ugrl.text import line
 from ugrl.types import IGNORE
@@ -37,7 +38,8 @@ def check_run(
 
     Raises:
         DataError: A split is missing or empty, has too few rows for a batch, or shows no class; no mask has a pixel
-            that counts; with the setting Full, a training image has no mask.
+            that counts; with the setting Full, a training image has no mask, and with ``method.pseudo.source`` teacher
+            or agree no teacher mask.
         ConfigError: There is no such backbone; the split cannot supply the objective; the CRF's package is missing.
         CheckpointError: The weights cannot be had.
     """
@@ -56,6 +58,8 @@ def check_run(
         raise DataError(f"{manifest.root}: split '{split}' is empty; expected at least one image")
     if cfg.method.setting == FULL:
         _check_masks(cfg, manifest, train)
+    if taught(cfg):
+        check_teachers(cfg, manifest, train)
     name = resolve_objective(cfg, manifest, split, objective)
     if name in NEEDS_MASKS and not _any_label(cfg, manifest, split, judged_rows(cfg, manifest, split)):
         raise DataError(
@@ -83,6 +87,24 @@ def _check_masks(cfg: Config, manifest: Manifest, train: str) -> None:
         )
     if not _any_label(cfg, manifest, train, info.rows):
         raise DataError(f"{manifest.root}: split '{train}': every pixel of every mask is {IGNORE} (ignored); {needs}")
+
+
+def check_teachers(cfg: Config, manifest: Manifest, split: str) -> None:
+    """Refuse to learn from, or to label by, teacher masks that are not there.
+
+    Raises:
+        DataError: An image of the split has none.
+    """
+    info = manifest.split(split)
+    if info.with_teachers == info.rows:
+        return
+    reader = ShardReader(manifest, split, replace(cfg.data, cache_dir=None), teacher=True)
+    first = next((r.id for r in (reader[i] for i in range(info.rows)) if r.teacher is None), "") if info.rows else ""
+    raise DataError(
+        f"{manifest.root}: split '{split}': {info.with_teachers or 'none'} of {info.rows} images have a teacher mask "
+        f"(the first without one is '{line(first, 80)}'); method.pseudo.source={cfg.method.pseudo.source} needs all of "
+        "them: ugrl prepare … --teacher DIR"
+    )
 
 
 def _any_label(cfg: Config, manifest: Manifest, split: str, count: int) -> bool:

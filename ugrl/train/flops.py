@@ -198,8 +198,9 @@ def _batch(cfg: Config, num_classes: int, images: int, device: torch.device) -> 
         ids=tuple(map(str, range(images))),
         images_B3HW=torch.randn(images, 3, size, size, device=device),
         tags_BF=tags,
-        # Only the setting Full reads them.
+        # Only the setting Full reads masks, and only method.pseudo.source teacher masks.
         masks_BHW=torch.zeros(images, size, size, dtype=torch.uint8, device=device),
+        teachers_BHW=torch.zeros(images, size, size, dtype=torch.uint8, device=device),
         boxes_B4=torch.tensor([[0, size, 0, size]] * images, device="cpu"),
         pairs_P2=torch.tensor([[b, 0] for b in range(images)], device="cpu"),
     )

@@ -119,7 +119,7 @@ def open_split(shards: str | Path, split: str) -> ShardReader:
     Raises:
         DataError: No such shards or split, or a split without an image.
     """
-    reader = ShardReader(shards, split)
+    reader = ShardReader(shards, split, teacher=True)
     if not len(reader):
         raise DataError(f"{reader.manifest.root}: split '{line(split, 40)}' has no images; choose another --split")
     return reader
