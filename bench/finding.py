@@ -1,6 +1,6 @@
 """The tables of docs/finding.md, from stored results alone, with intervals over images and seeds.
 
-    python -m bench.finding [--results DIR] [--out FILE.md]
+    python -m bench.finding [--results DIR] [--out FILE.md] [--page docs/finding.md]
 
 Results are those that ``make finding`` measures (``python -m bench.real --arms bench/finding.yaml``): one small file
 for each arm and seed. Nothing is trained here, and it takes seconds.
@@ -22,14 +22,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bench.real import variants_of
 from ugrl.command import enter
 from ugrl.errors import DataError
 from ugrl.files import write_whole
 from ugrl.seeding import generator
 from ugrl.text import line
 
+ARMS = Path(__file__).with_name("finding.yaml")
 STORED = Path(__file__).parent / "results" / "finding"
 DRAWS = 1000
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 # What the arms are compared in: name of the score, its column, and whose counts make its interval.
 COMPARED = {"seg_val": "segmentation, val", "pseudo_train": "pseudo-labels, train"}
 SHOWN = {
@@ -110,7 +113,8 @@ def read_all(folder: Path) -> dict[str, dict[int, Result]]:
         found.setdefault(arm, {})[int(seed)] = read(path)
     if not found:
         raise DataError(f"{line(folder)}: no result of an arm; make finding makes them")
-    return found
+    order = list(variants_of(ARMS))
+    return {arm: found[arm] for arm in sorted(found, key=lambda arm: order.index(arm) if arm in order else len(order))}
 
 
 # -- intervals --------------------------------------------------------------------------------
@@ -348,10 +352,24 @@ def report(found: Mapping[str, Mapping[int, Result]]) -> str:
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items() if text) + "\n"
 
 
+def with_tables(page: str, text: str) -> str:
+    """A page with other tables, between its two marks.
+
+    Raises:
+        DataError: It lacks a mark.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"the page has no '{BEGIN}' before '{END}': put both where the tables belong")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
 def main(words: list[str] | None = None) -> int:
     """0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.finding", description=__doc__)
     parser.add_argument("--results", type=Path, default=STORED, metavar="DIR", help="default: those in the project")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="put the tables in the place of those of a page")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the tables there, too")
 
     def body(args: argparse.Namespace, console: Console) -> int:
@@ -359,6 +377,8 @@ def main(words: list[str] | None = None) -> int:
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(args.out, text)
+        if args.page is not None:
+            write_whole(args.page, with_tables(args.page.read_text(encoding="utf-8"), text))
         print(text)
         return 0
 

@@ -146,3 +146,14 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.Cap
             (tmp_path / name).write_text("{}")
         assert finding.main(["--results", str(tmp_path)]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_page_shows_the_tables_of_the_stored_results() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "finding.md").read_text(encoding="utf-8")
+    assert finding.with_tables(page, finding.report(finding.read_all(finding.STORED))) == page
+
+
+def test_a_page_without_marks_is_one_line(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stored / "page.md").write_text("# no marks\n")
+    assert finding.main(["--results", str(stored), "--page", str(stored / "page.md")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
