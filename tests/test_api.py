@@ -51,7 +51,7 @@ def test_type_checkers_see_the_same_names() -> None:
     ("function", "parameters"),
     [
         (api.load, "where best device"),
-        (api.prepare, "root out source tune_val on_error seed reuse quiet options"),
+        (api.prepare, "root out source tune_val on_error seed reuse quiet teacher options"),
         (api.train, "config overrides data out resume device quiet"),
         (api.tune, "space overrides options"),
         (Model.predict, "self images scales mirror crf tile overlap batch palette on_error protocol"),

@@ -29,7 +29,7 @@ def test_several_observers_are_told_everything_in_turn() -> None:
     for k, method in enumerate(METHODS):
         getattr(both, method)(k, method)
     wanted = [(who, method, (k, method)) for k, method in enumerate(METHODS) for who in ("first", "second")]
-    assert told == wanted and len(METHODS) == 10
+    assert told == wanted and len(METHODS) == 11
 
 
 def test_pictures_are_made_where_somebody_draws() -> None:
@@ -57,7 +57,7 @@ def test_a_run_tells_its_story_in_order(shards: Path, tmp_path: Path) -> None:
     story = [(method, *args[:1]) for _, method, args in run.told if method != "on_eval_batch"]
     step = [("on_batch", 1), ("on_step", 1), ("on_checkpoint", 1), ("on_step_end", 1)]
     # A checkpoint belongs to a validation, and is not saved again when the step ends.
-    with_eval = ["on_batch", "on_log", "on_step", "on_checkpoint", "on_eval", "on_step_end"]
+    with_eval = ["on_batch", "on_log", "on_step", "on_checkpoint", "on_eval", "on_looks", "on_step_end"]
     assert story == [
         *step,
         *((name, 2) for name in with_eval),

@@ -127,20 +127,21 @@ class Prototypes(nn.Module):
         centre_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        if kind not in ("distance", "margin"):
-            raise ConfigError(f"uncertainty: {kind!r}, expected 'distance' or 'margin'")
-        if against not in ("all", "shown"):
-            raise ConfigError(f"against: {against!r}, expected 'all' or 'shown'")
-        if encoding not in ("linear", "fourier"):
-            raise ConfigError(f"encoding: {encoding!r}, expected 'linear' or 'fourier'")
+        words = {
+            "uncertainty": (kind, "distance", "margin"),
+            "against": (against, "all", "shown"),
+            "encoding": (encoding, "linear", "fourier"),
+            "votes": (votes, "class", "position"),
+        }
+        for name, (word, *allowed) in words.items():
+            if word not in allowed:
+                raise ConfigError(f"{name}: {word!r}, expected {allowed[0]!r} or {allowed[1]!r}")
         for name, share in (("eta", eta), ("centre_momentum", centre_momentum)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name}: {share!r}, expected a number in [0, 1)")
         for name, size in (("num_classes", num_classes), ("dim", dim), ("d_cls", d_cls)):
             if size < 1:
                 raise ConfigError(f"{name}: {size!r}, expected a positive integer")
-        if votes not in ("class", "position"):
-            raise ConfigError(f"votes: {votes!r}, expected 'class' or 'position'")
         if min(several) < 1 or (max(several) > 1 and (votes != "position" or encoding != "linear")):
             raise ConfigError(f"several: {several}, expected (1, 1), or votes of positions and the linear encoding")
         self.votes = votes
@@ -156,17 +157,7 @@ class Prototypes(nn.Module):
         self.register_buffer("phi_dD", torch.from_numpy(phi_dD).float())
         self.register_buffer("prototypes_Cd", torch.zeros(num_classes, d_cls))
         self.register_buffer("counts_C", torch.zeros(num_classes, dtype=torch.int64))
-        number_C = [several[0], *[several[1]] * (num_classes - 1)]
-        owners = [c for c, number in enumerate(number_C) for _ in range(number - 1)]
-        if owners:
-            self.register_buffer("extra_Ed", torch.zeros(len(owners), d_cls))
-            self.register_buffer("extra_counts_E", torch.zeros(len(owners), dtype=torch.int64))
-        # The class of each row, and which of its class's rows it is.
-        self.register_buffer("owner_S", torch.tensor([*range(num_classes), *owners]), persistent=False)
-        turn_E = [1 + owners[:k].count(c) for k, c in enumerate(owners)]
-        self.register_buffer("turn_S", torch.tensor([0] * num_classes + turn_E), persistent=False)
-        self.register_buffer("number_C", torch.tensor(number_C), persistent=False)
-        self._more = bool(owners)
+        self._add_extra([several[0], *[several[1]] * (num_classes - 1)], d_cls)
         self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
         self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
         if within_class:
@@ -180,6 +171,22 @@ class Prototypes(nn.Module):
         # Known on the host so that a step with a final σ neither gathers rows nor waits for the device.
         self._settled = encoding == "linear"
         self.register_load_state_dict_post_hook(_after_load)
+
+    def _add_extra(self, numbers: list[int], d_cls: int) -> None:
+        """The rows of the second and further prototypes, given how many each class has."""
+        owners = [c for c, number in enumerate(numbers) for _ in range(number - 1)]
+        self._more = bool(owners)
+        if owners:
+            self.register_buffer("extra_Ed", torch.zeros(len(owners), d_cls))
+            self.register_buffer("extra_counts_E", torch.zeros(len(owners), dtype=torch.int64))
+        # The class of each row, and which of its class's rows it is.
+        turn_E = [1 + owners[:k].count(c) for k, c in enumerate(owners)]
+        for name, values in (
+            ("owner_S", [*range(len(numbers)), *owners]),
+            ("turn_S", [0] * len(numbers) + turn_E),
+            ("number_C", numbers),
+        ):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
 
     @torch.no_grad()
     def encode(self, r_D: Tensor) -> Tensor:
