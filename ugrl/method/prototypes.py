@@ -127,15 +127,10 @@ class Prototypes(nn.Module):
         centre_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        words = {
-            "uncertainty": (kind, "distance", "margin"),
-            "against": (against, "all", "shown"),
-            "encoding": (encoding, "linear", "fourier"),
-            "votes": (votes, "class", "position"),
-        }
-        for name, (word, *allowed) in words.items():
-            if word not in allowed:
-                raise ConfigError(f"{name}: {word!r}, expected {allowed[0]!r} or {allowed[1]!r}")
+        _check_word("uncertainty", kind, ("distance", "margin"))
+        _check_word("against", against, ("all", "shown"))
+        _check_word("encoding", encoding, ("linear", "fourier"))
+        _check_word("votes", votes, ("class", "position"))
         for name, share in (("eta", eta), ("centre_momentum", centre_momentum)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name}: {share!r}, expected a number in [0, 1)")
@@ -462,6 +457,12 @@ class Prototypes(nn.Module):
         if r_BCD.shape[1:] != self.mean_CD.shape or present_BC.shape != r_BCD.shape[:2]:
             got = f"{tuple(r_BCD.shape)} and {tuple(present_BC.shape)}"
             raise UgrlError(f"class vectors: shapes {got}, expected (B, {', '.join(map(str, self.mean_CD.shape))})")
+
+
+def _check_word(name: str, word: str, allowed: tuple[str, str]) -> None:
+    """Raise where a word is neither of the two that are allowed."""
+    if word not in allowed:
+        raise ConfigError(f"{name}: {word!r}, expected {allowed[0]!r} or {allowed[1]!r}")
 
 
 def _after_load(module: nn.Module, _: object) -> None:
