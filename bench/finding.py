@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from bench.real import variants_of
+from bench.real_arms import variants_of
 from ugrl.command import enter
 from ugrl.errors import DataError
+from ugrl.eval.metrics import weighted_auroc
 from ugrl.files import write_whole
 from ugrl.seeding import generator
 from ugrl.text import line
@@ -128,12 +130,8 @@ def miou(counts_NC3: Floats, weight_N: Floats) -> float:
 
 
 def auroc(score: Floats, bad: np.ndarray[Any, np.dtype[np.bool_]], weight: Floats) -> float:
-    """Area under the ROC of ``score`` for ``bad``, each row counted ``weight`` times; ties count half."""
-    values, at = np.unique(score, return_inverse=True)
-    positive = np.bincount(at, weight * bad, len(values))
-    negative = np.bincount(at, weight * ~bad, len(values))
-    below = np.cumsum(negative) - negative / 2
-    return float((positive * below).sum() / (positive.sum() * negative.sum()))
+    """Area under the ROC of ``score`` for ``bad``, each row counted ``weight`` times."""
+    return weighted_auroc(*(torch.from_numpy(x) for x in (score, weight * bad, weight * ~bad)))
 
 
 @dataclass(frozen=True)

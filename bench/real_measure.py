@@ -133,7 +133,7 @@ class PairScores:
         self._u: dict[str, list[Tensor]] = {}
         self._p: list[Tensor] = []
         self._image: list[int] = []
-        self._image_names: list[str] = []
+        self._images = 0
         self._iou: list[Tensor] = []
 
     def add(self, seen: BatchPasses, judged: Judged) -> None:
@@ -150,8 +150,8 @@ class PairScores:
         self._iou.append((above[:, 1] / union.double()).where(union > 0, torch.nan))
         for name, (u_BC, known_BC) in judged.pairs.items():
             self._u.setdefault(name, []).append(u_BC[pb, pf + 1].double().where(known_BC[pb, pf + 1], torch.nan))
-        self._image += [len(self._image_names) + b for b in pb.tolist()]
-        self._image_names += seen.batch.ids
+        self._image += (self._images + pb).tolist()
+        self._images += len(seen.batch.ids)
         self._p.append(seen.probs_BF[pb, pf].double())
 
     def rows(self, threshold: float) -> dict[str, list[float | None]]:

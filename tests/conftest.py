@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests.small import TINY
+from tests.teachers import SPEC, shifted, truth
 from ugrl.config import Config, load
+from ugrl.data.mask_folder import TaughtSource
 from ugrl.data.prepare import prepare
-from ugrl.data.shapes import ShapesSource, ShapesSpec
+from ugrl.data.shapes import ShapesSource
 from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
 
@@ -42,13 +44,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty generated images of 48 px: train 20, tune_val 4, val 16."""
     out = tmp_path_factory.mktemp("shards") / "shapes"
-    prepare(
-        ShapesSource(ShapesSpec(train=24, val=16, size=48, difficulty=0.5, seed=3)),
-        out,
-        tune_val=0.17,
-        seed=0,
-        progress=False,
-    )
+    prepare(ShapesSource(SPEC), out, tune_val=0.17, seed=0, progress=False)
     return out
 
 
@@ -70,4 +66,20 @@ def alone(small: Config, small_shards: Path, tmp_path_factory: pytest.TempPathFa
     """The same run, undisturbed, in one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     Trainer(small, shards=small_shards, out=out, quiet=True, device="cpu").fit()
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "sam"
+    for split in ("train", "tune_val"):
+        truth(shards, split, folder, shifted)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def taught(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of ``shards``, with teacher masks for those of train."""
+    out = tmp_path_factory.mktemp("taught") / "shards"
+    prepare(TaughtSource(ShapesSource(SPEC), teacher), out, tune_val=0.17, seed=0, progress=False)
     return out

@@ -57,6 +57,16 @@ def taught(**options):
     return p, loop
 
 
+def same_u(p, loop, r, present):
+    """u as the loop has it, at one batch; returns which are known."""
+    u, known = p.uncertainty(t(r), t(present))
+    u_ref, known_ref = loop.uncertainty(r, present)
+    np.testing.assert_array_equal(known, known_ref)
+    np.testing.assert_allclose(u, u_ref, **CLOSE)
+    assert (u >= 0).all() and (u <= 2).all()
+    return known
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_u_matches_the_loop(options):
     p, loop = pair_of(**options)
@@ -65,12 +75,7 @@ def test_u_matches_the_loop(options):
         if step == 3:
             p.freeze()
             loop.freeze()
-        u, known = p.uncertainty(t(r), t(present))
-        u_ref, known_ref = loop.uncertainty(r, present)
-        np.testing.assert_array_equal(known, known_ref)
-        np.testing.assert_allclose(u, u_ref, **CLOSE)
-        assert (u >= 0).all() and (u <= 2).all()
-        known_pairs += int(known.sum())
+        known_pairs += int(same_u(p, loop, r, present).sum())
         p.update(t(r), t(present))
         loop.update(r, present)
         for c, prototype in enumerate(loop.prototypes):
@@ -105,10 +110,7 @@ def test_votes_of_positions_match_the_loop(options):
         if step == 3:
             p.freeze()
             loop.freeze()
-        u, known = p.uncertainty(t(r), t(present))
-        u_ref, known_ref = loop.uncertainty(r, present)
-        np.testing.assert_array_equal(known, known_ref)
-        np.testing.assert_allclose(u, u_ref, **CLOSE)
+        known = same_u(p, loop, r, present)
         p.update(t(r), t(present), t(f4[step]), t(labels[step]))
         loop.update(r, present, f4[step], labels[step])
         rows = [*loop.prototypes, *(row for more in loop.more for row in more)]

@@ -38,7 +38,7 @@ def label(maker: TargetMaker, seen: BatchPasses, step: int) -> Labelled:
     """The pseudo-labels of a batch; the prototypes stay as they are.
 
     Thresholds, PAR, the walk along the affinity and ``method.pseudo.source`` act as in training. Where the batch has no
-    teacher masks, the labels are those of the CAM alone.
+    teacher masks, the labels are those that the run would make without them.
 
     Args:
         maker: Of the run.

@@ -46,13 +46,14 @@ def label_uncertainty(
     number_n = torch.arange(class_Bn.shape[1], device=class_Bn.device).expand_as(class_Bn)
     slot_BC = torch.zeros_like(present_BC, dtype=torch.int64).scatter_reduce_(1, class_Bn, number_n, "amax")
     slot_BC[:, 0] = 0  # empty slots are of class 0, too
-    wide_Bn11 = class_Bn[:, :, None, None].expand(-1, -1, *u_BChw.shape[-2:])
-    u_Bnhw, known_Bnhw = u_BChw.gather(1, wide_Bn11), known_BChw.gather(1, wide_Bn11)
+    u_Bnhw = u_BChw.gather(1, class_Bn[:, :, None, None].expand(-1, -1, *u_BChw.shape[-2:]))
     labelled_BHW = labels_BHW != IGNORE
-    slot_B1HW = slot_BC.gather(1, labels_BHW.where(labelled_BHW, 0).flatten(1)).view_as(labels_BHW)[:, None]
+    safe_BN = labels_BHW.where(labelled_BHW, 0).flatten(1)
+    slot_B1HW = slot_BC.gather(1, safe_BN).view_as(labels_BHW)[:, None]
     u_BHW = resize_maps(u_Bnhw.flatten(0, 1), size).view(batch, -1, *size).gather(1, slot_B1HW)[:, 0]
-    known_BnHW = resize_maps(known_Bnhw.flatten(0, 1).to(u_BHW), size).view(batch, -1, *size) > 1 - 1e-3
-    known_BHW = known_BnHW.gather(1, slot_B1HW)[:, 0] & labelled_BHW
+    # A resized u mixes positions, so all of them must have one; they do where the class and a rival have prototypes.
+    known_BC = known_BChw.flatten(2).all(2)
+    known_BHW = known_BC.gather(1, safe_BN).view_as(labels_BHW) & labelled_BHW
     return u_BHW.masked_fill(~known_BHW, 0), known_BHW
 
 
@@ -111,7 +112,7 @@ def label_maps(cfg: Config, cam: CamOutput, batch: Batch, prototypes: Prototypes
         (P, H, W) in [0, 1), zero outside the box.
     """
     p = cfg.method.pseudo
-    if p.source == "cam" or not Schedule.of(cfg).weighs_seg:
+    if p.source != "cam+prototypes" or not Schedule.of(cfg).weighs_seg:
         return cam.cam_PHW
     return with_prototypes(
         cam, batch.pairs_P2, batch.boxes_B4, prototypes, present_BC, weight=p.prototype_weight, bias=p.background_bias
