@@ -40,12 +40,12 @@ def label_uncertainty(
     """
     batch, size = labels_BHW.shape[0], (int(labels_BHW.shape[-2]), int(labels_BHW.shape[-1]))
     u_BChw, known_BChw = prototypes.position_uncertainty(f4_BDhw, present_BC)
-    # Slots of an image: background, then its classes; only these maps are ever enlarged.
+    # Slots of an image: background, then its classes, then background again where others have more; only these maps
+    # are ever enlarged.
     own_Bn, _ = stack_pairs(pairs_P2[:, 1] + 1, pairs_P2, batch)
     class_Bn = torch.cat([own_Bn.new_zeros(batch, 1), own_Bn], 1).to(u_BChw.device, non_blocking=True)
     number_n = torch.arange(class_Bn.shape[1], device=class_Bn.device).expand_as(class_Bn)
     slot_BC = torch.zeros_like(present_BC, dtype=torch.int64).scatter_reduce_(1, class_Bn, number_n, "amax")
-    slot_BC[:, 0] = 0  # empty slots are of class 0, too
     u_Bnhw = u_BChw.gather(1, class_Bn[:, :, None, None].expand(-1, -1, *u_BChw.shape[-2:]))
     labelled_BHW = labels_BHW != IGNORE
     safe_BN = labels_BHW.where(labelled_BHW, 0).flatten(1)
