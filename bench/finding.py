@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from bench.real_arms import variants_of
+from bench.real_measure import PLACES
 from ugrl.command import enter
 from ugrl.errors import DataError
 from ugrl.eval.metrics import weighted_auroc
@@ -51,6 +52,7 @@ TELLS = {
     "distance": "distance (Eq. 5)",
     "margin": "margin to all",
     "margin_shown": "margin to those shown",
+    "mixed": "the same, and the classifier's doubt",
 }
 PIXELS = {
     "conf": "confidence of the label",
@@ -96,9 +98,29 @@ def read(path: Path) -> Result:
             split: {name: np.array([math.nan if x is None else x for x in column]) for name, column in columns.items()}
             for split, columns in tree["pairs"].items()
         }
-        return Result({k: v for k, v in tree["scores"].items() if v is not None}, counts, pairs)
+        return Result({k: v for k, v in tree["scores"].items() if v is not None}, counts, with_doubt(pairs))
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{line(path)}: cannot be read as a result of an arm: {line(str(error))}") from None
+
+
+def with_doubt(pairs: dict[str, dict[str, Floats]]) -> dict[str, dict[str, Floats]]:
+    """The pairs with ``mixed``: half the margin, half the classifier's doubt with the margin's mean and deviation over
+    the training pairs, as ``method.uncertainty.classifier_weight: 0.5`` has it.
+    """
+    margin = {split: columns["margin_shown"] for split, columns in pairs.items()}
+    edge = 0.5 * 10.0**-PLACES
+    p = {split: columns["p"].clip(edge, 1 - edge) for split, columns in pairs.items()}
+    logit = {split: np.log(x) - np.log1p(-x) for split, x in p.items()}
+    here = np.isfinite(margin["train"])
+    if here.any():
+        u, scores = margin["train"][here], logit["train"][here]
+        scale = float(u.std() / scores.std())
+        for split, columns in pairs.items():
+            columns["mixed"] = (margin[split] + float(u.mean()) + scale * (float(scores.mean()) - logit[split])) / 2
+    else:
+        for split, columns in pairs.items():
+            columns["mixed"] = margin[split]
+    return pairs
 
 
 def read_all(folder: Path) -> dict[str, dict[int, Result]]:

@@ -54,6 +54,8 @@ REFINED_AT = (0.25, 0.35, 0.45, 0.55)
 BINS = 4096
 # Tells results of another way of measuring from those of this one.
 VERSION = 2
+# Digits of what is kept of each pair.
+PLACES = 5
 
 
 # -- what judges a batch ----------------------------------------------------------------------
@@ -74,10 +76,10 @@ class Judged:
         self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor
     ) -> None:
         self._prototypes, self._seen, self._present_BC = prototypes, seen, present_BC
-        self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC)}
+        self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)}
         for name in KINDS:
             with self._as(name):
-                self.pairs[name] = prototypes.uncertainty(r_BCD, present_BC)
+                self.pairs[name] = prototypes.plain_uncertainty(r_BCD, present_BC)
         self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC)
 
     def pixels(self, labels_BHW: Tensor) -> dict[str, Tensor]:
@@ -92,14 +94,14 @@ class Judged:
 
     @contextmanager
     def _as(self, name: str) -> Iterator[None]:
-        """The prototypes with another kind of u, not placed within its class."""
+        """The prototypes with another kind of u."""
         p = self._prototypes
-        before = p.kind, p.against, p.within_class
-        (p.kind, p.against), p.within_class = KINDS[name], False
+        before = p.kind, p.against
+        p.kind, p.against = KINDS[name]
         try:
             yield
         finally:
-            p.kind, p.against, p.within_class = before
+            p.kind, p.against = before
 
 
 # -- counts of an image -----------------------------------------------------------------------
@@ -159,7 +161,8 @@ class PairScores:
         found = {name: torch.cat(parts) for name, parts in self._u.items()}
         found |= {"p": torch.cat(self._p), "iou": torch.cat(self._iou)[:, self.thresholds.index(threshold)]}
         return {
-            name: [round(x, 5) if math.isfinite(x) else None for x in values.tolist()] for name, values in found.items()
+            name: [round(x, PLACES) if math.isfinite(x) else None for x in values.tolist()]
+            for name, values in found.items()
         } | {"image": list(self._image)}
 
     def aurocs(self, threshold: float) -> dict[str, float]:

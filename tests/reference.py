@@ -289,6 +289,7 @@ class PrototypesByLoop:
         against="all",
         debias=False,
         within_class=False,
+        classifier_weight=0.0,
         votes="class",
         several=(1, 1),
     ):
@@ -298,6 +299,7 @@ class PrototypesByLoop:
         self.more_counts = [[0] * (n - 1) for n in self.several]
         self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
         self.moments = [(0, 0.0, 0.0)] * C  # pairs, mean of u, mean of u²
+        self.say, self.doubts = classifier_weight, (0, 0.0, 0.0, 0.0, 0.0)  # pairs, means of u, u², logit, logit²
         self.phi, self.bias, self.eta, self.center, self.momentum = phi_dD, bias_d, eta, center, centre_momentum
         self.prototypes, self.counts, self.means = [None] * C, [0] * C, [None] * C
         self.sigma, self.frozen = None, False
@@ -359,10 +361,19 @@ class PrototypesByLoop:
         }
         return {pair: u for pair, u in pairs.items() if u is not None}
 
-    def uncertainty(self, r_BCD, present_BC):
+    def doubted(self, found, logits_BF):
+        """The u of pairs, by pair, with the classifier's say."""
+        n, u, u2, logit, logit2 = self.doubts
+        if self.say == 0 or n < 2 or logit2 - logit * logit <= 1e-12:
+            return found
+        scale, w = math.sqrt(max(0.0, u2 - u * u) / (logit2 - logit * logit)), self.say
+        doubts = {(b, c): u + scale * (logit - logits_BF[b][c - 1]) for b, c in found if c > 0}
+        return {k: min(2.0, max(0.0, (1 - w) * x + w * doubts[k])) if k in doubts else x for k, x in found.items()}
+
+    def uncertainty(self, r_BCD, present_BC, logits_BF=None):
         B, C = present_BC.shape
         u, known = np.zeros((B, C)), np.zeros((B, C), dtype=bool)
-        for (b, c), value in self.judgements(r_BCD, present_BC).items():
+        for (b, c), value in self.doubted(self.judgements(r_BCD, present_BC), logits_BF).items():
             if self.within_class:
                 n, mean, square = self.moments[c]
                 variance = square - mean * mean
@@ -372,20 +383,26 @@ class PrototypesByLoop:
             u[b][c], known[b][c] = value, True
         return u, known
 
-    def update(self, r_BCD, present_BC, f4_BDN=None, labels_BN=None):
+    def followed(self, old, rows):
+        """Number and running means, after rows of further values."""
+        if not rows:
+            return old
+        n = old[0] + len(rows)
+        share = max(len(rows) / n, 1 - self.eta)
+        return (
+            n,
+            *(m + share * (math.fsum(x) / len(rows) - m) for m, x in zip(old[1:], np.transpose(rows), strict=True)),
+        )
+
+    def update(self, r_BCD, present_BC, f4_BDN=None, labels_BN=None, logits_BF=None):
         B, C = present_BC.shape
-        if self.within_class:
-            found = self.judgements(r_BCD, present_BC)
-            for c in range(C):
-                values = [u for (_, k), u in found.items() if k == c]
-                if values:
-                    n, mean, square = self.moments[c]
-                    share = max(len(values) / (n + len(values)), 1 - self.eta)
-                    self.moments[c] = (
-                        n + len(values),
-                        mean + share * (math.fsum(values) / len(values) - mean),
-                        square + share * (math.fsum(u * u for u in values) / len(values) - square),
-                    )
+        found = self.judgements(r_BCD, present_BC)
+        for c in range(C):
+            values = [u for (_, k), u in self.doubted(found, logits_BF).items() if k == c]
+            self.moments[c] = self.followed(self.moments[c], [(u, u * u) for u in values])
+        if self.say:
+            pairs = [(u, logits_BF[b][c - 1]) for (b, c), u in found.items() if c > 0]
+            self.doubts = self.followed(self.doubts, [(u, u * u, x, x * x) for u, x in pairs])
         rows = [[r_BCD[b][c] for b in range(B) if present_BC[b][c]] for c in range(C)]
         batch_means = [mean_of(rows[c]) if rows[c] else None for c in range(C)]
         means = list(self.means) if any(m is not None for m in self.means) else batch_means

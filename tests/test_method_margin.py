@@ -32,6 +32,12 @@ OPTIONS = [
     for debias, within in itertools.product((False, True), repeat=2)
     for encoding in ("linear", "fourier")
 ]
+SAYS = [
+    {"kind": kind, "against": "shown", "within_class": within, "encoding": "linear", "classifier_weight": say}
+    for kind, within in (("distance", False), ("margin", False), ("margin", True))
+    for say in (0.5, 0.9)
+]
+LOGITS = 3 * generator("logits").standard_normal((9, 4, 4))
 
 
 def t(x):
@@ -57,17 +63,17 @@ def taught(**options):
     return p, loop
 
 
-def same_u(p, loop, r, present):
+def same_u(p, loop, r, present, logits=None):
     """u as the loop has it, at one batch; returns which are known."""
-    u, known = p.uncertainty(t(r), t(present))
-    u_ref, known_ref = loop.uncertainty(r, present)
+    u, known = p.uncertainty(t(r), t(present), None if logits is None else t(logits))
+    u_ref, known_ref = loop.uncertainty(r, present, logits)
     np.testing.assert_array_equal(known, known_ref)
     np.testing.assert_allclose(u, u_ref, **CLOSE)
     assert (u >= 0).all() and (u <= 2).all()
     return known
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + SAYS, ids=str)
 def test_u_matches_the_loop(options):
     p, loop = pair_of(**options)
     known_pairs = 0
@@ -75,15 +81,40 @@ def test_u_matches_the_loop(options):
         if step == 3:
             p.freeze()
             loop.freeze()
-        known_pairs += int(same_u(p, loop, r, present).sum())
-        p.update(t(r), t(present))
-        loop.update(r, present)
+        known_pairs += int(same_u(p, loop, r, present, LOGITS[step]).sum())
+        p.update(t(r), t(present), logits_BF=t(LOGITS[step]))
+        loop.update(r, present, logits_BF=LOGITS[step])
         for c, prototype in enumerate(loop.prototypes):
             np.testing.assert_allclose(p.prototypes_Cd[c], 0 if prototype is None else prototype, **CLOSE)
-        if p.within_class:
-            np.testing.assert_allclose(p.u_moments_C2, [m[1:] for m in loop.moments], **CLOSE)
-            assert p.u_seen_C.tolist() == [m[0] for m in loop.moments]
+        if p.calibration.within_class:
+            np.testing.assert_allclose(p.calibration.u_moments_C2, [m[1:] for m in loop.moments], **CLOSE)
+            assert p.calibration.u_seen_C.tolist() == [m[0] for m in loop.moments]
+        if p.calibration.classifier_weight:
+            np.testing.assert_allclose(p.calibration.doubt_moments_4, loop.doubts[1:], **CLOSE)
+            assert int(p.calibration.doubt_seen) == loop.doubts[0]
     assert known_pairs > 10
+
+
+def test_a_tag_that_the_classifier_doubts_is_less_certain_and_background_is_not_asked():
+    p, _ = pair_of(kind="margin", against="shown", classifier_weight=0.5)
+    r, present = batches(n=6)
+    for step in range(5):
+        p.update(t(r[step]), t(present[step]), logits_BF=t(LOGITS[step]))
+    sure = LOGITS[5].copy()
+    sure[:, 0] += 2
+    (doubted_BC, known_BC), (sure_BC, _) = (p.uncertainty(t(r[5]), t(present[5]), t(x)) for x in (LOGITS[5], sure))
+    assert known_BC[:, 1].any() and (sure_BC < doubted_BC)[known_BC[:, 1], 1].all()
+    np.testing.assert_array_equal(sure_BC[:, [0, 2, 3, 4]], doubted_BC[:, [0, 2, 3, 4]])
+    p.calibration.classifier_weight = 0.0
+    np.testing.assert_array_equal(p.uncertainty(t(r[5]), t(present[5]))[0][:, 0], doubted_BC[:, 0])
+
+
+def test_a_classifier_with_a_say_must_be_heard():
+    p, _ = pair_of(classifier_weight=0.5)
+    r, present = (t(x[0]) for x in batches())
+    for ask in (p.uncertainty, p.update):
+        with pytest.raises(UgrlError, match="its scores were not given"):
+            ask(r, present)
 
 
 VOTES = [
@@ -168,6 +199,7 @@ BAD = [
     ({"kind": "ratio"}, "ratio"),
     ({"against": "some"}, "some"),
     ({"votes": "none"}, "votes: 'none'"),
+    ({"classifier_weight": 1.0}, "classifier_weight: 1.0"),
     ({"several": (2, 1)}, "several"),
     ({"several": (0, 1), "votes": "position"}, "several"),
     ({"several": (2, 1), "votes": "position", "encoding": "fourier"}, "several"),
@@ -317,6 +349,7 @@ def test_a_pool_by_the_u_of_pixels(kind, keep):
 # -- whole steps and runs ---------------------------------------------------------------------
 
 UNCERTAINTY = {
+    "classifier_weight": 0.5,
     "kind": "margin",
     "against": "shown",
     "level": "pixel",
@@ -368,7 +401,7 @@ def targets_of(changed, shards, still=False):
             made.step_fn.targets(next(batches).to("cpu", torch.float64), 0)
         prototypes = made.prototypes
         if still:
-            prototypes.update = lambda *_: None
+            prototypes.update = lambda *_, **__: None
         return made.step_fn.targets(next(batches).to("cpu", torch.float64), 2), prototypes.prototypes_Cd
     finally:
         batches.close()

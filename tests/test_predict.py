@@ -18,6 +18,7 @@ from ugrl.errors import ConfigError, DataError
 from ugrl.eval import PALETTES
 from ugrl.eval.palettes import OKABE_ITO, least_distance, palette
 from ugrl.eval.protocol import PROTOCOLS
+from ugrl.method.calibrate import Calibration
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
 from ugrl.model.network import UGRLNet
@@ -225,10 +226,15 @@ def test_an_image_too_large_is_told_about_parts(model: Model, monkeypatch: pytes
 # -- CAM and uncertainty --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(48, 64), (45, 70), (12, 50)])
+@pytest.mark.parametrize(("size", "say"), [((48, 64), 0.0), ((45, 70), 0.0), ((12, 50), 0.0), ((48, 64), 0.5)])
 def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as_tags(
-    size: tuple[int, int], model: Model
+    size: tuple[int, int], say: float, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calibration = Calibration(len(model.names) + 1, eta=0.99, classifier_weight=say, within_class=False)
+    if say:
+        calibration.doubt_moments_4.copy_(torch.tensor([0.5, 0.5, 1.0, 3.0]))
+        calibration.doubt_seen.fill_(9)
+    monkeypatch.setitem(model.prototypes._modules, "calibration", calibration)
     found = model.predict(noise(*size, seed=5))
     shown = shown_classes(found.mask, np.array(list(found.scores.values())))
     assert shown and [model.names.index(name) + 1 for name in found.cam] == list(shown)
@@ -249,7 +255,8 @@ def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as
             least=model.net.min_size,
         )
         r, present = batch_vectors(batch, cam, radius=c.uncertainty.radius, local=True)
-        u, known = model.prototypes.uncertainty(r, present)
+        scores = model.net.scores(cam.f4_BDhw)
+        u, known = model.prototypes.uncertainty(r, present, scores)
     for k, cam_HW in enumerate(found.cam.values()):
         assert cam_HW == pytest.approx(cam.cam_PHW[k, : size[0], : size[1]].numpy(), abs=2e-4)
     want = torch.where(known, u, torch.nan)[0].numpy()

@@ -211,6 +211,9 @@ class UncertaintyConfig:
     ``votes: position`` and the linear encoding."""
     class_prototypes: int = _num(1, ge=1, le=64)
     """Prototypes of each class, likewise."""
+    classifier_weight: float = _num(0.0, ge=0, lt=1)
+    """Say w of the classifier in the u of a tag: (1 − w)·u + w·v, where v is its doubt −logit p, moved and scaled to
+    the mean and deviation of u over the training pairs. 0: the prototypes alone."""
 
 
 @dataclass(frozen=True, slots=True)

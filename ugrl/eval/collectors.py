@@ -138,7 +138,7 @@ class UncertaintyScores:
         """Count a batch."""
         radius = self.cfg.method.uncertainty.radius
         r_BCD, present_BC = batch_vectors(seen.batch, seen.cam, radius=radius, local=self.affinity_trained)
-        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)
         self.found.add(*uncertain_pairs(seen, u_BC, known_BC))
 
     def result(self) -> Scores:

@@ -48,7 +48,7 @@ def label(maker: TargetMaker, seen: BatchPasses, step: int) -> Labelled:
     cfg, batch, cam = maker.cfg, seen.batch, seen.cam
     radius, local = cfg.method.uncertainty.radius, maker.schedule.affinity_trained(step)
     r_BCD, present_BC = batch_vectors(batch, cam, radius=radius, local=local)
-    u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC)
+    u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)
     cam_PHW = maker.told(batch, replace(cam, cam_PHW=_spread(maker, seen, cam, step)), present_BC).cam_PHW
     if batch.teachers_BHW is None:
         labels_BHW, _ = maker.labels(batch, cam_PHW)

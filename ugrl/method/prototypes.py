@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from ugrl.distributed import all_gather_rows, all_reduce_sum
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.method.calibrate import Calibration, mean_over_batch
 from ugrl.precision import full_precision
 from ugrl.seeding import generator
 from ugrl.types import IGNORE
@@ -69,8 +70,7 @@ class Prototypes(nn.Module):
         against: Rivals of ``margin``: ``all`` other classes, or those that are ``shown``.
         debias: Whether a prototype is the mean of its first votes until 1/(1 − η) batches had some, as in Adam (Kingma
             and Ba, 2015); without it the first vote, of an untrained network, fades with η^n alone.
-        within_class: Whether u is placed within its class: 2·Φ((u − m_c)/s_c), with the running mean and deviation of
-            the class's u and Φ of the normal distribution: twice the rank to be expected.
+        within_class, classifier_weight: What :mod:`ugrl.method.calibrate` does with u.
         votes: ``class`` or ``position``, as above.
         several: Prototypes of the background, and of each other class; more than 1 need votes of positions and the
             linear encoding.
@@ -84,8 +84,7 @@ class Prototypes(nn.Module):
         extra_Ed, extra_counts_E: The same for the second and further prototypes of classes, in the order of classes.
         mean_CD: Running mean of each class's vectors.
         mean_seen_C: bool, classes that have one.
-        u_moments_C2: Running means of u and u² of each class, and ``u_seen_C``, int64, pairs in them (``within_class``
-            only).
+        calibration: What u goes through when the prototypes have judged.
         sigma, frozen: Length scale (0 while unknown) and whether it is final (Fourier only).
 
     Raises:
@@ -100,8 +99,6 @@ class Prototypes(nn.Module):
     mean_seen_C: Tensor
     sigma: Tensor
     frozen: Tensor
-    u_moments_C2: Tensor
-    u_seen_C: Tensor
     extra_Ed: Tensor
     extra_counts_E: Tensor
     owner_S: Tensor
@@ -122,6 +119,7 @@ class Prototypes(nn.Module):
         against: Against = "all",
         debias: bool = False,
         within_class: bool = False,
+        classifier_weight: float = 0.0,
         votes: Votes = "class",
         several: tuple[int, int] = (1, 1),
         centre_momentum: float = 0.9,
@@ -143,7 +141,7 @@ class Prototypes(nn.Module):
         self.eta = eta
         self.encoding = encoding
         self.center = center
-        self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
+        self.kind, self.against, self.debias = kind, against, debias
         self.centre_momentum = centre_momentum
         # NumPy's Philox gives every machine the same Φ; the checkpoint carries it all the same.
         phi_dD = generator(seed, "prototypes", encoding, "phi").standard_normal((d_cls, dim))
@@ -155,9 +153,9 @@ class Prototypes(nn.Module):
         self._add_extra([several[0], *[several[1]] * (num_classes - 1)], d_cls)
         self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
         self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
-        if within_class:
-            self.register_buffer("u_moments_C2", torch.zeros(num_classes, 2))
-            self.register_buffer("u_seen_C", torch.zeros(num_classes, dtype=torch.int64))
+        self.calibration = Calibration(
+            num_classes, eta=eta, classifier_weight=classifier_weight, within_class=within_class
+        )
         if encoding == "fourier":
             bias_d = generator(seed, "prototypes", encoding, "bias").random(d_cls) * (2 * math.pi)
             self.register_buffer("bias_d", torch.from_numpy(bias_d).float())
@@ -191,30 +189,28 @@ class Prototypes(nn.Module):
             return self._encode(r_D.to(self.phi_dD.dtype), self.mean_CD, self.mean_seen_C, sigma)
 
     @torch.no_grad()
-    def uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, r_BCD: Tensor, present_BC: Tensor, logits_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Uncertainty u of each pair (Eq. 5, or the margin) against the prototypes as they are; call before
         :meth:`update`.
 
         Args:
             r_BCD: Class vectors; not read where absent.
             present_BC: bool, which exist; these are the classes that an image shows.
+            logits_BF: The classifier's scores before the sigmoid; where it has a say.
 
         Returns:
             u (B, C) in [0, 2], 0 where unknown, and bool (B, C): known, that is present and of a class
             that has a prototype (and a rival, for ``margin``; and others to be placed among, for ``within_class``).
             u has the buffers' type: float32, float64 after ``.double()``.
-        """
-        u_BC, known_BC = self._raw_uncertainty(r_BCD, present_BC)
-        if not self.within_class:
-            return u_BC, known_BC
-        mean_C, square_C = self.u_moments_C2.unbind(1)
-        variance_C = square_C - mean_C.square()
-        known_BC = known_BC & (self.u_seen_C > 1) & (variance_C > TINY)
-        z_BC = (u_BC - mean_C) / variance_C.clamp(min=TINY).sqrt()
-        return (2 * torch.special.ndtr(z_BC)).masked_fill(~known_BC, 0), known_BC
 
-    def _raw_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """The u before it is placed within its class."""
+        Raises:
+            UgrlError: The classifier has a say, and ``logits_BF`` is missing.
+        """
+        return self.calibration(*self.plain_uncertainty(r_BCD, present_BC), logits_BF)
+
+    @torch.no_grad()
+    def plain_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`uncertainty`, of the prototypes alone: neither mixed nor placed."""
         self._check(r_BCD, present_BC)
         r_BCD = r_BCD.masked_fill(~present_BC[..., None], 0)
         if self.kind == "margin":
@@ -305,7 +301,12 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, r_BCD: Tensor, present_BC: Tensor, f4_BDN: Tensor | None = None, labels_BN: Tensor | None = None
+        self,
+        r_BCD: Tensor,
+        present_BC: Tensor,
+        f4_BDN: Tensor | None = None,
+        labels_BN: Tensor | None = None,
+        logits_BF: Tensor | None = None,
     ) -> None:
         """Bundle the votes of all ranks and move prototypes, means and σ (Eq. 4).
 
@@ -317,13 +318,13 @@ class Prototypes(nn.Module):
             present_BC: bool, which exist.
             f4_BDN: Features of the positions; where positions vote.
             labels_BN: int64, the class that each position votes for, or 255.
+            logits_BF: The classifier's scores; where it has a say in u.
         """
         self._check(r_BCD, present_BC)
-        if self.within_class:
-            self._count_uncertainty(r_BCD, present_BC)
+        self.calibration.update(*self.plain_uncertainty(r_BCD, present_BC), logits_BF)
         with full_precision(r_BCD):
             r_BCD = r_BCD.to(self.phi_dD.dtype).masked_fill(~present_BC[..., None], 0)
-            batch_mean_CD, n_C = _mean_over_batch(r_BCD, present_BC)
+            batch_mean_CD, n_C = mean_over_batch(r_BCD, present_BC)
             here_C = n_C > 0
             started = self.mean_seen_C.any()
             mean_CD = torch.where(started, self.mean_CD, batch_mean_CD)
@@ -343,7 +344,7 @@ class Prototypes(nn.Module):
                 if sigma is not None:
                     votes_BC = votes_BC & (sigma > 0)
                 unit_BCd = (h_BCd / lengths_BC.clamp(min=TINY)[..., None]).masked_fill(~votes_BC[..., None], 0)
-                bundle_Sd, votes_S = _mean_over_batch(unit_BCd, votes_BC)
+                bundle_Sd, votes_S = mean_over_batch(unit_BCd, votes_BC)
 
             voted_S, counts_S = votes_S > 0, self._counts()
             eta = self._momentum(counts_S)[:, None] if self.debias else self.eta
@@ -431,16 +432,6 @@ class Prototypes(nn.Module):
         sums = all_reduce_sum(sums[:rows].contiguous())
         return sums[:, :-1] / sums[:, -1:].clamp(min=1), sums[:, -1]
 
-    def _count_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> None:
-        """Let the moments of u follow this batch: plain means at first, then the means of about 1/(1 − η) batches."""
-        u_BC, known_BC = self._raw_uncertainty(r_BCD, present_BC)
-        batch_C2, n_C = _mean_over_batch(torch.stack([u_BC, u_BC.square()], -1), known_BC)
-        before_C = self.u_seen_C.to(n_C.dtype)
-        share_C = (n_C / (before_C + n_C).clamp(min=1)).clamp(min=1 - self.eta)
-        moved_C2 = self.u_moments_C2 + share_C[:, None] * (batch_C2 - self.u_moments_C2)
-        self.u_moments_C2.copy_(torch.where(n_C[:, None] > 0, moved_C2, self.u_moments_C2))
-        self.u_seen_C.add_(n_C.long())
-
     def _move_sigma(self, r_BCD: Tensor, present_BC: Tensor) -> Tensor:
         """Let σ follow this batch; returns the one to encode this batch with: the one before, if any."""
         rows_MD = all_gather_rows(r_BCD.flatten(0, 1))  # absent rows are the padding that makes ranks equal
@@ -468,14 +459,6 @@ def _check_word(name: str, word: str, allowed: tuple[str, str]) -> None:
 def _after_load(module: nn.Module, _: object) -> None:
     assert isinstance(module, Prototypes)
     module._settled = module.encoding == "linear" or bool(module.frozen & (module.sigma > 0))
-
-
-def _mean_over_batch(x_BCD: Tensor, valid_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the valid images of all ranks (C, D), 0 without any, and their number (C,)."""
-    packed_CD = torch.cat([x_BCD.sum(dim=0), valid_BC.sum(dim=0)[:, None].to(x_BCD.dtype)], dim=1)
-    packed_CD = all_reduce_sum(packed_CD)
-    n_C = packed_CD[:, -1]
-    return packed_CD[:, :-1] / n_C.clamp(min=1)[:, None], n_C
 
 
 def _move(old_CD: Tensor, new_CD: Tensor, momentum: float | Tensor, had_C: Tensor, here_C: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ weights → reliable pool → the positions that the affinity loss may pair.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -125,7 +126,7 @@ class TargetMaker:
         return self.schedule.aux_labels and not self.schedule.warm(step)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, step: int, forward: Forward) -> Targets:
+    def __call__(self, batch: Batch, step: int, forward: Forward, classify: Callable[[Tensor], Tensor]) -> Targets:
         """The targets of a batch; moves the prototypes.
 
         Args:
@@ -133,6 +134,7 @@ class TargetMaker:
             step: Number of the training step, counted from 0.
             forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so, and
                 all have 2F raw maps where :meth:`wants_aux` does.
+            classify: The classifier: F4 → scores before the sigmoid (B, F). Asked where it has a say in u.
         """
         schedule = self.schedule
         if schedule.supervised:
@@ -145,15 +147,16 @@ class TargetMaker:
         r_BCD, present_BC = batch_vectors(
             batch, cam, radius=self.cfg.method.uncertainty.radius, local=schedule.uses_affinity and not warm
         )
-        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC)
+        logits_BF = classify(cam.f4_BDhw) if self.cfg.method.uncertainty.classifier_weight else None
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, logits_BF)
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
         self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC))
         if self.cfg.method.uncertainty.votes == "position":
             maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC).cam_PHW
             labels_BN = self._votes(batch, maps_PHW, cam.f4_BDhw)
-            self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN)
+            self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN, logits_BF=logits_BF)
         else:
-            self.prototypes.update(r_BCD, present_BC)
+            self.prototypes.update(r_BCD, present_BC, logits_BF=logits_BF)
         return out
 
     def _votes(self, batch: Batch, maps_PHW: Tensor, f4_BDhw: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def maps_of(
             where = cam_KHW[:, part.row.start : part.row.stop, part.column.start : part.column.stop]
             where += raw_KHW * torch.from_numpy(part.weight_HW).to(device)
         cam_KHW = normalise(cam_KHW, pairs_K2, whole)
-    u_C = _uncertainties(net, prototypes, image_HW3, cam_KHW, shown, radius, affinity, tiling, device)
+    u_C = _uncertainties(net, prototypes, image_HW3, scores_F, cam_KHW, shown, radius, affinity, tiling, device)
     labels = torch.from_numpy(labels_HW).to(device).long()
     return Maps(shown, cam_KHW.cpu().numpy(), u_C.cpu().numpy(), u_C[labels].cpu().numpy())
 
@@ -148,6 +148,7 @@ def _uncertainties(
     net: UGRLNet,
     prototypes: Prototypes,
     image_HW3: np.ndarray,
+    scores_F: np.ndarray,
     cam_KHW: Tensor,
     shown: tuple[int, ...],
     radius: int,
@@ -169,7 +170,8 @@ def _uncertainties(
     present_1C = torch.zeros(1, classes, dtype=torch.bool, device=device)
     r_1CD[0, here] = torch.where(present_K[:, None], sums_KD / mass_K.clamp(min=MIN_MASS)[:, None], 0)
     present_1C[0, here] = present_K
-    u_1C, known_1C = prototypes.uncertainty(r_1CD, present_1C)
+    logits_1F = torch.from_numpy(scores_F)[None].to(device).logit(eps=1e-7)
+    u_1C, known_1C = prototypes.uncertainty(r_1CD, present_1C, logits_1F)
     return torch.where(known_1C[0], u_1C[0], torch.nan).float()
 
 

@@ -83,6 +83,7 @@ def build_prototypes(cfg: Config, num_classes: int, dim: int) -> Prototypes:
         against=u.against,
         debias=u.debias,
         within_class=u.within_class,
+        classifier_weight=u.classifier_weight,
         votes=u.votes,
         several=(u.background_prototypes, u.class_prototypes),
     )

@@ -118,7 +118,12 @@ class Step:
                 return training(images, view, affinity=affinity, aux=aux)
             return net.cam(images, affinity=affinity, at_once=at_once, aux=aux)
 
-        return self.target_maker(batch, step, forward)
+        size = (int(batch.images_B3HW.shape[-2]), int(batch.images_B3HW.shape[-1]))
+
+        def classify(f4_BDhw: Tensor) -> Tensor:
+            return net.scores(f4_BDhw, self.pool_boxes(batch), size)
+
+        return self.target_maker(batch, step, forward, classify)
 
     def pool_boxes(self, batch: Batch) -> Tensor | None:
         """Boxes whose positions the class scores pool; ``None``: all positions of the crop."""
