@@ -9,13 +9,14 @@ from PIL import Image
 
 from tests.tiny import tiny_tree
 from ugrl.cli import main
-from ugrl.config import build
+from ugrl.config import build, override
 from ugrl.train.loop import Trainer
 
 
-def trained(shards: Path, out: Path) -> Path:
+def trained(shards: Path, out: Path, **values: object) -> Path:
     """Past its warm-up: prototypes and affinity are in use. The masks show several classes."""
-    trainer = Trainer(build(tiny_tree(eval_every=6)), shards=shards, out=out, quiet=True, device="cpu")
+    cfg = build(override(tiny_tree(eval_every=6), values))
+    trainer = Trainer(cfg, shards=shards, out=out, quiet=True, device="cpu")
     trainer.net.decoder.classify.weight.data *= 20
     trainer.fit()
     return out

@@ -21,14 +21,17 @@ from tests.teachers import labels_of, tree
 from tests.tiny import tiny_tree
 from ugrl.cli import main
 from ugrl.config import build
+from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.data.voc import VocSource
 from ugrl.errors import DataError
 from ugrl.export import labels as exported
+from ugrl.method.per_position import label_uncertainty
+from ugrl.predict.folder import PER_U, UNKNOWN
 from ugrl.train.loop import Trainer
 from ugrl.train.restore import restore
-from ugrl.types import IGNORE
+from ugrl.types import IGNORE, collate
 from ugrl.view.collect import looks, open_run, open_split
 
 CPU = torch.device("cpu")
@@ -97,7 +100,7 @@ def test_scales_that_a_cam_is_scored_at_change_no_label(base: Path, shards: Path
     got, reader = restore(base, device=CPU), ShardReader(shards, "train")
     scored = replace(got.cfg, eval=replace(got.cfg.eval, cam_scales=(1.0, 2.0), cam_side=64))
     found = [
-        {marks.id: labels_HW for marks, labels_HW in exported.labelled(replace(got, cfg=cfg), reader)}
+        {marks.id: labels_HW for marks, labels_HW, _ in exported.labelled(replace(got, cfg=cfg), reader)}
         for cfg in (got.cfg, scored)
     ]
     assert all(np.array_equal(found[0][id], found[1][id]) for id in reader.ids)
@@ -147,6 +150,33 @@ def test_the_snippet_of_the_guide_makes_a_map_of_weights(
     weights_HW = names["weights_of"](row["image"])
     assert weights_HW.shape == labels_HW.shape and (weights_HW[labels_HW == IGNORE] == 0).all()
     assert weights_HW[labels_HW == int(row["label"])] == pytest.approx(float(row["weight"]))
+
+
+def test_a_run_that_judges_pixels_exports_their_u(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the scale of `ugrl predict --uncertainty`; asked again for one image at a time, of the labels in the files."""
+    run, out = trained(shards, tmp_path / "run", **{"method.uncertainty.level": "pixel"}), tmp_path / "voc"
+    words = ["export", str(run), "--to", "labels", "--data", str(shards), "--out", str(out), "--device", "cpu"]
+    assert main(words) == 0
+    assert "u of each pixel in Uncertainty/ID.png: the value / 127, 255 is unknown" in capsys.readouterr().out
+    got, reader, kinds = restore(run, device=CPU), ShardReader(shards, "train"), set()
+    assert {p.stem for p in (out / "Uncertainty").iterdir()} == set(reader.ids)
+    for k, id in enumerate(reader.ids):
+        labels_HW, u_HW = (np.array(Image.open(out / f / f"{id}.png")) for f in ("SegmentationClass", "Uncertainty"))
+        batch = collate([eval_sample(reader[k], num_classes=6)])
+        with torch.no_grad():
+            f4_BDhw = got.net.cam(batch.images_B3HW, affinity=False)[1]
+            present_BC = torch.cat([torch.ones(1, 1), batch.tags_BF], 1).bool()
+            want_BHW, known_BHW = label_uncertainty(
+                got.prototypes, f4_BDhw, torch.from_numpy(labels_HW)[None].long(), batch.pairs_P2, present_BC
+            )
+        known_HW, want_HW = known_BHW[0].numpy(), want_BHW[0].numpy()
+        assert u_HW.shape == labels_HW.shape and (u_HW[~known_HW] == UNKNOWN).all()
+        assert np.abs(u_HW / PER_U - want_HW)[known_HW].max(initial=0) <= 0.5 / PER_U + 1e-4
+        kinds |= {(bool(known), len(np.unique(u_HW[known_HW])) > 9) for known in np.unique(known_HW)}
+    assert (True, True) in kinds and (False, True) in kinds  # u differs within an image
+    assert main(["prepare", "voc", "--root", str(out), "--out", str(tmp_path / "back"), "--tune-val", "0"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,5 +10,5 @@ FORMATS = {
     "torch": "a program of torch.export, which needs no code of this project",
     "safetensors": "the layout of a hub upload, which ugrl itself reads",
     "transformers": "a SegFormer folder of transformers (MiT encoders)",
-    "labels": "its pseudo-labels of a split, in VOC's layout, with weights by u",
+    "labels": "its pseudo-labels of a split, in VOC's layout, with weights by u, or u by pixel",
 }

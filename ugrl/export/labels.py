@@ -9,6 +9,9 @@ Below the folder lie::
     ImageSets/Segmentation/val.txt          images with their true masks, where the shards have such a split
     labelmap.txt                            the classes in the order of their labels
     weights.csv                             u and the weight of each image and class
+    Uncertainty/ID.png                      u of each pixel's label, of a run that judges pixels
+
+A run judges pixels with ``method.uncertainty.level: pixel``. Its weights are of single pixels, which no table holds.
 """
 
 from __future__ import annotations
@@ -32,15 +35,17 @@ from ugrl.data.reader import ShardReader
 from ugrl.data.shards import Manifest
 from ugrl.device import resolve
 from ugrl.errors import CheckpointError, ConfigError, DataError
-from ugrl.eval.labels import label
+from ugrl.eval.labels import Labelled, label
 from ugrl.eval.palette import write_mask
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import replacing
 from ugrl.foreign import under
+from ugrl.method.per_position import label_uncertainty
 from ugrl.method.targets import TargetMaker, pixel_counts
 from ugrl.method.teacher import taught
 from ugrl.method.weighting import modulation_weights
 from ugrl.predict.exports import labelmap, plain_name
+from ugrl.predict.folder import PER_U, UNKNOWN, write_uncertainty
 from ugrl.row import Row
 from ugrl.text import csv_cell, line
 from ugrl.train.build import build_par
@@ -48,6 +53,7 @@ from ugrl.train.check import check_teachers
 from ugrl.train.restore import Restored, restore
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
+UNCERTAINTY = "Uncertainty"
 HEAD = ("image", "label", "class", "pixels", "u", "weight")
 
 
@@ -130,8 +136,10 @@ def write(root: Path, got: Restored, reader: ShardReader, val: ShardReader | Non
     index = {id: k for k, id in enumerate(reader.ids)}
     made: list[Marks] = []
     with Progress(total=len(reader) + (0 if val is None else len(val)), what="images") as bar:
-        for marks, labels_HW in labelled(got, reader):
+        for marks, labels_HW, u_HW in labelled(got, reader):
             _write_row(root, reader[index[marks.id]], labels_HW, names)
+            if u_HW is not None:
+                write_uncertainty(_target(root, UNCERTAINTY, marks.id, ".png"), u_HW)
             made.append(marks)
             bar.advance(1)
         (lists / "train.txt").write_text("".join(f"{id}\n" for id in reader.ids), encoding="utf-8")
@@ -144,12 +152,16 @@ def write(root: Path, got: Restored, reader: ShardReader, val: ShardReader | Non
     (root / "weights.csv").write_text(weights_csv(made, got), encoding="utf-8")
     decided = sum(int(marks.pixels_C.sum()) for marks in made) / max(1, sum(marks.area for marks in made))
     more = "no val.txt: the shards have no split of other images with masks" if val is None else f"{len(val)} of val"
-    return f"{len(made)} images labelled ({100 * decided:.1f} % of their pixels), {more}"
+    pixels = f"; u of each pixel in {UNCERTAINTY}/ID.png: the value / {PER_U}, {UNKNOWN} is unknown"
+    return f"{len(made)} images labelled ({100 * decided:.1f} % of their pixels), {more}" + pixels * _by_pixel(got)
 
 
 @torch.no_grad()
-def labelled(got: Restored, reader: ShardReader) -> Iterator[tuple[Marks, np.ndarray]]:
-    """The pseudo-labels of a split, uint8 (H, W) each, in batches of one size (so in another order)."""
+def labelled(got: Restored, reader: ShardReader) -> Iterator[tuple[Marks, np.ndarray, np.ndarray | None]]:
+    """The pseudo-labels of a split, uint8 (H, W) each, in batches of one size (so in another order).
+
+    Of a run that judges pixels, the u of each pixel's label comes with them: float32 (H, W), NaN where unknown.
+    """
     # The CAM as training makes it, whatever scales it is scored at.
     cfg = replace(got.cfg, eval=replace(got.cfg.eval, cam_scales=None, cam_side=0))
     maker = TargetMaker(cfg, got.prototypes, build_par(cfg), stride=got.net.stride)
@@ -160,13 +172,27 @@ def labelled(got: Restored, reader: ShardReader) -> Iterator[tuple[Marks, np.nda
         plain = got.net(
             batch.images_B3HW, decode=False, affinity=local or maker.schedule.propagates(got.step), embed=False
         )
-        found = label(maker, BatchPasses(got.net, cfg, batch, read.images_B3HW, plain), got.step)
+        seen = BatchPasses(got.net, cfg, batch, read.images_B3HW, plain)
+        found = label(maker, seen, got.step)
+        u_BHW = _pixel_uncertainty(got, seen, found) if _by_pixel(got) else None
         pixels_BC = pixel_counts(found.labels_BHW, len(got.class_names) + 1).long().cpu()
         host_BHW = found.labels_BHW.to(torch.uint8).cpu().numpy()
         u_BC, known_BC = found.u_BC.float().cpu(), found.known_BC.cpu()
         for k, (id, (y0, y1, x0, x1)) in enumerate(zip(batch.ids, batch.boxes_B4.tolist(), strict=True)):
             labels_HW = host_BHW[k, y0:y1, x0:x1]
-            yield Marks(id, labels_HW.size, u_BC[k], known_BC[k], pixels_BC[k]), labels_HW
+            u_HW = None if u_BHW is None else u_BHW[k, y0:y1, x0:x1]
+            yield Marks(id, labels_HW.size, u_BC[k], known_BC[k], pixels_BC[k]), labels_HW, u_HW
+
+
+def _by_pixel(got: Restored) -> bool:
+    return got.cfg.method.uncertainty.level == "pixel"
+
+
+def _pixel_uncertainty(got: Restored, seen: BatchPasses, found: Labelled) -> np.ndarray:
+    """The u of each pixel's label (B, H, W), NaN where unknown."""
+    pairs_P2, f4_BDhw = seen.batch.pairs_P2, seen.cam.f4_BDhw
+    u_BHW, known_BHW = label_uncertainty(got.prototypes, f4_BDhw, found.labels_BHW, pairs_P2, found.present_BC)
+    return u_BHW.masked_fill(~known_BHW, torch.nan).float().cpu().numpy()
 
 
 def weights_csv(made: list[Marks], got: Restored) -> str:
@@ -202,19 +228,14 @@ def weights_csv(made: list[Marks], got: Restored) -> str:
 
 def _write_row(root: Path, row: Row, labels_HW: np.ndarray | None, names: tuple[str, ...]) -> None:
     """The files of one image; its own mask where no labels are given."""
-
-    def target(folder: str, suffix: str) -> Path:
-        path = under(root / folder, f"{row.id}{suffix}", f"image {line(row.id, 80)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     with Image.open(io.BytesIO(row.image)) as image:
         suffix = SUFFIXES[image.format or "JPEG"]
-    target("JPEGImages", suffix).write_bytes(row.image)
+    _target(root, "JPEGImages", row.id, suffix).write_bytes(row.image)
+    mask = _target(root, "SegmentationClass", row.id, ".png")
     if labels_HW is None:
-        target("SegmentationClass", ".png").write_bytes(row.mask or b"")
+        mask.write_bytes(row.mask or b"")
     else:
-        write_mask(target("SegmentationClass", ".png"), labels_HW)
+        write_mask(mask, labels_HW)
     tree = ElementTree.Element("annotation")
     ElementTree.SubElement(tree, "filename").text = f"{row.id}{suffix}"
     size = ElementTree.SubElement(tree, "size")
@@ -222,4 +243,11 @@ def _write_row(root: Path, row: Row, labels_HW: np.ndarray | None, names: tuple[
         ElementTree.SubElement(size, name).text = str(value)
     for tag in row.tags:
         ElementTree.SubElement(ElementTree.SubElement(tree, "object"), "name").text = plain_name(names[tag - 1])
-    ElementTree.ElementTree(tree).write(target("Annotations", ".xml"), encoding="utf-8")
+    ElementTree.ElementTree(tree).write(_target(root, "Annotations", row.id, ".xml"), encoding="utf-8")
+
+
+def _target(root: Path, folder: str, id: str, suffix: str) -> Path:
+    """A file of an image, in a folder that is there."""
+    path = under(root / folder, f"{id}{suffix}", f"image {line(id, 80)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

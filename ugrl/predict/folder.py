@@ -184,9 +184,7 @@ class Folder:
                 prediction.overlay().save(draft, format="JPEG", quality=92, subsampling=0, comment=WRITER.encode())
             return [f"{kind}/{path.name}"]
         if kind == "uncertainty":
-            u_HW = prediction.uncertainty
-            grey_HW = np.where(np.isfinite(u_HW), np.nan_to_num(u_HW) * PER_U, UNKNOWN).round().clip(0, 255)
-            _write_grey(folder / f"{stem}.png", grey_HW)
+            write_uncertainty(folder / f"{stem}.png", prediction.uncertainty)
             return [f"{kind}/{stem}.png"]
         names = []
         for name, cam_HW in prediction.cam.items():
@@ -212,6 +210,16 @@ def _check_ours(paths: Any) -> None:
 def _plain(name: str) -> str:
     """A class name as a part of a file name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]
+
+
+def write_uncertainty(path: Path, u_HW: np.ndarray) -> None:
+    """Write u as a grey PNG: the value of a pixel / 127 is its u, 255 is unknown.
+
+    Args:
+        path: The file, in a folder that is there.
+        u_HW: u in [0, 2], NaN where unknown.
+    """
+    _write_grey(path, np.where(np.isfinite(u_HW), np.nan_to_num(u_HW) * PER_U, UNKNOWN).round().clip(0, 255))
 
 
 def _write_grey(path: Path, values_HW: np.ndarray) -> None:
