@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import ugrl
 from tests import test_train as two
 from tests.own import own_shards
+from tests.raycluster import CLOSE
 from tests.teachers import SPEC, WRONG, spoiled, tree, truth, write
 from tests.test_data_loader_ray import asked, blocks, ray_data
 from tests.tiny import tiny_tree
@@ -24,7 +26,7 @@ from tuning.space.options import Objective
 from tuning.space.search import Search
 from tuning.space.space_file import build_space
 from ugrl.cli import main
-from ugrl.config import build
+from ugrl.config import build, override
 from ugrl.data.mask_folder import MaskFolder, TaughtSource
 from ugrl.data.pages import MappedShard
 from ugrl.data.prepare import prepare
@@ -197,24 +199,47 @@ def test_a_row_without_a_teacher_mask_is_named_by_the_loader(taught: Path) -> No
         next(batches)
 
 
-@pytest.mark.ray
-def test_ray_data_carries_teacher_masks(mirrored: Path) -> None:
-    """Through the object store of a real cluster, on the second of two ranks."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A private one."""
     from cluster.connect import start_ray, stop_ray
-    from cluster.ray_data import ray_loader
 
-    spec = asked(mirrored, crop=56, teacher=True, total_steps=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         start_ray(cpus=2)
-        try:
-            batches = [loaded.to("cpu") for loaded in ray_loader(spec)]
-        finally:
-            stop_ray()
+        yield
+        stop_ray()
+
+
+@pytest.mark.ray
+def test_ray_data_carries_teacher_masks(mirrored: Path, cluster: None) -> None:
+    """Through the object store of a real cluster, on the second of two ranks."""
+    from cluster.ray_data import ray_loader
+
+    spec = asked(mirrored, crop=56, teacher=True, total_steps=5)
+    batches = [loaded.to("cpu") for loaded in ray_loader(spec)]
     assert len(batches) == 4
     for batch, local in zip(batches, local_loader(spec), strict=False):
         same_batch(batch, local.to("cpu"))
         assert batch.teachers_BHW is not None
+
+
+@pytest.mark.ray
+def test_two_workers_of_ray_train_learn_from_a_teacher_as_one_process_does(
+    taught: Path, cluster: None, tmp_path: Path
+) -> None:
+    """The same global batches, and so the same losses, counts and scores in every line of the log."""
+    from cluster.launch import launch
+
+    room = {"cluster.cpus_per_worker": 0.5, "cluster.data_cpus": 0, "cluster.start_timeout_s": 300}
+    cfg = build(override(tree("agree"), {"train.dtype": "float64", **room}))
+    Trainer(cfg, shards=taught, out=tmp_path / "one", quiet=True, device="cpu").fit()
+    launch(cfg, shards=taught, out=tmp_path / "both", workers=2)
+    one, both = two.losses(tmp_path / "one"), two.losses(tmp_path / "both")
+    assert [line["step"] for line in one] == [line["step"] for line in both] == [1, 2, 3, 4, 5, 6, 6]
+    assert all(line["seg"] > 0 and line["stat/labelled"] > 0 for line in both[2:6])  # past the warm-up
+    for a, b in zip(one, both, strict=True):
+        two.close(a, b, rel=CLOSE, floor=1e-9)
 
 
 # ---- labels --------------------------------------------------------------------------------------
