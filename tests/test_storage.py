@@ -24,6 +24,7 @@ from ugrl.errors import CheckpointError, DataError
 from ugrl.storage import Place, StorageError, place, retry
 from ugrl.train import checkpoint
 from ugrl.train.batches import local_loader
+from ugrl.train.checkpoint_writer import send_files
 from ugrl.train.loop import Trainer
 from ugrl.train.observer import Hooks
 
@@ -260,6 +261,28 @@ def test_a_run_on_a_bucket_is_a_run_on_a_disk(
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find(there / "runs" / "none")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden-word"
+
+
+def test_a_bucket_gets_what_belongs_to_a_run_and_nothing_else(server: Server, tmp_path: Path) -> None:
+    """Of W&B's folder, what `wandb sync` reads of a run without a network."""
+    sent = ["config.yaml", "seen/rank_00.jsonl", "tb/events.1", "wandb.json"]
+    sent += ["wandb/offline-run-20260101_000000-a/run-a.wandb", "wandb/offline-run-20260102_000000-a/run-a.wandb"]
+    kept = ["lock", "wandb/run-20260101_000000-b/run-b.wandb", "wandb/debug.log"]
+    kept += ["wandb/offline-run-20260101_000000-a/logs/debug.log"]
+    for name in sent + kept:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(name)
+    (tmp_path / "run/wandb/latest-run").symlink_to("offline-run-20260102_000000-a")
+    there = place(server.uri(f"bucket/{tmp_path.name}"))
+    send_files(tmp_path / "run", there)
+
+    def names(folder: Place, above: str = "") -> Iterator[str]:
+        for name in folder.names():
+            inner = folder / name
+            yield from names(inner, f"{above}{name}/") if inner.is_dir() else [above + name]
+
+    assert sorted(names(there)) == sorted(sent)
+    assert all((there / name).read().decode() == name for name in sent)
 
 
 MAKES = """

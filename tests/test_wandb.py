@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.s3server import bucket_server
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.errors import ConfigError
+from ugrl.storage import place
 from ugrl.train.background import BackgroundWriter
 from ugrl.train.loop import Trainer
 from ugrl.train.wandb_tracking import WandbObserver, check_wandb
@@ -124,6 +126,24 @@ def test_a_training_is_tracked_and_nothing_of_the_machine_is(shards: Path, tmp_p
     written = {p.name for p in (out / "wandb").rglob("*") if p.is_file()}
     assert not [name for name in written if name in ("requirements.txt", "wandb-metadata.json", "output.log", "code")]
     assert {r.run.host for r in found if r.WhichOneof("record_type") == "run"} == {"not told"}
+
+
+def test_what_stays_offline_goes_to_the_bucket_of_the_run(shards: Path, tmp_path: Path, offline: None) -> None:
+    """Of W&B's folder, what `wandb sync` reads: the run is whole there, and nothing is left on the node."""
+    pytest.importorskip("wandb", reason=OPTIONAL)
+    with bucket_server() as server:
+        out = place(server.uri(f"bucket/{tmp_path.name}"))
+        metrics = Trainer(build(tiny_tree(wandb="ugrl")), shards=shards, out=out, quiet=True, device="cpu").fit()
+        (name,) = (out / "wandb").names()
+        (file,) = (out / "wandb" / name).names()
+        (out / "wandb" / name / file).download(tmp_path / "copy" / "wandb" / name / file)
+        note = json.loads((out / "wandb.json").read())
+    assert name.startswith("offline-run-") and file == f"run-{note['id']}.wandb"
+    found = records(tmp_path / "copy")
+    rows = history(found)
+    assert {row["step"] for row in rows} == set(range(1, 7)) and set(note["sent"].values()) == {6}
+    assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [0]
+    assert [row["val/seg_miou"] for row in rows if "val/seg_miou" in row] == [pytest.approx(metrics["seg_miou"])]
 
 
 DEAD = """

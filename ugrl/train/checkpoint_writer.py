@@ -29,9 +29,10 @@ from ugrl.train import checkpoint
 from ugrl.train.observer import Observer, nothing
 
 Parts = dict[str, dict[str, Tensor]]
-# Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them.
+# Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them. The notes of trackers
+# come before what they tell of. Of W&B's own files it is those that `wandb sync` reads: nothing else has them yet.
 FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json", "wandb.json", "weights.json")
-FOLDERS = ("tb", "seen")
+FILES += ("tb/*", "seen/*", "wandb/offline-run-*/*.wandb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,10 +303,7 @@ def send_files(folder: Path, mirror: Place) -> None:
     Raises:
         StorageError: The storage does not accept the files.
     """
-    for name in FILES:
-        if (folder / name).is_file():
-            (mirror / name).write((folder / name).read_bytes())
-    for name in FOLDERS:
-        for file in sorted((folder / name).glob("*")) if (folder / name).is_dir() else []:
+    for pattern in FILES:
+        for file in sorted(folder.glob(pattern)):
             if file.is_file():
-                (mirror / name / file.name).write(file.read_bytes())
+                (mirror / file.relative_to(folder).as_posix()).write(file.read_bytes())

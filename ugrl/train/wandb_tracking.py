@@ -1,7 +1,8 @@
 """A run in Weights & Biases: its configuration and scalars, in one W&B run however often it is resumed.
 
 ``OUT/wandb.json`` holds the run's id and how far each group of scalars has been sent, as for MLflow. With
-``WANDB_MODE=offline`` everything stays in ``OUT/wandb``, and ``wandb sync`` sends it later.
+``WANDB_MODE=offline`` everything stays in ``OUT/wandb``, and ``wandb sync`` sends it later. Where ``OUT`` is in a
+bucket, what ``wandb sync`` reads is sent there with each checkpoint and at the end.
 """
 
 from __future__ import annotations
