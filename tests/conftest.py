@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.predictions import trained
 from tests.small import TINY
 from tests.teachers import SPEC, shifted, truth
 from ugrl.config import Config, load
 from ugrl.data.mask_folder import TaughtSource
 from ugrl.data.prepare import prepare
 from ugrl.data.shapes import ShapesSource
+from ugrl.predict.model import Model
 from ugrl.train.loop import Trainer
 from ugrl.train.run import ensure_shards
 
@@ -67,6 +69,17 @@ def alone(small: Config, small_shards: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("alone") / "run"
     Trainer(small, shards=small_shards, out=out, quiet=True, device="cpu").fit()
     return out
+
+
+@pytest.fixture(scope="session")
+def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has ended, to be read."""
+    return trained(shards, tmp_path_factory.mktemp("trained") / "base")
+
+
+@pytest.fixture(scope="session")
+def model(base: Path) -> Model:
+    return Model(base, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(shards, tmp_path_factory.mktemp("masks") / "base")
-
-
-@pytest.fixture(scope="module")
 def folder(base: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("labels") / "voc"
     words = ["export", str(base), "--to", "labels", "--data", str(shards), "--out", str(out), "--device", "cpu"]

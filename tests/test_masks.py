@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.predictions import trained
 from tests.teachers import WRONG, labels_of, spoiled, truth
 from ugrl.cli import main
 from ugrl.data.reader import ShardReader
@@ -22,11 +21,6 @@ from ugrl.eval.metrics import Confusion
 from ugrl.types import IGNORE
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(shards, tmp_path_factory.mktemp("masks") / "base")
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.predictions import noise, photos, predict, trained
+from tests.predictions import noise, photos, predict
 from ugrl.cli import main
 from ugrl.data.augment import normalize
 from ugrl.data.reader import ShardReader
@@ -32,16 +32,6 @@ from ugrl.predict.tiles import Tiling, weights
 from ugrl.types import Sample, collate
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(shards, tmp_path_factory.mktemp("predict") / "run")
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> Model:
-    return Model(run, device="cpu")
 
 
 # -- what is asked for ----------------------------------------------------------------------------
@@ -137,14 +127,14 @@ def test_a_batch_changes_nothing(model: Model) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_mask_is_the_one_that_an_evaluation_scores(protocol: str, run: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_mask_is_the_one_that_an_evaluation_scores(protocol: str, base: Path, shards: Path, tmp_path: Path) -> None:
     reader = ShardReader(shards, "val")
     (tmp_path / "in").mkdir()
     for row in (reader[0], reader[1]):
         (tmp_path / "in" / f"{row.id}.png").write_bytes(row.image)
-    words = ["eval", str(run), "--data", str(shards), "--what", "seg", "--out", str(tmp_path / "scored")]
+    words = ["eval", str(base), "--data", str(shards), "--what", "seg", "--out", str(tmp_path / "scored")]
     assert main([*words, "--protocol", protocol, "--set", "eval.limit=2", "--device", "cpu"]) == 0
-    assert predict(run, tmp_path / "in", "--out", tmp_path / "masks", "--protocol", protocol) == 0
+    assert predict(base, tmp_path / "in", "--out", tmp_path / "masks", "--protocol", protocol) == 0
     scored = tmp_path / "scored" / ("seg" if protocol == "native" else "crf")
     assert len(list(scored.iterdir())) == 2
     for path in scored.iterdir():
@@ -152,8 +142,8 @@ def test_a_mask_is_the_one_that_an_evaluation_scores(protocol: str, run: Path, s
         assert (one == other).mean() > 0.999  # but for ties that rounding decides
 
 
-def test_masks_and_maps_follow_the_section_eval_of_the_run(run: Path) -> None:
-    model = Model(run, device="cpu")
+def test_masks_and_maps_follow_the_section_eval_of_the_run(base: Path) -> None:
+    model = Model(base, device="cpu")
     image = noise(40, 56)
     own, plain = model.predict(image).cam, model.fingerprint
     eval_ = replace(model.config.eval, resize="square", side=64, cam_scales=(1.0, 2.0))

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as official
 from pycocotools.coco import COCO
 
-from tests.predictions import noise, photos, predict, trained
+from tests.predictions import noise, photos, predict
 from ugrl.data.coco_masks import rle_of
 from ugrl.data.voc import CLASS_NAMES
 from ugrl.eval.palettes import palette
@@ -26,21 +26,11 @@ from ugrl.predict.model import Model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(shards, tmp_path_factory.mktemp("predict") / "run")
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> Model:
-    return Model(run, device="cpu")
-
-
-def test_everything_that_can_be_asked_for(run: Path, model: Model, tmp_path: Path) -> None:
+def test_everything_that_can_be_asked_for(base: Path, model: Model, tmp_path: Path) -> None:
     folder, out = photos(tmp_path / "in", "f2 f10 f1"), tmp_path / "out"
     wanted = ["scores.csv", "scores.json", "coco", "voc"]
-    words = [run, folder, "--out", out, "--overlay", "--cam", "--uncertainty", "--palette", "safe", "--export", *wanted]
-    assert predict(*words) == 0
+    words = ["--overlay", "--cam", "--uncertainty", "--palette", "safe", "--export", *wanted]
+    assert predict(base, folder, "--out", out, *words) == 0
     found = {p.path.name: p for p in model.predict(folder, palette="safe")}
     assert list(found) == ["f1.png", "f2.png", "f10.png"]
     with open(out / "scores.csv", newline="") as file:
@@ -90,11 +80,11 @@ def test_rle_is_the_official_one() -> None:
         assert rle_of(mask) == {"size": want["size"], "counts": want["counts"].decode()}
 
 
-def test_the_archive_for_voc_s_server(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_archive_for_voc_s_server(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = photos(tmp_path / "in", "a"), tmp_path / "out"
-    assert predict(run, folder, "--out", out, "--export", "voc-server") == 2
+    assert predict(base, folder, "--out", out, "--export", "voc-server") == 2
     assert "expected VOC's twenty in their order" in capsys.readouterr().err and not out.exists()
-    assert predict(run, folder, "--out", out, "--palette", "safe") == 0
+    assert predict(base, folder, "--out", out, "--palette", "safe") == 0
     made = read_note(out / "a.png")[1]
     assert made is not None
     exports.submission(out, {out / "a.png": made}, CLASS_NAMES)
@@ -112,11 +102,11 @@ def told(text: str) -> dict[str, bool]:
     return {Path(line.split(": ")[0]).stem: "finished before" in line for line in text.splitlines()}
 
 
-def test_a_second_run_continues(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_continues(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = photos(tmp_path / "in"), tmp_path / "out"
     good = (folder / "b.png").read_bytes()
     (folder / "b.png").write_bytes(good[:200])
-    words = [run, folder, "--out", out, "--overlay"]
+    words = [base, folder, "--out", out, "--overlay"]
     assert predict(*words, "--on-error", "raise") == 2
     err = capsys.readouterr().err
     assert "b.png: truncated" in err and not (out / "c.png").exists()
@@ -133,26 +123,26 @@ def test_a_second_run_continues(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert (out / "overlay/a.jpg").exists() and np.asarray(Image.open(out / "b.png")).shape == (24, 24)
 
 
-def test_other_options_are_never_mixed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_options_are_never_mixed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = photos(tmp_path / "in"), tmp_path / "out"
-    assert predict(run, folder, "--out", out, "--overlay") == 0
+    assert predict(base, folder, "--out", out, "--overlay") == 0
     capsys.readouterr()
-    assert predict(run, folder / "a.png", "--out", out, "--mirror") == 2
+    assert predict(base, folder / "a.png", "--out", out, "--mirror") == 2
     text, err = capsys.readouterr()
     assert "b.png: a mask of another checkpoint or of other options" in err and not text and err.count("error: ") == 1
     # All of them anew; what belonged to the old ones goes.
-    assert predict(run, folder, "--out", out, "--mirror") == 0
+    assert predict(base, folder, "--out", out, "--mirror") == 0
     assert told(capsys.readouterr().out) == {"a": False, "b": False, "c": False}
     assert not list((out / "overlay").iterdir())
     photos(tmp_path / "more", "d")
-    assert predict(run, tmp_path / "more", "--out", out, "--mirror") == 0
+    assert predict(base, tmp_path / "more", "--out", out, "--mirror") == 0
     assert sorted(p.name for p in out.glob("*.png")) == ["a.png", "b.png", "c.png", "d.png"]
 
 
 @pytest.mark.parametrize("where", ["overlay/a.jpg", "uncertainty/a.png", "scores.csv", "coco.json", "cam"])
-def test_files_of_others_stay(where: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_others_stay(where: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = photos(tmp_path / "in", "a"), tmp_path / "out"
-    words = [run, folder, "--out", out, "--overlay", "--uncertainty", "--cam", "--export", "coco", "scores.csv"]
+    words = [base, folder, "--out", out, "--overlay", "--uncertainty", "--cam", "--export", "coco", "scores.csv"]
     if where == "cam":
         assert predict(*words) == 0
         (mine,) = list((out / "cam").glob("a_*.png"))[:1]
@@ -167,18 +157,18 @@ def test_files_of_others_stay(where: str, run: Path, tmp_path: Path, capsys: pyt
     assert f"{theirs.name}: exists" in capsys.readouterr().err and theirs.read_bytes() == before
 
 
-def test_an_overlay_is_no_place_for_an_overlay(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_overlay_is_no_place_for_an_overlay(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert predict(run, photos(tmp_path / "in", "a"), "--out", out, "--overlay") == 0
+    assert predict(base, photos(tmp_path / "in", "a"), "--out", out, "--overlay") == 0
     before = (out / "overlay/a.jpg").read_bytes()
-    assert predict(run, out / "overlay", "--out", out, "--overlay") == 2
+    assert predict(base, out / "overlay", "--out", out, "--overlay") == 2
     assert "the overlay of" in capsys.readouterr().err and (out / "overlay/a.jpg").read_bytes() == before
 
 
-def test_a_fingerprint_is_of_the_weights(model: Model, run: Path) -> None:
-    again = Model(run, device="cpu")
+def test_a_fingerprint_is_of_the_weights(model: Model, base: Path) -> None:
+    again = Model(base, device="cpu")
     assert again.fingerprint == model.fingerprint
-    other = Model(run, device="cpu")
+    other = Model(base, device="cpu")
     with torch.no_grad():
         other.net.classifier.weight[0, 0] += 1e-3
     assert other.fingerprint != model.fingerprint
