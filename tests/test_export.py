@@ -143,10 +143,14 @@ def test_the_counts_of_the_card_are_those_of_the_runs_shards(
     assert "| train | 20 | 20 |" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_onnx_says_what_the_network_says_at_any_size(run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def onnxruntime() -> Any:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason="pip install 'ugrl[onnx]'")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'ugrl[onnx]'")
+    return pytest.importorskip("onnxruntime", reason="pip install 'ugrl[onnx]'")
+
+
+def test_onnx_says_what_the_network_says_at_any_size(run: Path, onnxruntime: Any, tmp_path: Path) -> None:
     record = export(run, "onnx", tmp_path / "out")
     assert record["size"] is None and record["largest_difference"] < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
@@ -157,6 +161,14 @@ def test_onnx_says_what_the_network_says_at_any_size(run: Path, tmp_path: Path) 
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["background", *NAMES]
     found = session.run(None, {"pixels": np.zeros((3, 33, 47, 3), np.uint8)})
     assert found[0].shape == (3, 4, 33, 47) and found[1].shape == (3, 3)
+
+
+def test_onnx_of_one_size_takes_one_image_of_it(run: Path, onnxruntime: Any, tmp_path: Path) -> None:
+    record = export(run, "onnx", tmp_path / "out", "--size", "49", "61")
+    assert record["size"] == [49, 61] and record["largest_difference"] < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    assert [p.shape for p in session.get_inputs()] == [[1, 49, 61, 3]]
+    assert [p.shape for p in session.get_outputs()] == [[1, 4, 49, 61], [1, 3]]
 
 
 def test_a_program_of_one_size_needs_nothing_of_this_project(run: Path, tmp_path: Path) -> None:
