@@ -201,7 +201,7 @@ def test_the_report_has_the_picture_its_table_and_marks_that_answer(tmp_path: Pa
     assert "minus that of setting Base" in section and "on split 'val'" in section
     rows = [[c.replace("\\", "").strip() for c in row.split("|")[1:-1]] for row in section.splitlines() if "|" in row]
     assert rows[0] == ["trial", "values", "difference from trial 0, points", "95 % interval", "shared seeds"]
-    assert rows[2] == ["0, the reference", "setting Base", "", "", ""]
+    assert rows[2] == ["0", "setting Base (reference)", "", "", ""]
     assert rows[3] == ["1", "setting I", "+3.00", "-1.97 … +7.97", "0, 1, 2"]
     (svg,) = re.findall(r'aria-label="differences">.*?(<svg.*?</svg>)', page, re.DOTALL)
     assert re.findall(r'<(\w+) data-t="1"', svg).count("circle") == 4 and 'polyline data-t="1"' in svg
@@ -237,4 +237,9 @@ def test_of_many_trials_the_best_are_shown_and_the_caption_says_so(
     assert found.reference.number == 5 and [p.row.number for p in found.pairs] == [2, 4, 0]
     assert caption(found, findings).endswith("2 trials with lower means are left out.")
     # A value that all of them share tells none of them from others.
-    assert [row[1] for row in difference_table(found, findings)[1]] == ["tau 0.6", "tau 0.5", "tau 0.4", "tau 0.3"]
+    assert [row[1] for row in difference_table(found, findings)[1]] == [
+        "tau 0.6 (reference)",
+        "tau 0.5",
+        "tau 0.4",
+        "tau 0.3",
+    ]

@@ -126,7 +126,8 @@ def caption(found: Comparison, findings: Findings) -> str:
     split = space.final.split if found.final else space.split
     text = (
         f"{_metric(findings)} on split '{split}' minus that of {found.name} with the same seed: a dot for each seed "
-        "that both have, their mean, and its 95 % interval by Student's t, from these seeds of this pair alone."
+        "that both have, their mean, and its 95 % interval by Student's t, from these seeds of this pair alone. "
+        "Sentences on noise pool that of all trials, and can be surer."
     )
     if found.why == BEST_OF:
         text += " The reference was picked for its score, which makes it look better than it is."
@@ -139,7 +140,7 @@ def caption(found: Comparison, findings: Findings) -> str:
 def difference_table(found: Comparison, findings: Findings) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Header and rows, the reference first: trial, values, difference, interval, shared seeds."""
     names, number = _names(findings, found), found.reference.number
-    rows = [(f"{number}, the reference", ", ".join(names[number]), "", "", "")]
+    rows = [(str(number), f"{', '.join(names[number])} (reference)".strip(), "", "", "")]
     for p in found.pairs:
         mean, low, high = (_signed(v) for v in (p.mean, p.mean - p.half, p.mean + p.half))
         seeds = ", ".join(map(str, sorted(p.gaps)))
