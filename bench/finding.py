@@ -53,12 +53,16 @@ TELLS = {
     "margin": "margin to all",
     "margin_shown": "margin to those shown",
     "mixed": "the same, and the classifier's doubt",
+    "decoder": "the decoder's doubt",
+    "all": "all three",
 }
 PIXELS = {
     "conf": "confidence of the label",
     "u": "u of the class (Eq. 7)",
     "distance": "distance at the pixel",
     "margin_shown": "margin at the pixel",
+    "decoder": "1 − the decoder's probability",
+    "own": "the run's own u of the pixel",
 }
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -98,28 +102,23 @@ def read(path: Path) -> Result:
             split: {name: np.array([math.nan if x is None else x for x in column]) for name, column in columns.items()}
             for split, columns in tree["pairs"].items()
         }
-        return Result({k: v for k, v in tree["scores"].items() if v is not None}, counts, with_doubt(pairs))
+        return Result({k: v for k, v in tree["scores"].items() if v is not None}, counts, with_doubts(pairs))
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{line(path)}: cannot be read as a result of an arm: {line(str(error))}") from None
 
 
-def with_doubt(pairs: dict[str, dict[str, Floats]]) -> dict[str, dict[str, Floats]]:
-    """The pairs with ``mixed``: half the margin, half the classifier's doubt with the margin's mean and deviation over
-    the training pairs, as ``method.uncertainty.classifier_weight: 0.5`` has it.
+def with_doubts(pairs: dict[str, dict[str, Floats]]) -> dict[str, dict[str, Floats]]:
+    """The pairs with means of doubts: ``mixed`` of the margin and the classifier's −logit p, and ``all`` with the
+    decoder's as well, in equal shares. Over the training pairs each has the same deviation, as
+    :mod:`ugrl.method.calibrate` has it; no mask is needed for that.
     """
-    margin = {split: columns["margin_shown"] for split, columns in pairs.items()}
-    edge = 0.5 * 10.0**-PLACES
-    p = {split: columns["p"].clip(edge, 1 - edge) for split, columns in pairs.items()}
-    logit = {split: np.log(x) - np.log1p(-x) for split, x in p.items()}
-    here = np.isfinite(margin["train"])
-    if here.any():
-        u, scores = margin["train"][here], logit["train"][here]
-        scale = float(u.std() / scores.std())
-        for split, columns in pairs.items():
-            columns["mixed"] = (margin[split] + float(u.mean()) + scale * (float(scores.mean()) - logit[split])) / 2
-    else:
-        for split, columns in pairs.items():
-            columns["mixed"] = margin[split]
+    for columns in pairs.values():
+        p = columns["p"].clip(0.5 * 10.0**-PLACES, 1 - 0.5 * 10.0**-PLACES)
+        columns["classifier"] = np.log1p(-p) - np.log(p)
+    for name, parts in (("mixed", ("margin_shown", "classifier")), ("all", ("margin_shown", "classifier", "decoder"))):
+        if all(np.isfinite(pairs["train"].get(part, np.array([]))).any() for part in parts):
+            for columns in pairs.values():
+                columns[name] = sum(columns[part] / float(np.nanstd(pairs["train"][part])) for part in parts)
     return pairs
 
 
@@ -231,7 +230,7 @@ def against(found: Mapping[str, Mapping[int, Result]], score: str, base: str) ->
 def tells(runs: Mapping[int, Result], split: str, name: str) -> tuple[float, Interval] | None:
     """AUROC of a u for pairs whose CAM IoU is below the median, and what it has more than 1 − p.
 
-    ``None``: the arm has no u.
+    ``None``: the arm has no u, or a result of it lacks this one.
     """
 
     def columns(seed: int) -> tuple[Floats, Floats, np.ndarray[Any, np.dtype[np.bool_]], Floats]:
@@ -241,7 +240,9 @@ def tells(runs: Mapping[int, Result], split: str, name: str) -> tuple[float, Int
         return pairs[name][here], pairs["p"][here], iou < np.median(iou), pairs["image"][here].astype(int)
 
     seeds = sorted(runs)
-    if not all(np.isfinite(runs[seed].pairs[split]["u"]).any() for seed in seeds):
+    if not all(
+        np.isfinite(runs[seed].pairs[split].get(key, np.array([]))).any() for seed in seeds for key in ("u", name)
+    ):
         return None
     cut = {seed: columns(seed) for seed in seeds}
     images = 1 + max(int(image.max()) for *_, image in cut.values())
@@ -332,12 +333,12 @@ def coverage_table(found: Mapping[str, Mapping[int, Result]], shares: Sequence[f
             for run in runs.values():
                 pairs = run.pairs["val"]
                 here = np.isfinite(pairs["u"]) & np.isfinite(pairs["iou"])
-                if here.any():
+                if here.any() and (name == "p" or name in pairs):
                     risk = -pairs["p"][here] if name == "p" else pairs[name][here]
                     iou = pairs["iou"][here][np.argsort(risk, kind="stable")]
                     for cell, share in zip(cells, shares, strict=True):
                         cell.append(float(iou[: max(1, round(share * len(iou)))].mean()))
-            if all(cells):
+            if all(len(cell) == len(runs) for cell in cells):
                 rows.append([arm, text, *map(spread, cells)])
     return table(["arm", "score", *(f"{100 * share:.0f} % of the pairs" for share in shares)], rows)
 

@@ -36,6 +36,7 @@ from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighte
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.doubts import at_labels, of_decoder, pair_doubts, pixel_doubts, shares
 from ugrl.method.per_position import label_maps, label_uncertainty
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
@@ -76,20 +77,31 @@ class Judged:
         self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor
     ) -> None:
         self._prototypes, self._seen, self._present_BC = prototypes, seen, present_BC
-        self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)}
+        self._uncertainty = cfg.method.uncertainty
+        doubts = pair_doubts(self._uncertainty, seen, seen.cam, seen.batch)
+        self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC, doubts)}
+        decoder_BC = of_decoder(seen.probabilities(), seen.cam.cam_PHW, seen.batch)
+        self.pairs["decoder"] = decoder_BC.nan_to_num(0.0), ~decoder_BC.isnan()
         for name in KINDS:
             with self._as(name):
                 self.pairs[name] = prototypes.plain_uncertainty(r_BCD, present_BC)
         self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC)
 
-    def pixels(self, labels_BHW: Tensor) -> dict[str, Tensor]:
-        """Name of a u → that of each pixel's label, (B, H, W)."""
-        out, f4_BDhw = {}, self._seen.cam.f4_BDhw
+    def pixels(self, labels_BHW: Tensor, conf_BHW: Tensor) -> dict[str, Tensor]:
+        """Name of a u → that of each pixel's label, (B, H, W); ``own``: the run's, where others have a say in it."""
+        pairs_P2, f4_BDhw = self._seen.batch.pairs_P2, self._seen.cam.f4_BDhw
+
+        def judged() -> tuple[Tensor, Tensor]:
+            return label_uncertainty(self._prototypes, f4_BDhw, labels_BHW, pairs_P2, self._present_BC)
+
+        out = {}
+        if shares(self._uncertainty):
+            doubts = pixel_doubts(self._uncertainty, self._seen, labels_BHW, conf_BHW, pairs_P2)
+            out["own"] = self._prototypes.calibration.pixels(*judged(), doubts, (labels_BHW > 0).long())
+        out["decoder"] = 1 - at_labels(self._seen.probabilities(), labels_BHW, pairs_P2)
         for name in ("distance", "margin_shown"):
             with self._as(name):
-                out[name], _ = label_uncertainty(
-                    self._prototypes, f4_BDhw, labels_BHW, self._seen.batch.pairs_P2, self._present_BC
-                )
+                out[name], _ = judged()
         return out
 
     @contextmanager
@@ -209,7 +221,7 @@ class LabelScores:
         cell = image * c + labels_BHW.where(told, 0)
         told = told & (known_BC.flatten()[cell] | (not self.has_u))  # u and the confidence judge the same pixels
         if self.has_u:
-            for name, u_BHW in judged.pixels(labels_BHW).items():
+            for name, u_BHW in judged.pixels(labels_BHW, conf_BHW).items():
                 at = (u_BHW * (BINS / 2)).long().clamp(max=BINS - 1)
                 for kind in (False, True):
                     here = told & ((labels_BHW > 0) == kind)

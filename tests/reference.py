@@ -273,6 +273,41 @@ def mean_of(vectors):
     return [math.fsum(v[k] for v in vectors) / len(vectors) for k in range(len(vectors[0]))]
 
 
+def followed(old, rows, eta):
+    """Number and running means, after rows of further values."""
+    if not rows:
+        return old
+    n = old[0] + len(rows)
+    share = max(len(rows) / n, 1 - eta)
+    return (n, *(m + share * (math.fsum(x) / len(rows) - m) for m, x in zip(old[1:], np.transpose(rows), strict=True)))
+
+
+def aligned(u, x, moments):
+    """A doubt x, moved and scaled to u's mean and deviation; u where nothing is known."""
+    n, mean, square, x_mean, x_square = moments
+    if math.isnan(x) or n < 2 or x_square - x_mean * x_mean <= 1e-12:
+        return u
+    return mean + math.sqrt(max(0.0, square - mean * mean) / (x_square - x_mean * x_mean)) * (x - x_mean)
+
+
+def overlap_doubt_loops(probs, cam, classes, box, factor):
+    """1 − Σ min / Σ max of the decoder's probabilities (C, h, w) and the CAM of an image's classes, at ``factor`` times
+    the grid; by class, None where not shown."""
+    C, h, w = probs.shape
+    y0, y1, x0, x1 = box
+    low, high = dict.fromkeys([0, *(f + 1 for f in classes)], 0.0), dict.fromkeys([0, *(f + 1 for f in classes)], 0.0)
+    for y in range(h):
+        for x in range(w):
+            if not (y0 <= (y + 0.5) * factor < y1 and x0 <= (x + 0.5) * factor < x1):
+                continue
+            rows, columns = slice(y * factor, (y + 1) * factor), slice(x * factor, (x + 1) * factor)
+            means = {f + 1: float(np.mean(plane[rows, columns])) for f, plane in zip(classes, cam, strict=True)}
+            for c, m in {0: 1 - max(means.values(), default=0.0), **means}.items():
+                low[c] += min(m, probs[c][y][x])
+                high[c] += max(m, probs[c][y][x])
+    return [1 - low[c] / high[c] if c in low and high[c] > 0 else math.nan for c in range(C)]
+
+
 class PrototypesByLoop:
     """Eqs. 3 to 5 as implemented; ``None`` stands for whatever does not exist yet."""
 
@@ -289,7 +324,7 @@ class PrototypesByLoop:
         against="all",
         debias=False,
         within_class=False,
-        classifier_weight=0.0,
+        weights=None,
         votes="class",
         several=(1, 1),
     ):
@@ -299,7 +334,8 @@ class PrototypesByLoop:
         self.more_counts = [[0] * (n - 1) for n in self.several]
         self.kind, self.against, self.debias, self.within_class = kind, against, debias, within_class
         self.moments = [(0, 0.0, 0.0)] * C  # pairs, mean of u, mean of u²
-        self.say, self.doubts = classifier_weight, (0, 0.0, 0.0, 0.0, 0.0)  # pairs, means of u, u², logit, logit²
+        self.weights = weights or {}
+        self.doubts = dict.fromkeys(self.weights, (0, 0.0, 0.0, 0.0, 0.0))  # pairs, means of u, u², x, x²
         self.phi, self.bias, self.eta, self.center, self.momentum = phi_dD, bias_d, eta, center, centre_momentum
         self.prototypes, self.counts, self.means = [None] * C, [0] * C, [None] * C
         self.sigma, self.frozen = None, False
@@ -361,19 +397,18 @@ class PrototypesByLoop:
         }
         return {pair: u for pair, u in pairs.items() if u is not None}
 
-    def doubted(self, found, logits_BF):
-        """The u of pairs, by pair, with the classifier's say."""
-        n, u, u2, logit, logit2 = self.doubts
-        if self.say == 0 or n < 2 or logit2 - logit * logit <= 1e-12:
-            return found
-        scale, w = math.sqrt(max(0.0, u2 - u * u) / (logit2 - logit * logit)), self.say
-        doubts = {(b, c): u + scale * (logit - logits_BF[b][c - 1]) for b, c in found if c > 0}
-        return {k: min(2.0, max(0.0, (1 - w) * x + w * doubts[k])) if k in doubts else x for k, x in found.items()}
+    def doubted(self, found, doubts):
+        """The u of pairs, by pair, with what the others say."""
+        out = dict(found)
+        for name, weight in self.weights.items():
+            for pair, u in found.items():
+                out[pair] += weight * (aligned(u, doubts[name][pair], self.doubts[name]) - u)
+        return {pair: min(2.0, max(0.0, u)) for pair, u in out.items()}
 
-    def uncertainty(self, r_BCD, present_BC, logits_BF=None):
+    def uncertainty(self, r_BCD, present_BC, doubts=None):
         B, C = present_BC.shape
         u, known = np.zeros((B, C)), np.zeros((B, C), dtype=bool)
-        for (b, c), value in self.doubted(self.judgements(r_BCD, present_BC), logits_BF).items():
+        for (b, c), value in self.doubted(self.judgements(r_BCD, present_BC), doubts).items():
             if self.within_class:
                 n, mean, square = self.moments[c]
                 variance = square - mean * mean
@@ -383,26 +418,16 @@ class PrototypesByLoop:
             u[b][c], known[b][c] = value, True
         return u, known
 
-    def followed(self, old, rows):
-        """Number and running means, after rows of further values."""
-        if not rows:
-            return old
-        n = old[0] + len(rows)
-        share = max(len(rows) / n, 1 - self.eta)
-        return (
-            n,
-            *(m + share * (math.fsum(x) / len(rows) - m) for m, x in zip(old[1:], np.transpose(rows), strict=True)),
-        )
-
-    def update(self, r_BCD, present_BC, f4_BDN=None, labels_BN=None, logits_BF=None):
+    def update(self, r_BCD, present_BC, f4_BDN=None, labels_BN=None, doubts=None):
         B, C = present_BC.shape
         found = self.judgements(r_BCD, present_BC)
         for c in range(C):
-            values = [u for (_, k), u in self.doubted(found, logits_BF).items() if k == c]
-            self.moments[c] = self.followed(self.moments[c], [(u, u * u) for u in values])
-        if self.say:
-            pairs = [(u, logits_BF[b][c - 1]) for (b, c), u in found.items() if c > 0]
-            self.doubts = self.followed(self.doubts, [(u, u * u, x, x * x) for u, x in pairs])
+            values = [u for (_, k), u in self.doubted(found, doubts).items() if k == c]
+            self.moments[c] = followed(self.moments[c], [(u, u * u) for u in values], self.eta)
+        for name in self.weights:
+            rows = [(u, u * u, doubts[name][k], doubts[name][k] ** 2) for k, u in found.items()]
+            rows = [row for row in rows if not math.isnan(row[2])]
+            self.doubts[name] = followed(self.doubts[name], rows, self.eta)
         rows = [[r_BCD[b][c] for b in range(B) if present_BC[b][c]] for c in range(C)]
         batch_means = [mean_of(rows[c]) if rows[c] else None for c in range(C)]
         means = list(self.means) if any(m is not None for m in self.means) else batch_means

@@ -15,6 +15,7 @@ from bench import finding
 from bench.real_measure import image_counts
 from tests.reference_metrics import ref_auroc
 from ugrl.eval.metrics import Confusion
+from ugrl.method.calibrate import Mixture
 from ugrl.seeding import generator
 
 
@@ -116,6 +117,30 @@ def test_what_tells_is_that_of_loops(stored: Path) -> None:
         areas.append(ref_auroc(pairs["margin"], bad))
         gaps.append(areas[-1] - ref_auroc(-pairs["p"], bad))
     assert got[0] == pytest.approx(np.mean(areas), abs=1e-12) and got[1].mean == pytest.approx(np.mean(gaps), abs=1e-12)
+
+
+def test_doubts_are_mixed_as_a_run_mixes_them() -> None:
+    g = generator("finding doubts")
+    pairs = {
+        split: {"margin_shown": g.normal(1, 0.1, 30), "decoder": g.random(30), "p": g.random(30)}
+        for split in ("train", "val")
+    }
+    pairs["train"]["decoder"][3] = np.nan
+    found = finding.with_doubts(pairs)
+    for name, weights in (("mixed", {"classifier": 0.5}), ("all", {"classifier": 1 / 3, "decoder": 1 / 3})):
+        mixture = Mixture(weights, 1, 0.99).double()
+        both = {}
+        for split, columns in pairs.items():
+            doubts = {"classifier": -np.log(columns["p"] / (1 - columns["p"])), "decoder": columns["decoder"]}
+            u, doubts = torch.from_numpy(columns["margin_shown"]), {k: torch.from_numpy(x) for k, x in doubts.items()}
+            if split == "train":
+                mixture.update(u, u > -1, doubts)
+            both[split] = mixture(u, u > -1, doubts).numpy()
+        here = np.isfinite(found["val"][name])
+        assert here.all()
+        # Another scale, the same order.
+        np.testing.assert_allclose(np.corrcoef(found["val"][name], both["val"])[0, 1], 1, rtol=1e-2)
+        assert name == "all" or (np.argsort(found["val"][name]) == np.argsort(both["val"])).all()
 
 
 def test_the_report_has_all_tables(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

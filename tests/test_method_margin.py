@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from tests.test_train import close, losses, run
 from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.errors import ConfigError, UgrlError
+from ugrl.method.calibrate import Mixture
 from ugrl.method.cam import CamOutput
+from ugrl.method.doubts import of_decoder, pixel_doubts, shares
 from ugrl.method.losses import segmentation_loss
 from ugrl.method.per_position import label_uncertainty, with_prototypes
 from ugrl.method.pool import reliable_pool
@@ -24,6 +27,7 @@ from ugrl.method.weighting import modulation_weights, pixel_weights
 from ugrl.seeding import generator, hash_uniform
 from ugrl.train import checkpoint
 from ugrl.train.loop import Trainer
+from ugrl.types import IGNORE
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 OPTIONS = [
@@ -33,11 +37,23 @@ OPTIONS = [
     for encoding in ("linear", "fourier")
 ]
 SAYS = [
-    {"kind": kind, "against": "shown", "within_class": within, "encoding": "linear", "classifier_weight": say}
+    {"kind": kind, "against": "shown", "within_class": within, "encoding": "linear", "weights": weights}
     for kind, within in (("distance", False), ("margin", False), ("margin", True))
-    for say in (0.5, 0.9)
+    for weights in ({"classifier": 0.5}, {"classifier": 0.6, "decoder": 0.3})
 ]
-LOGITS = 3 * generator("logits").standard_normal((9, 4, 4))
+
+
+def doubts_of(step):
+    """What classifier and decoder doubt in a batch of pairs; of some they say nothing."""
+    rng = generator("doubts", step)
+    doubts = {"classifier": 3 * rng.standard_normal((4, 5)), "decoder": 0.5 + 0.2 * rng.standard_normal((4, 5))}
+    doubts["classifier"][:, 0] = np.nan
+    doubts["decoder"][2] = np.nan
+    return doubts
+
+
+def as_tensors(doubts):
+    return {name: t(x) for name, x in doubts.items()}
 
 
 def t(x):
@@ -63,10 +79,10 @@ def taught(**options):
     return p, loop
 
 
-def same_u(p, loop, r, present, logits=None):
+def same_u(p, loop, r, present, doubts=None):
     """u as the loop has it, at one batch; returns which are known."""
-    u, known = p.uncertainty(t(r), t(present), None if logits is None else t(logits))
-    u_ref, known_ref = loop.uncertainty(r, present, logits)
+    u, known = p.uncertainty(t(r), t(present), None if doubts is None else as_tensors(doubts))
+    u_ref, known_ref = loop.uncertainty(r, present, doubts)
     np.testing.assert_array_equal(known, known_ref)
     np.testing.assert_allclose(u, u_ref, **CLOSE)
     assert (u >= 0).all() and (u <= 2).all()
@@ -81,40 +97,97 @@ def test_u_matches_the_loop(options):
         if step == 3:
             p.freeze()
             loop.freeze()
-        known_pairs += int(same_u(p, loop, r, present, LOGITS[step]).sum())
-        p.update(t(r), t(present), logits_BF=t(LOGITS[step]))
-        loop.update(r, present, logits_BF=LOGITS[step])
+        doubts = doubts_of(step)
+        known_pairs += int(same_u(p, loop, r, present, doubts).sum())
+        p.update(t(r), t(present), doubts=as_tensors(doubts))
+        loop.update(r, present, doubts=doubts)
         for c, prototype in enumerate(loop.prototypes):
             np.testing.assert_allclose(p.prototypes_Cd[c], 0 if prototype is None else prototype, **CLOSE)
         if p.calibration.within_class:
             np.testing.assert_allclose(p.calibration.u_moments_C2, [m[1:] for m in loop.moments], **CLOSE)
             assert p.calibration.u_seen_C.tolist() == [m[0] for m in loop.moments]
-        if p.calibration.classifier_weight:
-            np.testing.assert_allclose(p.calibration.doubt_moments_4, loop.doubts[1:], **CLOSE)
-            assert int(p.calibration.doubt_seen) == loop.doubts[0]
+        for k, (n, *moments) in enumerate(loop.doubts.values()):
+            np.testing.assert_allclose(p.calibration.pairs.moments_GK4[0, k], moments, **CLOSE)
+            assert int(p.calibration.pairs.seen_GK[0, k]) == n
     assert known_pairs > 10
 
 
 def test_a_tag_that_the_classifier_doubts_is_less_certain_and_background_is_not_asked():
-    p, _ = pair_of(kind="margin", against="shown", classifier_weight=0.5)
+    p, _ = pair_of(kind="margin", against="shown", weights={"classifier": 0.5})
     r, present = batches(n=6)
     for step in range(5):
-        p.update(t(r[step]), t(present[step]), logits_BF=t(LOGITS[step]))
-    sure = LOGITS[5].copy()
-    sure[:, 0] += 2
-    (doubted_BC, known_BC), (sure_BC, _) = (p.uncertainty(t(r[5]), t(present[5]), t(x)) for x in (LOGITS[5], sure))
+        p.update(t(r[step]), t(present[step]), doubts=as_tensors(doubts_of(step)))
+    sure, doubted = as_tensors(doubts_of(5)), as_tensors(doubts_of(5))
+    sure["classifier"][:, 1] -= 2
+    (doubted_BC, known_BC), (sure_BC, _) = (p.uncertainty(t(r[5]), t(present[5]), x) for x in (doubted, sure))
     assert known_BC[:, 1].any() and (sure_BC < doubted_BC)[known_BC[:, 1], 1].all()
     np.testing.assert_array_equal(sure_BC[:, [0, 2, 3, 4]], doubted_BC[:, [0, 2, 3, 4]])
-    p.calibration.classifier_weight = 0.0
-    np.testing.assert_array_equal(p.uncertainty(t(r[5]), t(present[5]))[0][:, 0], doubted_BC[:, 0])
+    plain_BC, _ = p.plain_uncertainty(t(r[5]), t(present[5]))
+    np.testing.assert_array_equal(plain_BC[:, 0], doubted_BC[:, 0])
 
 
-def test_a_classifier_with_a_say_must_be_heard():
-    p, _ = pair_of(classifier_weight=0.5)
+def test_who_has_a_say_must_be_heard():
+    p, _ = pair_of(weights={"decoder": 0.5})
     r, present = (t(x[0]) for x in batches())
     for ask in (p.uncertainty, p.update):
-        with pytest.raises(UgrlError, match="its scores were not given"):
+        with pytest.raises(UgrlError, match="the decoder has a say in u, but its doubt was not given"):
             ask(r, present)
+
+
+def test_pixels_are_aligned_by_kind_of_label():
+    mixture = Mixture({"classifier": 0.2, "decoder": 0.3}, 2, 0.8).double()
+    rng, loops = generator("mixture"), {(g, name): (0, 0.0, 0.0, 0.0, 0.0) for g in (0, 1) for name in mixture.weights}
+    for step in range(8):
+        u, group, known = rng.uniform(0, 2, (2, 3, 4)), rng.integers(0, 2, (2, 3, 4)), rng.random((2, 3, 4)) < 0.8
+        doubts = {name: rng.standard_normal((2, 3, 4)) * (1 + 4 * group) for name in mixture.weights}
+        doubts["decoder"][rng.random((2, 3, 4)) < 0.3 + (step == 0)] = np.nan
+        want = u.copy()
+        for at in np.argwhere(known):
+            i = tuple(at)
+            for name, weight in mixture.weights.items():
+                want[i] += weight * (ref.aligned(u[i], doubts[name][i], loops[group[i], name]) - u[i])
+            want[i] = min(2.0, max(0.0, want[i]))
+        got = mixture(t(u), t(known), as_tensors(doubts), t(group))
+        np.testing.assert_allclose(got, want, **CLOSE)
+        assert (step < 2) or (abs(got - t(u)) > 0.01)[t(known)].any()
+        mixture.update(t(u), t(known), as_tensors(doubts), t(group))
+        for g, name in loops:
+            rows = [
+                (u[i], u[i] ** 2, doubts[name][i], doubts[name][i] ** 2)
+                for i in map(tuple, np.argwhere(known & (group == g)))
+            ]
+            loops[g, name] = ref.followed(loops[g, name], [row for row in rows if not np.isnan(row[2])], 0.8)
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_the_decoders_doubt_matches_the_loop(factor):
+    rng, h, w = generator("overlap"), 5, 6
+    pairs = torch.tensor([[0, 0], [0, 2], [2, 1]])  # the image between shows nothing
+    boxes = torch.tensor([[0, h * factor, 0, w * factor], [0, 3 * factor, 1, w * factor], [2, 2, 0, 0]])
+    cam = rng.uniform(0, 1, (3, h * factor, w * factor))
+    probs = t(rng.standard_normal((3, 4, h, w))).softmax(1)
+    tags = torch.zeros(3, 3)
+    batch = SimpleNamespace(pairs_P2=pairs, boxes_B4=boxes, tags_BF=tags)
+    found = of_decoder(probs, t(cam), batch)
+    for b, classes in enumerate(([0, 2], [], [1])):
+        mine = [cam[k] for k, (image, _) in enumerate(pairs.tolist()) if image == b]
+        want = ref.overlap_doubt_loops(probs[b].numpy(), mine, classes, boxes[b].tolist(), factor)
+        np.testing.assert_allclose(found[b], want, **CLOSE)
+    assert np.isnan(found[2]).all() and np.isfinite(found[0, [0, 1, 3]]).all()
+
+
+def test_doubts_of_pixels_are_low_where_the_label_is_believed():
+    u = build(tree()).method.uncertainty
+    assert shares(u) == {"classifier": 0.3, "decoder": 0.3}
+    probs = torch.zeros(1, 3, 2, 2)
+    probs[0, 0], probs[0, 2] = 0.25, 0.75
+    labels = torch.full((1, 4, 4), 2)
+    labels[0, 0], labels[0, 1] = 0, IGNORE
+    conf = torch.full((1, 4, 4), 0.125)
+    heads = SimpleNamespace(probabilities=lambda: probs)
+    found = pixel_doubts(u, heads, labels, conf, torch.tensor([[0, 1]]))
+    np.testing.assert_array_equal(found["decoder"][0, :, 0], [0.75, np.nan, 0.25, 0.25])
+    np.testing.assert_array_equal(found["classifier"][0, :, 0], [-0.125, np.nan, -0.125, -0.125])
 
 
 VOTES = [
@@ -199,7 +272,10 @@ BAD = [
     ({"kind": "ratio"}, "ratio"),
     ({"against": "some"}, "some"),
     ({"votes": "none"}, "votes: 'none'"),
-    ({"classifier_weight": 1.0}, "classifier_weight: 1.0"),
+    (
+        {"weights": {"classifier": 0.5, "decoder": 0.5}},
+        r"classifier_weight 0.5 \+ decoder_weight 0.5: expected a sum below 1",
+    ),
     ({"several": (2, 1)}, "several"),
     ({"several": (0, 1), "votes": "position"}, "several"),
     ({"several": (2, 1), "votes": "position", "encoding": "fourier"}, "several"),
@@ -349,7 +425,8 @@ def test_a_pool_by_the_u_of_pixels(kind, keep):
 # -- whole steps and runs ---------------------------------------------------------------------
 
 UNCERTAINTY = {
-    "classifier_weight": 0.5,
+    "classifier_weight": 0.3,
+    "decoder_weight": 0.3,
     "kind": "margin",
     "against": "shown",
     "level": "pixel",
@@ -443,5 +520,9 @@ def test_the_level_of_u_is_the_level_of_the_weights(shards):
 def test_a_configuration_that_cannot_be(shards):
     changed = tree()
     changed["method"]["uncertainty"]["votes"] = "class"
+    bad = tree()
+    bad["method"]["uncertainty"]["decoder_weight"] = 0.7
+    with pytest.raises(ConfigError, match="classifier_weight is 0.3 and decoder_weight 0.7; expected a sum below 1"):
+        build(bad)
     with pytest.raises(ConfigError, match="background_prototypes is 3 .*votes position"):
         build(changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ugrl.eval.protocol import PROTOCOLS
 from ugrl.method.calibrate import Calibration
 from ugrl.method.cam import multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.doubts import pair_doubts
 from ugrl.model.network import UGRLNet
 from ugrl.predict.forward import How, segment
 from ugrl.predict.inputs import as_picture, find_images
@@ -226,14 +228,17 @@ def test_an_image_too_large_is_told_about_parts(model: Model, monkeypatch: pytes
 # -- CAM and uncertainty --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "say"), [((48, 64), 0.0), ((45, 70), 0.0), ((12, 50), 0.0), ((48, 64), 0.5)])
+@pytest.mark.parametrize(
+    ("size", "say"), [((48, 64), 0.0), ((45, 70), 0.0), ((12, 50), 0.0), ((48, 64), 0.3), ((12, 50), 0.3)]
+)
 def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as_tags(
     size: tuple[int, int], say: float, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibration = Calibration(len(model.names) + 1, eta=0.99, classifier_weight=say, within_class=False)
+    weights = {"classifier": say, "decoder": say} if say else {}
+    calibration = Calibration(len(model.names) + 1, eta=0.99, weights=weights, within_class=False)
     if say:
-        calibration.doubt_moments_4.copy_(torch.tensor([0.5, 0.5, 1.0, 3.0]))
-        calibration.doubt_seen.fill_(9)
+        calibration.pairs.moments_GK4.copy_(torch.tensor([0.5, 0.5, 1.0, 3.0]).expand(1, 2, 4))
+        calibration.pairs.seen_GK.fill_(9)
     monkeypatch.setitem(model.prototypes._modules, "calibration", calibration)
     found = model.predict(noise(*size, seed=5))
     shown = shown_classes(found.mask, np.array(list(found.scores.values())))
@@ -255,8 +260,11 @@ def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as
             least=model.net.min_size,
         )
         r, present = batch_vectors(batch, cam, radius=c.uncertainty.radius, local=True)
-        scores = model.net.scores(cam.f4_BDhw)
-        u, known = model.prototypes.uncertainty(r, present, scores)
+        heads = SimpleNamespace(
+            scores=model.net.scores, probabilities=lambda: model.net.probabilities(batch.images_B3HW)
+        )
+        said = replace(c.uncertainty, classifier_weight=say, decoder_weight=say)
+        u, known = model.prototypes.uncertainty(r, present, pair_doubts(said, heads, cam, batch))
     for k, cam_HW in enumerate(found.cam.values()):
         assert cam_HW == pytest.approx(cam.cam_PHW[k, : size[0], : size[1]].numpy(), abs=2e-4)
     want = torch.where(known, u, torch.nan)[0].numpy()

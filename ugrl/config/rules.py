@@ -170,6 +170,14 @@ RULES = (
         ),
     ),
     Rule(
+        ("method.uncertainty.classifier_weight", "method.uncertainty.decoder_weight"),
+        lambda cfg: cfg.method.uncertainty.classifier_weight + cfg.method.uncertainty.decoder_weight < 1,
+        lambda cfg: (
+            f"method.uncertainty.classifier_weight is {cfg.method.uncertainty.classifier_weight:g} and decoder_weight "
+            f"{cfg.method.uncertainty.decoder_weight:g}; expected a sum below 1, of which the prototypes have the rest"
+        ),
+    ),
+    Rule(
         ("method.pseudo.source", "method.cam.propagate"),
         lambda cfg: cfg.method.pseudo.source not in ("teacher", "agree") or cfg.method.cam.propagate != "afa",
         lambda cfg: (

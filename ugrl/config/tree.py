@@ -212,8 +212,11 @@ class UncertaintyConfig:
     class_prototypes: int = _num(1, ge=1, le=64)
     """Prototypes of each class, likewise."""
     classifier_weight: float = _num(0.0, ge=0, lt=1)
-    """Say w of the classifier in the u of a tag: (1 − w)·u + w·v, where v is its doubt −logit p, moved and scaled to
-    the mean and deviation of u over the training pairs. 0: the prototypes alone."""
+    """Share of the classifier's doubt in u: −logit p of a tag, −confidence of a pixel's label; moved and scaled to the
+    mean and deviation of u in training."""
+    decoder_weight: float = _num(0.0, ge=0, lt=1)
+    """Share of the decoder's doubt in u, likewise: 1 − the overlap of its probability of a class with the CAM, or 1 −
+    its probability of a pixel's label. The prototypes have the rest; both shares are 0 in the paper."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics
 from ugrl.eval.palette import denormalize
 from ugrl.eval.passes import BatchPasses
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.doubts import pair_doubts
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refine_labels
@@ -138,7 +139,8 @@ class UncertaintyScores:
         """Count a batch."""
         radius = self.cfg.method.uncertainty.radius
         r_BCD, present_BC = batch_vectors(seen.batch, seen.cam, radius=radius, local=self.affinity_trained)
-        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)
+        doubts = pair_doubts(self.cfg.method.uncertainty, seen, seen.cam, seen.batch)
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, doubts)
         self.found.add(*uncertain_pairs(seen, u_BC, known_BC))
 
     def result(self) -> Scores:

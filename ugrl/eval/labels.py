@@ -11,6 +11,7 @@ from torch import Tensor
 from ugrl.eval.passes import BatchPasses
 from ugrl.method.cam import CamOutput
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.doubts import pair_doubts
 from ugrl.method.pseudo import propagate_cam
 from ugrl.method.targets import TargetMaker
 
@@ -48,7 +49,8 @@ def label(maker: TargetMaker, seen: BatchPasses, step: int) -> Labelled:
     cfg, batch, cam = maker.cfg, seen.batch, seen.cam
     radius, local = cfg.method.uncertainty.radius, maker.schedule.affinity_trained(step)
     r_BCD, present_BC = batch_vectors(batch, cam, radius=radius, local=local)
-    u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC, seen.plain.logits_BF)
+    doubts = pair_doubts(cfg.method.uncertainty, seen, cam, batch)
+    u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC, doubts)
     cam_PHW = maker.told(batch, replace(cam, cam_PHW=_spread(maker, seen, cam, step)), present_BC).cam_PHW
     if batch.teachers_BHW is None:
         labels_BHW, _ = maker.labels(batch, cam_PHW)

@@ -125,6 +125,15 @@ class BatchPasses:
         """The classifier's probabilities."""
         return self.plain.logits_BF.float().sigmoid()
 
+    def scores(self, f4_BDhw: Tensor) -> Tensor:
+        """The classifier's scores of the plain pass, as :class:`ugrl.method.doubts.Heads` has it."""
+        return self.plain.logits_BF.float()
+
+    def probabilities(self) -> Tensor:
+        """The decoder's probabilities of the plain pass on its own grid, likewise."""
+        seg_BChw = self.plain.seg_BChw
+        return (self.net.decoder(self.plain.features)[1] if seg_BChw is None else seg_BChw).float().softmax(1)
+
     @cached_property
     def cam(self) -> CamOutput:
         """The CAM of the present pairs. Its passes also give the segmentation's logits where both want the same."""

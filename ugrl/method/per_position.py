@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ugrl.config import Config
-from ugrl.grid import inside_pixels, resize_maps, stack_pairs
+from ugrl.grid import inside_pixels, resize_maps
 from ugrl.method.cam import CamOutput
+from ugrl.method.doubts import at_labels
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.schedule import Schedule
 from ugrl.types import IGNORE, Batch
@@ -38,19 +39,10 @@ def label_uncertainty(
     Returns:
         u (B, H, W) in [0, 2], 0 where unknown; and bool (B, H, W): known.
     """
-    batch, size = labels_BHW.shape[0], (int(labels_BHW.shape[-2]), int(labels_BHW.shape[-1]))
     u_BChw, known_BChw = prototypes.position_uncertainty(f4_BDhw, present_BC)
-    # Slots of an image: background, then its classes, then background again where others have more; only these maps
-    # are ever enlarged.
-    own_Bn, _ = stack_pairs(pairs_P2[:, 1] + 1, pairs_P2, batch)
-    class_Bn = torch.cat([own_Bn.new_zeros(batch, 1), own_Bn], 1).to(u_BChw.device, non_blocking=True)
-    number_n = torch.arange(class_Bn.shape[1], device=class_Bn.device).expand_as(class_Bn)
-    slot_BC = torch.zeros_like(present_BC, dtype=torch.int64).scatter_reduce_(1, class_Bn, number_n, "amax")
-    u_Bnhw = u_BChw.gather(1, class_Bn[:, :, None, None].expand(-1, -1, *u_BChw.shape[-2:]))
+    u_BHW = at_labels(u_BChw, labels_BHW, pairs_P2)
     labelled_BHW = labels_BHW != IGNORE
     safe_BN = labels_BHW.where(labelled_BHW, 0).flatten(1)
-    slot_B1HW = slot_BC.gather(1, safe_BN).view_as(labels_BHW)[:, None]
-    u_BHW = resize_maps(u_Bnhw.flatten(0, 1), size).view(batch, -1, *size).gather(1, slot_B1HW)[:, 0]
     # A resized u mixes positions, so all of them must have one; they do where the class and a rival have prototypes.
     known_BC = known_BChw.flatten(2).all(2)
     known_BHW = known_BC.gather(1, safe_BN).view_as(labels_BHW) & labelled_BHW

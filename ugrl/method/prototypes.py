@@ -33,6 +33,7 @@ from the code of its class's running mean, and σ does not move again.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from ugrl.distributed import all_gather_rows, all_reduce_sum
 from ugrl.errors import ConfigError, UgrlError
-from ugrl.method.calibrate import Calibration, mean_over_batch
+from ugrl.method.calibrate import Calibration, Doubts, mean_over_batch
 from ugrl.precision import full_precision
 from ugrl.seeding import generator
 from ugrl.types import IGNORE
@@ -70,7 +71,7 @@ class Prototypes(nn.Module):
         against: Rivals of ``margin``: ``all`` other classes, or those that are ``shown``.
         debias: Whether a prototype is the mean of its first votes until 1/(1 − η) batches had some, as in Adam (Kingma
             and Ba, 2015); without it the first vote, of an untrained network, fades with η^n alone.
-        within_class, classifier_weight: What :mod:`ugrl.method.calibrate` does with u.
+        within_class, weights: What :mod:`ugrl.method.calibrate` does with u: who else has a say, and its share.
         votes: ``class`` or ``position``, as above.
         several: Prototypes of the background, and of each other class; more than 1 need votes of positions and the
             linear encoding.
@@ -119,7 +120,7 @@ class Prototypes(nn.Module):
         against: Against = "all",
         debias: bool = False,
         within_class: bool = False,
-        classifier_weight: float = 0.0,
+        weights: Mapping[str, float] | None = None,
         votes: Votes = "class",
         several: tuple[int, int] = (1, 1),
         centre_momentum: float = 0.9,
@@ -153,9 +154,7 @@ class Prototypes(nn.Module):
         self._add_extra([several[0], *[several[1]] * (num_classes - 1)], d_cls)
         self.register_buffer("mean_CD", torch.zeros(num_classes, dim))
         self.register_buffer("mean_seen_C", torch.zeros(num_classes, dtype=torch.bool))
-        self.calibration = Calibration(
-            num_classes, eta=eta, classifier_weight=classifier_weight, within_class=within_class
-        )
+        self.calibration = Calibration(num_classes, eta=eta, weights=weights or {}, within_class=within_class)
         if encoding == "fourier":
             bias_d = generator(seed, "prototypes", encoding, "bias").random(d_cls) * (2 * math.pi)
             self.register_buffer("bias_d", torch.from_numpy(bias_d).float())
@@ -189,14 +188,14 @@ class Prototypes(nn.Module):
             return self._encode(r_D.to(self.phi_dD.dtype), self.mean_CD, self.mean_seen_C, sigma)
 
     @torch.no_grad()
-    def uncertainty(self, r_BCD: Tensor, present_BC: Tensor, logits_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, r_BCD: Tensor, present_BC: Tensor, doubts: Doubts | None = None) -> tuple[Tensor, Tensor]:
         """Uncertainty u of each pair (Eq. 5, or the margin) against the prototypes as they are; call before
         :meth:`update`.
 
         Args:
             r_BCD: Class vectors; not read where absent.
             present_BC: bool, which exist; these are the classes that an image shows.
-            logits_BF: The classifier's scores before the sigmoid; where it has a say.
+            doubts: Of everyone else who has a say, (B, C) each.
 
         Returns:
             u (B, C) in [0, 2], 0 where unknown, and bool (B, C): known, that is present and of a class
@@ -204,9 +203,9 @@ class Prototypes(nn.Module):
             u has the buffers' type: float32, float64 after ``.double()``.
 
         Raises:
-            UgrlError: The classifier has a say, and ``logits_BF`` is missing.
+            UgrlError: A doubt is missing.
         """
-        return self.calibration(*self.plain_uncertainty(r_BCD, present_BC), logits_BF)
+        return self.calibration(*self.plain_uncertainty(r_BCD, present_BC), doubts)
 
     @torch.no_grad()
     def plain_uncertainty(self, r_BCD: Tensor, present_BC: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,7 +305,7 @@ class Prototypes(nn.Module):
         present_BC: Tensor,
         f4_BDN: Tensor | None = None,
         labels_BN: Tensor | None = None,
-        logits_BF: Tensor | None = None,
+        doubts: Doubts | None = None,
     ) -> None:
         """Bundle the votes of all ranks and move prototypes, means and σ (Eq. 4).
 
@@ -318,10 +317,10 @@ class Prototypes(nn.Module):
             present_BC: bool, which exist.
             f4_BDN: Features of the positions; where positions vote.
             labels_BN: int64, the class that each position votes for, or 255.
-            logits_BF: The classifier's scores; where it has a say in u.
+            doubts: Of everyone else who has a say in u.
         """
         self._check(r_BCD, present_BC)
-        self.calibration.update(*self.plain_uncertainty(r_BCD, present_BC), logits_BF)
+        self.calibration.update(*self.plain_uncertainty(r_BCD, present_BC), doubts)
         with full_precision(r_BCD):
             r_BCD = r_BCD.to(self.phi_dD.dtype).masked_fill(~present_BC[..., None], 0)
             batch_mean_CD, n_C = mean_over_batch(r_BCD, present_BC)

@@ -6,7 +6,6 @@ weights → reliable pool → the positions that the affinity loss may pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,8 +15,10 @@ from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import DataError
 from ugrl.grid import inside_pixels, sample_nearest, whole_boxes
+from ugrl.method.calibrate import Doubts
 from ugrl.method.cam import CamOutput, CamPass, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
+from ugrl.method.doubts import Heads, pair_doubts, pixel_doubts
 from ugrl.method.losses import eligible_tokens
 from ugrl.method.per_position import label_maps, label_uncertainty
 from ugrl.method.pool import pool_bound, positions, reliable_pool
@@ -126,7 +127,7 @@ class TargetMaker:
         return self.schedule.aux_labels and not self.schedule.warm(step)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, step: int, forward: Forward, classify: Callable[[Tensor], Tensor]) -> Targets:
+    def __call__(self, batch: Batch, step: int, forward: Forward, heads: Heads) -> Targets:
         """The targets of a batch; moves the prototypes.
 
         Args:
@@ -134,7 +135,7 @@ class TargetMaker:
             step: Number of the training step, counted from 0.
             forward: The CAM's passes; of the plain one the affinity is read where :meth:`wants_affinity` says so, and
                 all have 2F raw maps where :meth:`wants_aux` does.
-            classify: The classifier: F4 → scores before the sigmoid (B, F). Asked where it has a say in u.
+            heads: What they say of the batch.
         """
         schedule = self.schedule
         if schedule.supervised:
@@ -147,16 +148,16 @@ class TargetMaker:
         r_BCD, present_BC = batch_vectors(
             batch, cam, radius=self.cfg.method.uncertainty.radius, local=schedule.uses_affinity and not warm
         )
-        logits_BF = classify(cam.f4_BDhw) if self.cfg.method.uncertainty.classifier_weight else None
-        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, logits_BF)
+        doubts = pair_doubts(self.cfg.method.uncertainty, heads, cam, batch, warm=warm)
+        u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, doubts)
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
-        self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC))
+        self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC), heads)
         if self.cfg.method.uncertainty.votes == "position":
             maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC).cam_PHW
             labels_BN = self._votes(batch, maps_PHW, cam.f4_BDhw)
-            self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN, logits_BF=logits_BF)
+            self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN, doubts)
         else:
-            self.prototypes.update(r_BCD, present_BC, logits_BF=logits_BF)
+            self.prototypes.update(r_BCD, present_BC, doubts=doubts)
         return out
 
     def _votes(self, batch: Batch, maps_PHW: Tensor, f4_BDhw: Tensor) -> Tensor:
@@ -168,7 +169,13 @@ class TargetMaker:
         return sample_nearest(labels_BHW, grid).flatten(1)
 
     def _fill(
-        self, out: Targets, batch: Batch, step: int, cam: CamOutput, judged: tuple[Tensor, Tensor, Tensor]
+        self,
+        out: Targets,
+        batch: Batch,
+        step: int,
+        cam: CamOutput,
+        judged: tuple[Tensor, Tensor, Tensor],
+        heads: Heads,
     ) -> None:
         """All targets that follow from the u of the pairs, which of them are known, and which are present."""
         schedule, (u_BC, known_BC, present_BC) = self.schedule, judged
@@ -190,7 +197,8 @@ class TargetMaker:
         out.stats["labelled"] = n_BC.sum() / labels_BHW.numel()
         out.w_BC = torch.ones_like(u_BC)
         if self.cfg.method.uncertainty.level == "pixel" and (schedule.weighs_seg or schedule.contrasts):
-            self._judge_pixels(out, cam.f4_BDhw, batch, present_BC)
+            doubts = pixel_doubts(self.cfg.method.uncertainty, heads, labels_BHW, conf_BHW, batch.pairs_P2)
+            self._judge_pixels(out, cam.f4_BDhw, batch, present_BC, doubts)
         elif schedule.weighs_seg:
             out.w_BC = self._weights(u_BC, known_BC, n_BC, per_class=True)
             out.stats["share_seg"] = effective_share(out.w_BC, known_BC, n_BC, per_class=True)
@@ -247,11 +255,14 @@ class TargetMaker:
         """The CAM with the maps that labels are made of."""
         return replace(cam, cam_PHW=label_maps(self.cfg, cam, batch, self.prototypes, present_BC))
 
-    def _judge_pixels(self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor) -> None:
+    def _judge_pixels(self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor, doubts: Doubts) -> None:
         """The u of each pixel's label and, where the segmentation loss is weighed, its weight."""
         assert out.labels_BHW is not None
         u = self.cfg.method.uncertainty
-        out.u_BHW, known_BHW = label_uncertainty(self.prototypes, f4_BDhw, out.labels_BHW, batch.pairs_P2, present_BC)
+        plain_BHW, known_BHW = label_uncertainty(self.prototypes, f4_BDhw, out.labels_BHW, batch.pairs_P2, present_BC)
+        mixture, group_BHW = self.prototypes.calibration.pixels, (out.labels_BHW > 0).long()
+        out.u_BHW = mixture(plain_BHW, known_BHW, doubts, group_BHW)
+        mixture.update(plain_BHW, known_BHW, doubts, group_BHW)
         labelled_BHW = out.labels_BHW != IGNORE
         for name, where in (("u_px_fg", out.labels_BHW > 0), ("u_px_bg", out.labels_BHW == 0)):
             out.stats[name] = _share(out.u_BHW, known_BHW & labelled_BHW & where)

@@ -303,6 +303,25 @@ class UGRLNet(nn.Module):
         numbers = self.encoder.largest_map(images.shape[-2], images.shape[-1])
         return max(1, CPU_BYTES // (numbers * images.element_size()))
 
+    def probabilities(self, images: Tensor, at_once: int = 0) -> Tensor:
+        """The decoder's probabilities (B, C, h, w) on F1's grid, in float32 (float64 stays), whatever the mode.
+
+        Running statistics serve its norm, and nothing is dropped. The caller switches gradients off.
+
+        Args:
+            images: Normalised (B, 3, H, W).
+            at_once: Most images that pass at a time; 0: as many as suit the device.
+        """
+        n = self._at_once(images)
+        n = min(n, at_once) if at_once > 0 else n
+        trained = self.decoder.training
+        self.decoder.eval()
+        try:
+            seg_BChw = torch.cat([self.segment(part) for part in images.split(n)])
+        finally:
+            self.decoder.train(trained)
+        return (seg_BChw if seg_BChw.dtype == torch.float64 else seg_BChw.float()).softmax(1)
+
     def segment(self, images: Tensor) -> Tensor:
         """Segmentation logits (B, C, h, w) on F1's grid, for evaluation."""
         features, _ = self.encoder(images)

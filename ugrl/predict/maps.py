@@ -27,8 +27,9 @@ from ugrl.config import CamConfig
 from ugrl.grid import cell_means, inside_cells, resize_maps
 from ugrl.method.cam import normalise
 from ugrl.method.class_vectors import MIN_MASS, class_positions, local_affinity
+from ugrl.method.doubts import of_classifier, overlaps
 from ugrl.method.prototypes import Prototypes
-from ugrl.model.network import UGRLNet
+from ugrl.model.network import Encoded, UGRLNet
 from ugrl.model.specs import scaled
 from ugrl.precision import full_precision
 from ugrl.predict.forward import as_input
@@ -160,41 +161,76 @@ def _uncertainties(
     classes = prototypes.counts_C.numel()
     here = [0, *shown]
     sums_KD, mass_K = torch.zeros(len(here), net.dim, device=device), torch.zeros(len(here), device=device)
+    overlap_21C = torch.zeros(2, 1, classes, device=device)
     for part in _parts(image_HW3.shape[0], image_HW3.shape[1], tiling):
         cam = cam_KHW[:, part.row.start : part.row.stop, part.column.start : part.column.stop]
-        sums, mass = _weighted(net, part, part.of(image_HW3), cam, radius, affinity, device)
+        seen = _Seen.of(net, part, part.of(image_HW3), cam, device)
+        sums, mass = seen.weighted(net, radius, affinity)
         sums_KD += sums
         mass_K += mass
+        if "decoder" in prototypes.calibration.pairs.weights:
+            overlap_21C += seen.overlaps(net, shown)
     present_K = mass_K >= MIN_MASS
     r_1CD = torch.zeros(1, classes, net.dim, device=device)
     present_1C = torch.zeros(1, classes, dtype=torch.bool, device=device)
     r_1CD[0, here] = torch.where(present_K[:, None], sums_KD / mass_K.clamp(min=MIN_MASS)[:, None], 0)
     present_1C[0, here] = present_K
     logits_1F = torch.from_numpy(scores_F)[None].to(device).logit(eps=1e-7)
-    u_1C, known_1C = prototypes.uncertainty(r_1CD, present_1C, logits_1F)
+    low_1C, high_1C = overlap_21C
+    doubts = {
+        "classifier": of_classifier(logits_1F, present_1C[:, 1:].float()),
+        "decoder": (1 - low_1C / high_1C).where(high_1C > 0, torch.nan),
+    }
+    u_1C, known_1C = prototypes.uncertainty(r_1CD, present_1C, doubts)
     return torch.where(known_1C[0], u_1C[0], torch.nan).float()
 
 
-def _weighted(
-    net: UGRLNet, part: _Part, pixels: np.ndarray, cam_KHW: Tensor, radius: int, affinity: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Σω·F4 (K, D) and Σω (K,) over the cells of a part's core; the first row is background (Eqs. 2 and 3)."""
-    h, w = pixels.shape[:2]
-    x_13HW = as_input(net, [pixels], device)
-    size = (x_13HW.shape[-2], x_13HW.shape[-1])
-    _, f4_1Dhw, affinity_1NN = net.cam(x_13HW, affinity=affinity)
-    grid = (f4_1Dhw.shape[-2], f4_1Dhw.shape[-1])
-    top, bottom = (edge - part.row.start for edge in part.row.core)
-    left, right = (edge - part.column.start for edge in part.column.core)
-    box = torch.tensor([[top, bottom, left, right]])  # without what a small image is padded with
-    inside_1N = inside_cells(box, size, grid).flatten(1).to(device).float()
-    padded = torch.nn.functional.pad(cam_KHW, (0, size[1] - w, 0, size[0] - h))
-    m_1KN = (
-        class_positions(cell_means(padded, grid).flatten(1)[None], inside_1N) if len(cam_KHW) else inside_1N[:, None]
-    )
-    omega_KN = m_1KN[0]
-    with full_precision(f4_1Dhw):
-        if affinity and affinity_1NN is not None:
-            ahat_1NN = local_affinity(affinity_1NN, grid=grid, radius=radius, inside_BN=inside_1N)
-            omega_KN = omega_KN @ ahat_1NN[0].to(omega_KN.dtype).mT
-        return omega_KN @ f4_1Dhw[0].flatten(1).float().mT, omega_KN.sum(-1)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one pass over a part of an image gives.
+
+    Attributes:
+        encoded: Of the encoder.
+        cam_KHW: CAM of the shown classes, with zeros where the part is padded.
+        box_14: The part's core: what of it no other part counts.
+    """
+
+    encoded: Encoded
+    cam_KHW: Tensor
+    box_14: Tensor
+
+    @classmethod
+    def of(cls, net: UGRLNet, part: _Part, pixels: np.ndarray, cam_KHW: Tensor, device: torch.device) -> _Seen:
+        h, w = pixels.shape[:2]
+        x_13HW = as_input(net, [pixels], device)
+        top, bottom = (edge - part.row.start for edge in part.row.core)
+        left, right = (edge - part.column.start for edge in part.column.core)
+        box = torch.tensor([[top, bottom, left, right]])  # without what a small image is padded with
+        padded = torch.nn.functional.pad(cam_KHW, (0, x_13HW.shape[-1] - w, 0, x_13HW.shape[-2] - h))
+        return cls(Encoded(*net.encoder(x_13HW)), padded, box)
+
+    def _on(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The CAM's means over the cells of a grid, and which of these are inside (1, h, w)."""
+        size, device = (int(self.cam_KHW.shape[-2]), int(self.cam_KHW.shape[-1])), self.cam_KHW.device
+        return cell_means(self.cam_KHW, grid), inside_cells(self.box_14, size, grid).to(device)
+
+    def weighted(self, net: UGRLNet, radius: int, affinity: bool) -> tuple[Tensor, Tensor]:
+        """Σω·F4 (K, D) and Σω (K,) over the core's cells; the first row is background (Eqs. 2 and 3)."""
+        _, f4_1Dhw, affinity_1NN = net.cam_of(self.encoded, affinity=affinity)
+        grid = (f4_1Dhw.shape[-2], f4_1Dhw.shape[-1])
+        cam_Khw, inside_1hw = self._on(grid)
+        inside_1N = inside_1hw.flatten(1).float()
+        m_1KN = class_positions(cam_Khw.flatten(1)[None], inside_1N) if len(cam_Khw) else inside_1N[:, None]
+        omega_KN = m_1KN[0]
+        with full_precision(f4_1Dhw):
+            if affinity and affinity_1NN is not None:
+                ahat_1NN = local_affinity(affinity_1NN, grid=grid, radius=radius, inside_BN=inside_1N)
+                omega_KN = omega_KN @ ahat_1NN[0].to(omega_KN.dtype).mT
+            return omega_KN @ f4_1Dhw[0].flatten(1).float().mT, omega_KN.sum(-1)
+
+    def overlaps(self, net: UGRLNet, shown: tuple[int, ...]) -> Tensor:
+        """Σ min and Σ max of CAM and decoder over the core's cells, (2, 1, C)."""
+        probs_1Chw = net.decoder(self.encoded.features)[1].float().softmax(1)
+        cam_Khw, inside_1hw = self._on((probs_1Chw.shape[-2], probs_1Chw.shape[-1]))
+        pairs_K2 = torch.tensor([[0, label - 1] for label in shown], dtype=torch.long).view(-1, 2)
+        return torch.stack(overlaps(probs_1Chw, cam_Khw, pairs_K2, inside_1hw))

@@ -12,6 +12,7 @@ from ugrl.data.shards import Manifest
 from ugrl.device import resolve
 from ugrl.distributed import world_size
 from ugrl.errors import ConfigError
+from ugrl.method.doubts import shares
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
 from ugrl.model.network import UGRLNet
@@ -83,7 +84,7 @@ def build_prototypes(cfg: Config, num_classes: int, dim: int) -> Prototypes:
         against=u.against,
         debias=u.debias,
         within_class=u.within_class,
-        classifier_weight=u.classifier_weight,
+        weights=shares(u),
         votes=u.votes,
         several=(u.background_prototypes, u.class_prototypes),
     )

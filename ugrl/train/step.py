@@ -118,12 +118,7 @@ class Step:
                 return training(images, view, affinity=affinity, aux=aux)
             return net.cam(images, affinity=affinity, at_once=at_once, aux=aux)
 
-        size = (int(batch.images_B3HW.shape[-2]), int(batch.images_B3HW.shape[-1]))
-
-        def classify(f4_BDhw: Tensor) -> Tensor:
-            return net.scores(f4_BDhw, self.pool_boxes(batch), size)
-
-        return self.target_maker(batch, step, forward, classify)
+        return self.target_maker(batch, step, forward, _Heads(self, batch))
 
     def pool_boxes(self, batch: Batch) -> Tensor | None:
         """Boxes whose positions the class scores pool; ``None``: all positions of the crop."""
@@ -178,6 +173,23 @@ class Step:
         }
         wanted = self.schedule.heads(step)
         return zero_of(*(head for name, head in heads.items() if not wanted[name]), self.net.classifier)
+
+
+class _Heads:
+    """What the heads say of a batch, without noise; the decoder in a pass of its own, made when first asked for."""
+
+    def __init__(self, step: Step, batch: Batch) -> None:
+        self.step, self.batch = step, batch
+        self._probs_BChw: Tensor | None = None
+
+    def scores(self, f4_BDhw: Tensor) -> Tensor:
+        height, width = self.batch.images_B3HW.shape[-2:]
+        return self.step.net.scores(f4_BDhw, self.step.pool_boxes(self.batch), (int(height), int(width)))
+
+    def probabilities(self) -> Tensor:
+        if self._probs_BChw is None:
+            self._probs_BChw = self.step.net.probabilities(self.batch.images_B3HW, self.step.cfg.train.micro_batch)
+        return self._probs_BChw
 
 
 def _views(out: ModelOutput, targets: Targets) -> dict[str, Tensor]:
