@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Findings, str
 
 def test_every_file_is_written(whole: tuple[Path, Findings, str]) -> None:
     out, _, shown = whole
-    names = {"history", "curves", "slices", "importance", "contour", "parallel", "rungs", "cost"}
+    names = {"history", "curves", "slices", "importance", "contour", "parallel", "rungs", "cost", "differences"}
     assert plots(out) == names
     for name in names:
         data = (out / "plots" / f"{name}.png").read_bytes()

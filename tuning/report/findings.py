@@ -96,8 +96,12 @@ def paper_trial(findings: Findings) -> TrialRow | None:
     base, axes_ = findings.search.base, findings.search.space.search
     rows = sorted(findings.rows, key=lambda r: (ORDER.get(r.state, 5), r.number))
     whole = [r for r in rows if all(a.path in r.params for a in axes_ if a.active(r.params))]
-    published = [r for r in whole if all(_same(r.params.get(p, configs.get(base, p)), v) for p, v in PAPER.items())]
-    exact = [r for r in published if all(p in PAPER or _same(v, configs.get(base, p)) for p, v in r.params.items())]
+    published = [
+        r for r in whole if all(same_value(r.params.get(p, configs.get(base, p)), v) for p, v in PAPER.items())
+    ]
+    exact = [
+        r for r in published if all(p in PAPER or same_value(v, configs.get(base, p)) for p, v in r.params.items())
+    ]
     given = [r for r in published if r.origin.startswith("first")]
     return next(iter([*exact, *given]), None)
 
@@ -107,7 +111,8 @@ def paper_values(findings: Findings) -> dict[str, Any]:
     return {a.path: PAPER[a.path] for a in findings.search.space.search if a.path in PAPER}
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a key are the same, numbers but for rounding."""
     both = isinstance(a, int | float) and isinstance(b, int | float)
     return math.isclose(a, b, rel_tol=1e-9) if both else bool(a == b)
 

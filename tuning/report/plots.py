@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from optuna.trial import TrialState
 
+from tuning.report.differences import DIFFERENCES, differences
 from tuning.report.drawing import (
     BEST,
     COLORS,
@@ -393,6 +394,7 @@ PLOTS: dict[str, Callable[[Findings], Figure | str]] = {
     "contour": contour,
     "parallel": parallel,
     "pareto": front,
+    DIFFERENCES: differences,
     "rungs": rungs,
     "cost": cost,
 }

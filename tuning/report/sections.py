@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from tuning.formatting import plural, short
 from tuning.ledger.noise import show
+from tuning.report.differences import DIFFERENCES, caption, compare, difference_table
 from tuning.report.findings import (
     BEST,
     PAPER,
@@ -120,6 +121,7 @@ def contents(findings: Findings, notes: Sequence[str], paper: PaperSection | Non
         Section("Which values", _values(findings)),
         Section("Run again with fresh seeds", _finalists(findings)),
         Section("Beside the paper", _beside(paper)),
+        Section("Seed by seed", _seed_by_seed(findings)),
         Section("Several objectives", _front(findings)),
         Section("All trials", _all_trials(findings)),
         Section("What mattered", (*_mattered(findings), *MATTERED)),
@@ -230,6 +232,16 @@ def _beside(paper: PaperSection | None) -> tuple[Block, ...]:
     table = (Rows(paper.header, paper.rows),) if paper.rows else ()
     picture = (Picture("paper", paper.title, True),) if paper.image else ()
     return paper.title, *table, *paper.sentences, *picture
+
+
+def _seed_by_seed(findings: Findings) -> tuple[Block, ...]:
+    found = compare(findings)
+    if found is None:
+        return ()
+    header, rows = difference_table(found, findings)
+    trials = [found.reference, *(p.row for p in found.pairs)]
+    links = {k: where for k, r in enumerate(trials) if (where := address(r, findings))}
+    return Picture(DIFFERENCES, caption(found, findings), True), Rows(header, rows, sortable=True, links=links)
 
 
 def _front(findings: Findings) -> tuple[Block, ...]:
