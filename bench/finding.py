@@ -289,10 +289,12 @@ def scores_table(found: Mapping[str, Mapping[int, Result]]) -> str:
 def gaps_table(found: Mapping[str, Mapping[int, Result]], base: str) -> str:
     """What each arm has more than another one, with 95 % intervals and p corrected for the number of arms."""
     gaps = {score: against({a: r for a, r in found.items() if a != "Full"}, score, base) for score in COMPARED}
-    corrected = {score: holm(intervals) for score, intervals in gaps.items()}
+    # What one seed does is not known from that seed: no p, and the interval is over images alone.
+    corrected = {s: holm({arm: g for arm, g in found.items() if g.seeds > 1}) for s, found in gaps.items()}
     rows = []
     for arm in gaps["seg_val"]:
-        cells = [f"{gaps[s][arm]} | {corrected[s][arm]:.3f}" for s in COMPARED]
+        told = {s: f"{corrected[s][arm]:.3f}" if arm in corrected[s] else "–" for s in COMPARED}
+        cells = [f"{gaps[s][arm]} | {told[s]}" for s in COMPARED]
         rows.append([arm, str(gaps["seg_val"][arm].seeds), *cells])
     heads = [f"{column} − {base} | p" for column in COMPARED.values()]
     header = ["arm", "seeds", *" | ".join(heads).split(" | ")]
