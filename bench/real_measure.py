@@ -36,8 +36,8 @@ from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighte
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
 from ugrl.method.class_vectors import batch_vectors
-from ugrl.method.doubts import at_labels, of_decoder, pair_doubts, pixel_doubts, shares
-from ugrl.method.per_position import label_maps, label_uncertainty
+from ugrl.method.doubts import at_labels, of_decoder, pair_doubts, shares
+from ugrl.method.per_position import judge_pixels, label_maps, label_uncertainty
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
 from ugrl.method.refine import PAR, refined_at
@@ -77,8 +77,8 @@ class Judged:
         self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor
     ) -> None:
         self._prototypes, self._seen, self._present_BC = prototypes, seen, present_BC
-        self._uncertainty = cfg.method.uncertainty
-        doubts = pair_doubts(self._uncertainty, seen, seen.cam, seen.batch)
+        self._cfg = cfg
+        doubts = pair_doubts(cfg.method.uncertainty, seen, seen.cam, seen.batch)
         self.pairs = {"u": prototypes.uncertainty(r_BCD, present_BC, doubts)}
         decoder_BC = of_decoder(seen.probabilities(), seen.cam.cam_PHW, seen.batch)
         self.pairs["decoder"] = decoder_BC.nan_to_num(0.0), ~decoder_BC.isnan()
@@ -91,17 +91,17 @@ class Judged:
         """Name of a u → that of each pixel's label, (B, H, W); ``own``: the run's, where others have a say in it."""
         pairs_P2, f4_BDhw = self._seen.batch.pairs_P2, self._seen.cam.f4_BDhw
 
-        def judged() -> tuple[Tensor, Tensor]:
-            return label_uncertainty(self._prototypes, f4_BDhw, labels_BHW, pairs_P2, self._present_BC)
-
         out = {}
-        if shares(self._uncertainty):
-            doubts = pixel_doubts(self._uncertainty, self._seen, labels_BHW, conf_BHW, pairs_P2)
-            out["own"] = self._prototypes.calibration.pixels(*judged(), doubts, (labels_BHW > 0).long())
+        if shares(self._cfg.method.uncertainty):
+            labelled = labels_BHW, conf_BHW
+            judged = judge_pixels(
+                self._cfg, self._prototypes, self._seen, f4_BDhw, labelled, pairs_P2, self._present_BC
+            )
+            out["own"] = self._prototypes.calibration.pixels(*judged)
         out["decoder"] = 1 - at_labels(self._seen.probabilities(), labels_BHW, pairs_P2)
         for name in ("distance", "margin_shown"):
             with self._as(name):
-                out[name], _ = judged()
+                out[name], _ = label_uncertainty(self._prototypes, f4_BDhw, labels_BHW, pairs_P2, self._present_BC)
         return out
 
     @contextmanager

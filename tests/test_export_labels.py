@@ -27,6 +27,7 @@ from ugrl.data.shards import Manifest
 from ugrl.data.voc import VocSource
 from ugrl.errors import DataError
 from ugrl.export import labels as exported
+from ugrl.method.doubts import at_labels
 from ugrl.method.per_position import label_uncertainty
 from ugrl.predict.folder import PER_U, UNKNOWN
 from ugrl.train.loop import Trainer
@@ -147,11 +148,13 @@ def test_the_snippet_of_the_guide_makes_a_map_of_weights(
     assert weights_HW[labels_HW == int(row["label"])] == pytest.approx(float(row["weight"]))
 
 
+@pytest.mark.parametrize("say", [0.0, 0.5])
 def test_a_run_that_judges_pixels_exports_their_u(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    say: float, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the scale of `ugrl predict --uncertainty`; asked again for one image at a time, of the labels in the files."""
-    run, out = trained(shards, tmp_path / "run", **{"method.uncertainty.level": "pixel"}), tmp_path / "voc"
+    keys = {"method.uncertainty.level": "pixel", "method.uncertainty.decoder_weight": say}
+    run, out = trained(shards, tmp_path / "run", **keys), tmp_path / "voc"
     words = ["export", str(run), "--to", "labels", "--data", str(shards), "--out", str(out), "--device", "cpu"]
     assert main(words) == 0
     assert "u of each pixel in Uncertainty/ID.png: the value / 127, 255 is unknown" in capsys.readouterr().out
@@ -163,9 +166,12 @@ def test_a_run_that_judges_pixels_exports_their_u(
         with torch.no_grad():
             f4_BDhw = got.net.cam(batch.images_B3HW, affinity=False)[1]
             present_BC = torch.cat([torch.ones(1, 1), batch.tags_BF], 1).bool()
-            want_BHW, known_BHW = label_uncertainty(
-                got.prototypes, f4_BDhw, torch.from_numpy(labels_HW)[None].long(), batch.pairs_P2, present_BC
-            )
+            labels_BHW, probs_BChw = torch.from_numpy(labels_HW)[None].long(), got.net.probabilities(batch.images_B3HW)
+            judged = label_uncertainty(got.prototypes, f4_BDhw, labels_BHW, batch.pairs_P2, present_BC)
+            doubt_BHW = 1 - at_labels(probs_BChw, labels_BHW, batch.pairs_P2)
+            mixture, kind_BHW = got.prototypes.calibration.pixels, (labels_BHW > 0).long()
+            want_BHW, known_BHW = mixture(*judged, {"decoder": doubt_BHW}, kind_BHW), judged[1]
+            assert (say > 0) == (not torch.equal(want_BHW, judged[0]))
         known_HW, want_HW = known_BHW[0].numpy(), want_BHW[0].numpy()
         assert u_HW.shape == labels_HW.shape and (u_HW[~known_HW] == UNKNOWN).all()
         assert np.abs(u_HW / PER_U - want_HW)[known_HW].max(initial=0) <= 0.5 / PER_U + 1e-4

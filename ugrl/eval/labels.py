@@ -21,6 +21,7 @@ class Labelled(NamedTuple):
 
     Attributes:
         labels_BHW: Pseudo-labels, int64: 0 background, 1…F classes, 255 undecided, also outside of the boxes.
+        conf_BHW: Their confidence, the distance to the threshold that decided.
         r_BCD: Class vectors.
         present_BC: bool, which of them exist.
         u_BC: Uncertainty of each image and class, in [0, 2].
@@ -28,6 +29,7 @@ class Labelled(NamedTuple):
     """
 
     labels_BHW: Tensor
+    conf_BHW: Tensor
     r_BCD: Tensor
     present_BC: Tensor
     u_BC: Tensor
@@ -53,10 +55,10 @@ def label(maker: TargetMaker, seen: BatchPasses, step: int) -> Labelled:
     u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC, doubts)
     cam_PHW = maker.told(batch, replace(cam, cam_PHW=_spread(maker, seen, cam, step)), present_BC).cam_PHW
     if batch.teachers_BHW is None:
-        labels_BHW, _ = maker.labels(batch, cam_PHW)
+        labels_BHW, conf_BHW = maker.labels(batch, cam_PHW)
     else:
-        labels_BHW, _ = maker.pseudo(batch, cam_PHW, u_BC, known_BC)
-    return Labelled(labels_BHW, r_BCD, present_BC, u_BC, known_BC)
+        labels_BHW, conf_BHW = maker.pseudo(batch, cam_PHW, u_BC, known_BC)
+    return Labelled(labels_BHW, conf_BHW, r_BCD, present_BC, u_BC, known_BC)
 
 
 def _spread(maker: TargetMaker, seen: BatchPasses, cam: CamOutput, step: int) -> Tensor:

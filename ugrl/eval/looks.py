@@ -147,7 +147,7 @@ def _looks(seer: Seer, read: Batch, at: Sequence[int], with_mask: Sequence[bool]
         seen = BatchPasses(seer.net, cfg, batch, read.images_B3HW, plain)
         cam = seen.cam  # before the segmentation, which takes over some of its passes
         predicted_BHW = seen.seg_probs_BCHW.argmax(1)
-        pseudo_BHW, r_BCD, present_BC, u_BC, known_BC = label(targets, seen, seer.step)
+        pseudo_BHW, _, r_BCD, present_BC, u_BC, known_BC = label(targets, seen, seer.step)
         probs_BF = seen.probs_BF
         iou_P = None if batch.masks_BHW is None else uncertain_pairs(seen, u_BC, known_BC)[1].tolist()
     emb_BDhw = plain.emb_BDhw if embed else None

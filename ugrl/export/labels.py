@@ -40,7 +40,7 @@ from ugrl.eval.palette import write_mask
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import replacing
 from ugrl.foreign import under
-from ugrl.method.per_position import label_uncertainty
+from ugrl.method.per_position import judge_pixels
 from ugrl.method.targets import TargetMaker, pixel_counts
 from ugrl.method.teacher import taught
 from ugrl.method.weighting import modulation_weights
@@ -190,8 +190,10 @@ def _by_pixel(got: Restored) -> bool:
 
 def _pixel_uncertainty(got: Restored, seen: BatchPasses, found: Labelled) -> np.ndarray:
     """The u of each pixel's label (B, H, W), NaN where unknown."""
+    labelled = found.labels_BHW, found.conf_BHW
     pairs_P2, f4_BDhw = seen.batch.pairs_P2, seen.cam.f4_BDhw
-    u_BHW, known_BHW = label_uncertainty(got.prototypes, f4_BDhw, found.labels_BHW, pairs_P2, found.present_BC)
+    judged = judge_pixels(got.cfg, got.prototypes, seen, f4_BDhw, labelled, pairs_P2, found.present_BC)
+    u_BHW, known_BHW = got.prototypes.calibration.pixels(*judged), judged[1]
     return u_BHW.masked_fill(~known_BHW, torch.nan).float().cpu().numpy()
 
 

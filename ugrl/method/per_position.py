@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ugrl.config import Config
 from ugrl.grid import inside_pixels, resize_maps
+from ugrl.method.calibrate import Doubts
 from ugrl.method.cam import CamOutput
-from ugrl.method.doubts import at_labels
+from ugrl.method.doubts import Heads, at_labels, pixel_doubts
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.schedule import Schedule
 from ugrl.types import IGNORE, Batch
@@ -47,6 +48,37 @@ def label_uncertainty(
     known_BC = known_BChw.flatten(2).all(2)
     known_BHW = known_BC.gather(1, safe_BN).view_as(labels_BHW) & labelled_BHW
     return u_BHW.masked_fill(~known_BHW, 0), known_BHW
+
+
+@torch.no_grad()
+def judge_pixels(
+    cfg: Config,
+    prototypes: Prototypes,
+    heads: Heads,
+    f4_BDhw: Tensor,
+    labelled: tuple[Tensor, Tensor],
+    pairs_P2: Tensor,
+    present_BC: Tensor,
+) -> tuple[Tensor, Tensor, Doubts, Tensor]:
+    """What is said of each pixel's label: what ``prototypes.calibration.pixels`` is told, and mixes.
+
+    Args:
+        cfg: Configuration of the run.
+        prototypes: As they were before this batch.
+        heads: Of the batch.
+        f4_BDhw: Features of the encoder's last stage.
+        labelled: Labels and their confidence, (B, H, W) each.
+        pairs_P2: As of :func:`label_uncertainty`.
+        present_BC: As there.
+
+    Returns:
+        u of the prototypes, which are known, the doubts of everyone else who has a say, and 0 for labels of background
+        and 1 for others.
+    """
+    labels_BHW, conf_BHW = labelled
+    u_BHW, known_BHW = label_uncertainty(prototypes, f4_BDhw, labels_BHW, pairs_P2, present_BC)
+    doubts = pixel_doubts(cfg.method.uncertainty, heads, labels_BHW, conf_BHW, pairs_P2)
+    return u_BHW, known_BHW, doubts, (labels_BHW > 0).long()
 
 
 @torch.no_grad()

@@ -15,12 +15,11 @@ from ugrl.config import Config
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.errors import DataError
 from ugrl.grid import inside_pixels, sample_nearest, whole_boxes
-from ugrl.method.calibrate import Doubts
 from ugrl.method.cam import CamOutput, CamPass, Forward, multi_scale_cam
 from ugrl.method.class_vectors import batch_vectors
-from ugrl.method.doubts import Heads, pair_doubts, pixel_doubts
+from ugrl.method.doubts import Heads, pair_doubts
 from ugrl.method.losses import eligible_tokens
-from ugrl.method.per_position import label_maps, label_uncertainty
+from ugrl.method.per_position import judge_pixels, label_maps
 from ugrl.method.pool import pool_bound, positions, reliable_pool
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import propagate_cam, pseudo_labels
@@ -197,8 +196,7 @@ class TargetMaker:
         out.stats["labelled"] = n_BC.sum() / labels_BHW.numel()
         out.w_BC = torch.ones_like(u_BC)
         if self.cfg.method.uncertainty.level == "pixel" and (schedule.weighs_seg or schedule.contrasts):
-            doubts = pixel_doubts(self.cfg.method.uncertainty, heads, labels_BHW, conf_BHW, batch.pairs_P2)
-            self._judge_pixels(out, cam.f4_BDhw, batch, present_BC, doubts)
+            self._judge_pixels(out, cam.f4_BDhw, batch, present_BC, conf_BHW, heads)
         elif schedule.weighs_seg:
             out.w_BC = self._weights(u_BC, known_BC, n_BC, per_class=True)
             out.stats["share_seg"] = effective_share(out.w_BC, known_BC, n_BC, per_class=True)
@@ -255,14 +253,16 @@ class TargetMaker:
         """The CAM with the maps that labels are made of."""
         return replace(cam, cam_PHW=label_maps(self.cfg, cam, batch, self.prototypes, present_BC))
 
-    def _judge_pixels(self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor, doubts: Doubts) -> None:
+    def _judge_pixels(
+        self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor, conf_BHW: Tensor, heads: Heads
+    ) -> None:
         """The u of each pixel's label and, where the segmentation loss is weighed, its weight."""
         assert out.labels_BHW is not None
-        u = self.cfg.method.uncertainty
-        plain_BHW, known_BHW = label_uncertainty(self.prototypes, f4_BDhw, out.labels_BHW, batch.pairs_P2, present_BC)
-        mixture, group_BHW = self.prototypes.calibration.pixels, (out.labels_BHW > 0).long()
-        out.u_BHW = mixture(plain_BHW, known_BHW, doubts, group_BHW)
-        mixture.update(plain_BHW, known_BHW, doubts, group_BHW)
+        u, mixture = self.cfg.method.uncertainty, self.prototypes.calibration.pixels
+        labelled = out.labels_BHW, conf_BHW
+        judged = judge_pixels(self.cfg, self.prototypes, heads, f4_BDhw, labelled, batch.pairs_P2, present_BC)
+        known_BHW, out.u_BHW = judged[1], mixture(*judged)
+        mixture.update(*judged)
         labelled_BHW = out.labels_BHW != IGNORE
         for name, where in (("u_px_fg", out.labels_BHW > 0), ("u_px_bg", out.labels_BHW == 0)):
             out.stats[name] = _share(out.u_BHW, known_BHW & labelled_BHW & where)

@@ -31,8 +31,10 @@ from ugrl.train.observer import Observer, nothing
 Parts = dict[str, dict[str, Tensor]]
 # Beside the checkpoints, what makes a run's folder; sent to a remote storage after each of them. The notes of trackers
 # come before what they tell of. Of W&B's own files it is those that `wandb sync` reads: nothing else has them yet.
-FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json", "wandb.json", "weights.json")
-FILES += ("tb/*", "seen/*", "wandb/offline-run-*/*.wandb")
+FILES = (
+    *("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "mlflow.json", "wandb.json", "weights.json"),
+    *("tb/*", "seen/*", "wandb/offline-run-*/*.wandb"),
+)
 
 
 @dataclass(frozen=True, slots=True)
