@@ -36,7 +36,7 @@ from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighte
 from ugrl.eval.passes import BatchPasses, shape_batches
 from ugrl.files import write_whole
 from ugrl.method.class_vectors import batch_vectors
-from ugrl.method.doubts import at_labels, of_decoder, pair_doubts, shares
+from ugrl.method.doubts import at_labels, of_decoder, pair_doubts
 from ugrl.method.per_position import judge_pixels, label_maps, label_uncertainty
 from ugrl.method.prototypes import Prototypes
 from ugrl.method.pseudo import pseudo_labels
@@ -88,11 +88,11 @@ class Judged:
         self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC)
 
     def pixels(self, labels_BHW: Tensor, conf_BHW: Tensor) -> dict[str, Tensor]:
-        """Name of a u → that of each pixel's label, (B, H, W); ``own``: the run's, where others have a say in it."""
+        """Name of a u → that of each pixel's label, (B, H, W); ``own``: the run's, if it judges pixels."""
         pairs_P2, f4_BDhw = self._seen.batch.pairs_P2, self._seen.cam.f4_BDhw
 
         out = {}
-        if shares(self._cfg.method.uncertainty):
+        if self._cfg.method.uncertainty.level == "pixel":
             labelled = labels_BHW, conf_BHW
             judged = judge_pixels(
                 self._cfg, self._prototypes, self._seen, f4_BDhw, labelled, pairs_P2, self._present_BC

@@ -166,7 +166,10 @@ def test_a_run_that_judges_pixels_exports_their_u(
         with torch.no_grad():
             f4_BDhw = got.net.cam(batch.images_B3HW, affinity=False)[1]
             present_BC = torch.cat([torch.ones(1, 1), batch.tags_BF], 1).bool()
-            labels_BHW, probs_BChw = torch.from_numpy(labels_HW)[None].long(), got.net.probabilities(batch.images_B3HW)
+            labels_BHW, probs_BChw = (
+                torch.from_numpy(labels_HW)[None].long(),
+                got.net.probabilities(got.net.encoder(batch.images_B3HW)[0]),
+            )
             judged = label_uncertainty(got.prototypes, f4_BDhw, labels_BHW, batch.pairs_P2, present_BC)
             doubt_BHW = 1 - at_labels(probs_BChw, labels_BHW, batch.pairs_P2)
             mixture, kind_BHW = got.prototypes.calibration.pixels, (labels_BHW > 0).long()

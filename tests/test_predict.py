@@ -251,7 +251,8 @@ def test_cam_and_uncertainty_are_those_of_a_validation_with_the_shown_classes_as
         )
         r, present = batch_vectors(batch, cam, radius=c.uncertainty.radius, local=True)
         heads = SimpleNamespace(
-            scores=model.net.scores, probabilities=lambda: model.net.probabilities(batch.images_B3HW)
+            scores=model.net.scores,
+            probabilities=lambda: model.net.probabilities(model.net.encoder(batch.images_B3HW)[0]),
         )
         said = replace(c.uncertainty, classifier_weight=say, decoder_weight=say)
         u, known = model.prototypes.uncertainty(r, present, pair_doubts(said, heads, cam, batch))

@@ -132,7 +132,7 @@ class BatchPasses:
     def probabilities(self) -> Tensor:
         """The decoder's probabilities of the plain pass on its own grid, likewise."""
         seg_BChw = self.plain.seg_BChw
-        return (self.net.decoder(self.plain.features)[1] if seg_BChw is None else seg_BChw).float().softmax(1)
+        return self.net.probabilities(self.plain.features) if seg_BChw is None else seg_BChw.float().softmax(1)
 
     @cached_property
     def cam(self) -> CamOutput:

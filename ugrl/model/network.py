@@ -261,7 +261,13 @@ class UGRLNet(nn.Module):
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
 
     def cam(
-        self, images: Tensor, *, affinity: bool, at_once: int = 0, aux: bool = False
+        self,
+        images: Tensor,
+        *,
+        affinity: bool,
+        at_once: int = 0,
+        aux: bool = False,
+        show: Callable[[Features], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The CAM pass: no decoder, nothing dropped, no norm that keeps statistics (so the mode does not matter).
 
@@ -272,6 +278,7 @@ class UGRLNet(nn.Module):
             affinity: Whether the affinity is wanted.
             at_once: Most images that pass at a time; 0: as many as suit the device.
             aux: Whether the auxiliary classifier's raw CAM is wanted: F more maps behind the F.
+            show: Shown the features of the images, part by part.
 
         Returns:
             raw_BFhw, f4_BDhw, and affinity_BNN if asked for.
@@ -279,10 +286,13 @@ class UGRLNet(nn.Module):
         n = self._at_once(images)
         n = min(n, at_once) if at_once > 0 else n
         if n < images.shape[0]:
-            parts = (self.cam(part, affinity=affinity, at_once=n, aux=aux) for part in images.split(n))
+            parts = (self.cam(part, affinity=affinity, at_once=n, aux=aux, show=show) for part in images.split(n))
             raws, f4s, affinities = zip(*parts, strict=True)
             return torch.cat(raws), torch.cat(f4s), torch.cat(affinities) if affinity else None
-        return self.cam_of(Encoded(*self.encoder(images)), affinity=affinity, aux=aux)
+        encoded = Encoded(*self.encoder(images))
+        if show is not None:
+            show(encoded.features)
+        return self.cam_of(encoded, affinity=affinity, aux=aux)
 
     def cam_of(self, encoded: Encoded, *, affinity: bool, aux: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`cam` returns, from a pass that was made already."""
@@ -303,21 +313,15 @@ class UGRLNet(nn.Module):
         numbers = self.encoder.largest_map(images.shape[-2], images.shape[-1])
         return max(1, CPU_BYTES // (numbers * images.element_size()))
 
-    def probabilities(self, images: Tensor, at_once: int = 0) -> Tensor:
+    def probabilities(self, features: Features) -> Tensor:
         """The decoder's probabilities (B, C, h, w) on F1's grid, in float32 (float64 stays), whatever the mode.
 
         Running statistics serve its norm, and nothing is dropped. The caller switches gradients off.
-
-        Args:
-            images: Normalised (B, 3, H, W).
-            at_once: Most images that pass at a time; 0: as many as suit the device.
         """
-        n = self._at_once(images)
-        n = min(n, at_once) if at_once > 0 else n
         trained = self.decoder.training
         self.decoder.eval()
         try:
-            seg_BChw = torch.cat([self.segment(part) for part in images.split(n)])
+            _, seg_BChw = self.decoder(features)
         finally:
             self.decoder.train(trained)
         return (seg_BChw if seg_BChw.dtype == torch.float64 else seg_BChw.float()).softmax(1)

@@ -230,7 +230,7 @@ class _Seen:
 
     def overlaps(self, net: UGRLNet, shown: tuple[int, ...]) -> Tensor:
         """Σ min and Σ max of CAM and decoder over the core's cells, (2, 1, C)."""
-        probs_1Chw = net.decoder(self.encoded.features)[1].float().softmax(1)
+        probs_1Chw = net.probabilities(self.encoded.features)
         cam_Khw, inside_1hw = self._on((probs_1Chw.shape[-2], probs_1Chw.shape[-1]))
         pairs_K2 = torch.tensor([[0, label - 1] for label in shown], dtype=torch.long).view(-1, 2)
         return torch.stack(overlaps(probs_1Chw, cam_Khw, pairs_K2, inside_1hw))

@@ -37,7 +37,13 @@ class TrainingPasses:
         self._kept: list[Features] = []
 
     def __call__(
-        self, images: Tensor, view: CamPass, *, affinity: bool, aux: bool = False
+        self,
+        images: Tensor,
+        view: CamPass,
+        *,
+        affinity: bool,
+        aux: bool = False,
+        show: Callable[[Features], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass; arguments and results as of :meth:`ugrl.model.network.UGRLNet.cam`."""
         noise, size = self.noise(view), self.at_once or images.shape[0]
@@ -46,6 +52,8 @@ class TrainingPasses:
             rows = slice(start, start + size)
             parts.append(Encoded(*self.net.encoder(images[rows], None if noise is None else noise.part(rows))))
         encoded = Encoded.of([torch.cat(tensors) for tensors in zip(*(p.tensors() for p in parts), strict=True)])
+        if show is not None:
+            show(encoded.features)
         if self.moves:
             self._move(encoded.features, last=view.mirrored or not self.mirror)
         return self.net.cam_of(encoded, affinity=affinity, aux=aux)

@@ -18,6 +18,7 @@ from ugrl.method.prototypes import Prototypes
 from ugrl.method.refine import PAR
 from ugrl.method.schedule import Schedule
 from ugrl.method.targets import TargetMaker, Targets
+from ugrl.model.backbone import Features
 from ugrl.model.network import Encoded, UGRLNet
 from ugrl.model.noise import Noise, sample_noise
 from ugrl.train.cam_passes import TrainingPasses
@@ -110,15 +111,21 @@ class Step:
             moves=not self.schedule.warm(step),
         )
 
+        heads = _Heads(self, batch)
+        wanted = self.cfg.method.uncertainty.decoder_weight > 0 and not self.schedule.warm(step)
+
         def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
             affinity = self.target_maker.wants_affinity(step, view)
+            show = heads.show if wanted and view.plain else None
             if plain is not None and view.plain:
+                if show:
+                    show(plain.features)
                 return net.cam_of(plain, affinity=affinity, aux=aux)
             if cam.mode == "train":
-                return training(images, view, affinity=affinity, aux=aux)
-            return net.cam(images, affinity=affinity, at_once=at_once, aux=aux)
+                return training(images, view, affinity=affinity, aux=aux, show=show)
+            return net.cam(images, affinity=affinity, at_once=at_once, aux=aux, show=show)
 
-        return self.target_maker(batch, step, forward, _Heads(self, batch))
+        return self.target_maker(batch, step, forward, heads)
 
     def pool_boxes(self, batch: Batch) -> Tensor | None:
         """Boxes whose positions the class scores pool; ``None``: all positions of the crop."""
@@ -176,20 +183,21 @@ class Step:
 
 
 class _Heads:
-    """What the heads say of a batch, without noise; the decoder in a pass of its own, made when first asked for."""
+    """What the heads say of a batch in the plain pass of the CAM, whose features it is shown."""
 
     def __init__(self, step: Step, batch: Batch) -> None:
         self.step, self.batch = step, batch
-        self._probs_BChw: Tensor | None = None
+        self._probs: list[Tensor] = []
+
+    def show(self, features: Features) -> None:
+        self._probs.append(self.step.net.probabilities(features))
 
     def scores(self, f4_BDhw: Tensor) -> Tensor:
         height, width = self.batch.images_B3HW.shape[-2:]
         return self.step.net.scores(f4_BDhw, self.step.pool_boxes(self.batch), (int(height), int(width)))
 
     def probabilities(self) -> Tensor:
-        if self._probs_BChw is None:
-            self._probs_BChw = self.step.net.probabilities(self.batch.images_B3HW, self.step.cfg.train.micro_batch)
-        return self._probs_BChw
+        return torch.cat(self._probs)
 
 
 def _views(out: ModelOutput, targets: Targets) -> dict[str, Tensor]:
