@@ -84,6 +84,8 @@ class BackboneContract:
         assert all(t.requires_grad for pair in pairs for t in pair)
 
     def test_gradients_equal_differences_in_float64(self):
+        # A draw where a maximum changes its place within the step has no difference to compare with.
+        torch.manual_seed(0)
         net = jittered(self.network().double().train())
         side = net.encoder.info.min_size
         images = torch.randn(1, 3, side, side + 11, dtype=torch.float64)

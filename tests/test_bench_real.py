@@ -396,7 +396,7 @@ class _Judged:
     def __init__(self, u_BC: torch.Tensor, known_BC: torch.Tensor) -> None:
         self.pairs = {"u": (u_BC, known_BC)}
 
-    def pixels(self, labels_BHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pixels(self, labels_BHW: torch.Tensor, conf_BHW: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"margin_shown": torch.tensor([[[0.2, 1.9, 0.4, 1.0, 0.0]]])}
 
 
