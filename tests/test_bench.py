@@ -450,7 +450,7 @@ def test_plots_need_matplotlib_and_are_left_out_without_it(monkeypatch: pytest.M
     with monkeypatch.context() as m:
         m.setattr("bench.report.find_spec", lambda name: None)
         assert plot(report, tmp_path / "none") == [] and not (tmp_path / "none").exists()
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     made = plot(report, tmp_path / "some")
     assert [p.name for p in made] == ["ratios.png", "growth.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in made)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("optuna")
+pytest.importorskip("optuna", reason="Optuna is not installed")
 
 from bench import __main__ as program
 from bench import search as bench_search

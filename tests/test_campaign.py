@@ -33,7 +33,7 @@ def test_a_run_is_killed_twice_and_is_whole(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.long
 def test_two_drivers_on_one_cluster_are_killed_and_nothing_is_lost(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     assert campaign.main(["--stories", "two", "--kills", "2", "--out", str(tmp_path)]) == 0
     result = told(tmp_path)
     assert sum(result["kills"].values()) == 2 and not result["skipped"]

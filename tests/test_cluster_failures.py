@@ -32,7 +32,7 @@ from ugrl.train import checkpoint
 
 pytestmark = pytest.mark.ray
 
-pytest.importorskip("ray")
+pytest.importorskip("ray", reason="Ray is not installed")
 
 
 @pytest.mark.long

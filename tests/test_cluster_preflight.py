@@ -149,7 +149,7 @@ def test_a_typo_in_a_place_is_named(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_busy_cluster_and_leftovers_of_a_dead_job(tmp_path: Path) -> None:
     """On a real cluster: waiting ends with the numbers; a dead job's group is given back, a live one's is not."""
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     import subprocess
     import sys
 

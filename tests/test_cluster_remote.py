@@ -22,7 +22,7 @@ from ugrl.train.run import ensure_shards
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
-pytest.importorskip("ray")
+pytest.importorskip("ray", reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")

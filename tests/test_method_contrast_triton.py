@@ -170,7 +170,7 @@ def other_process(call: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA")
     folder = tmp_path_factory.mktemp("interpreted")
     other_process("interpret", folder)
     return torch.load(folder / "cases.pt")
@@ -212,7 +212,7 @@ def test_no_gradient_is_computed_when_none_is_wanted(interpreted):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA")
     other_process("ranks", tmp_path)
     parts = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     for case, a, b in zip(RANKS, *parts, strict=True):
@@ -262,7 +262,7 @@ def test_the_host_waits_for_nothing(monkeypatch, scope):
 
 
 def test_a_cpu_without_the_interpreter_is_refused():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET is set: these kernels were made for the interpreter and cannot be compiled")
     raw, labels, pool = scene(0)
@@ -276,7 +276,7 @@ def test_a_cpu_without_the_interpreter_is_refused():
     [(torch.bfloat16, 0.1, 512, 1), (torch.float32, 0.01, 320, 2)],
 )
 def test_kernels_compile_for_sm_90(monkeypatch, tmp_path, kind, dtype, tau, D, segments):
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET is set: these kernels were made for the interpreter and cannot be compiled")
     from triton.backends.compiler import GPUTarget

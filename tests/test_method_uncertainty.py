@@ -12,6 +12,7 @@ from torch import multiprocessing as mp
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests import reference as ref
+from tests.reference_prototypes import PrototypesByLoop
 from ugrl.errors import ConfigError, UgrlError
 from ugrl.method import prototypes
 from ugrl.method.class_vectors import class_positions, class_vectors, local_affinity
@@ -136,7 +137,7 @@ class PrototypeContract:
 
     def loop_of(self, p):
         bias = p.bias_d.numpy() if p.encoding == "fourier" else None
-        return ref.PrototypesByLoop(
+        return PrototypesByLoop(
             p.phi_dD.numpy(), bias, len(p.counts_C), eta=p.eta, center=p.center, centre_momentum=p.centre_momentum
         )
 

@@ -94,7 +94,7 @@ def test_on_a_cpu_the_memory_is_that_of_the_process() -> None:
 
 def points(folder: Path) -> list[tuple[str, int, float]]:
     """What TensorBoard shows of a folder: files by name, what a later start has declared void left out."""
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     shown: list[tuple[str, int, float]] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 from packaging.requirements import Requirement  # noqa: E402
 

@@ -84,7 +84,7 @@ def test_words_from_outside_fit_and_break_nothing() -> None:
 
 def pictures(folder: Path) -> dict[tuple[str, int], np.ndarray]:
     """The pictures in TensorBoard's files, by name and step."""
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     from tensorboardX.proto.event_pb2 import Event
 
     found = {}
@@ -131,7 +131,7 @@ def losses(folder: Path) -> list[dict]:
 
 
 def test_pictures_change_nothing_of_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     cfg = build(tiny_tree(eval_every=2, picture_every=3))
     Trainer(cfg, shards=shards, out=tmp_path / "seen", quiet=True, device="cpu").fit()
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as where it is not installed

@@ -140,7 +140,7 @@ def test_handlers_are_put_back() -> None:
 
 
 def test_nobody_waits_for_workers_that_are_not_there() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     import threading
 
     from cluster.stop import RayWork, run_stoppable

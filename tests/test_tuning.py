@@ -37,7 +37,7 @@ from ugrl import config as configs
 from ugrl.errors import ConfigError
 from ugrl.train import checkpoint
 
-pytest.importorskip("ray")
+pytest.importorskip("ray", reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")

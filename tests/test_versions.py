@@ -45,7 +45,7 @@ def test_another_optuna_is_refused_in_one_line() -> None:
 
 
 def test_rays_internals_are_those_of_the_version_that_the_adapter_was_made_for() -> None:
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.search import Searcher
 

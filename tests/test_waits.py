@@ -85,7 +85,7 @@ def test_a_storage_that_stays_away_is_told_from_bad_input() -> None:
 
 
 def test_the_difference_survives_a_reading_task() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     from cluster.ray_data import _own_error
     from cluster.read_tasks import ERRORS
 
@@ -124,7 +124,7 @@ def test_images_that_another_run_makes_are_waited_for_with_a_word(
 
 def test_a_head_that_is_stopped_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel takes the connection for it."""
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     from cluster import connect
 
     monkeypatch.setattr(connect, "ANSWER_S", 0.3)
@@ -135,7 +135,7 @@ def test_a_head_that_is_stopped_does_not_answer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
     from cluster.failures import as_ours
     from ugrl.storage import place
 
@@ -155,7 +155,7 @@ def test_a_lost_worker_is_told_from_one_that_fails(tmp_path: Path) -> None:
 
 
 def test_a_locked_sqlite_file_is_told_from_one_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     from tuning.study import store
 
     monkeypatch.setattr(store, "LOCKED_S", 1)
@@ -178,7 +178,7 @@ def test_a_locked_sqlite_file_is_told_from_one_that_cannot_be(tmp_path: Path, mo
 def test_a_studys_storage_that_is_away_is_told_of_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     from tuning.study import store
 
     def away() -> None:
@@ -194,7 +194,7 @@ def test_a_studys_storage_that_is_away_is_told_of_once(
 def test_a_journals_lock_that_a_dead_process_holds_is_taken_from_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     import optuna
 
     from tuning.study.store import open_storage, quiet_optuna
@@ -219,7 +219,7 @@ with watchdog.startup_watched(lambda: False, 1.0, lambda text: print(text, file=
 
 
 def test_workers_that_do_not_begin_are_not_waited_for_without_end() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is not installed")
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=400)
     assert done.returncode == ClusterError.status
     assert done.stderr.splitlines() == [

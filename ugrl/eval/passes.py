@@ -131,6 +131,10 @@ class BatchPasses:
 
     def probabilities(self) -> Tensor:
         """The decoder's probabilities of the plain pass on its own grid, likewise."""
+        return self._grid_probs_BChw
+
+    @cached_property
+    def _grid_probs_BChw(self) -> Tensor:
         seg_BChw = self.plain.seg_BChw
         return self.net.probabilities(self.plain.features) if seg_BChw is None else seg_BChw.float().softmax(1)
 
