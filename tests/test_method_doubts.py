@@ -119,3 +119,20 @@ def test_the_decoder_answers_in_the_plain_pass_of_the_cam(how, shards):
     # What the training's own passes do to the statistics comes after.
     torch.testing.assert_close(torch.cat([probs for probs, _ in asked]), want, rtol=1e-9, atol=1e-12)
     assert all(mode for _, mode in asked) and net.decoder.training
+
+
+def test_training_aligns_the_doubts_of_its_pixels(shards):
+    trainer = Trainer(build(tree()), shards=shards, out=None, quiet=True, dtype=torch.float64, device="cpu")
+    loader, pixels = trainer.loader(trainer.loader_spec()), trainer.prototypes.calibration.pixels
+    labelled = torch.zeros(2)
+    try:
+        for step in range(4):
+            made = trainer.step_fn.targets(next(loader).to("cpu", torch.float64), step)
+            if made.labels_BHW is not None:
+                real = made.labels_BHW[made.labels_BHW != IGNORE]
+                labelled += torch.tensor([(real == 0).sum(), (real > 0).sum()])
+    finally:
+        loader.close()
+    # Pixels of a class that has no prototype yet have no u, and none that is aligned.
+    assert (pixels.seen_GK > 0).all() and (pixels.seen_GK <= labelled[:, None]).all()
+    assert (pixels.seen_GK[:, 0] == pixels.seen_GK[:, 1]).all() and len(pixels.weights) == 2
