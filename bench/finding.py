@@ -347,11 +347,12 @@ def coverage_table(found: Mapping[str, Mapping[int, Result]], shares: Sequence[f
 
 def power(found: Mapping[str, Mapping[int, Result]], score: str = "seg_val", base: str = "Base") -> str:
     """How large a difference some seeds can see: 80 % power, two sides, 5 %, by the paired t test."""
+    first = found.get(base, {})
     gaps = [
         statistics.stdev(values)
         for arm, runs in found.items()
         if arm not in (base, "Full")
-        and len(values := [runs[s].scores[score] - found[base][s].scores[score] for s in runs if s in found[base]]) > 1
+        and len(values := [runs[s].scores[score] - first[s].scores[score] for s in runs if s in first]) > 1
     ]
     if not gaps:
         return "Power: no arm has two seeds yet."

@@ -165,6 +165,13 @@ def test_a_file_that_is_no_result_is_one_line(text: str, tmp_path: Path, capsys:
     assert len(errors) == 1 and "IV-0.json" in errors[0]
 
 
+def test_arms_without_the_baseline_have_a_report_too(stored: Path) -> None:
+    for file in stored.glob("Base-*"):
+        file.unlink()
+    text = finding.report(finding.read_all(stored))
+    assert "| IV | 2 |" in text and "Power: no arm has two seeds yet." in text
+
+
 def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (None, "notes.json"):
         if name:
