@@ -61,6 +61,8 @@ class Forecast:
         """Look at a running arm; returns its steps and measured images."""
         steps, images = arm.steps(), arm.images()
         for kind, count in (("step", steps), ("image", images)):
+            if (kind, count) == ("image", 0):
+                self._first[arm.name, kind] = now, 0  # the steps come first, and they are no time of images
             begun, before = self._first.setdefault((arm.name, kind), (now, count))
             if count > before and (kind == "image" or steps < arm.cfg.train.steps):
                 self._seconds[arm.name, kind] = now - begun, count - before

@@ -467,4 +467,5 @@ def test_what_is_left_is_told_by_what_was_seen(tmp_path: Path) -> None:
     forecast.see(arms[1], 200.0)
     STATE["Base-0"] = (100, 10)
     seen = [(a, *forecast.see(a, 220.0)) for a in arms]
-    assert forecast.each("image") is not None and forecast.left(seen) > 90 * 4.0
+    assert forecast.each("image") == pytest.approx(2.0)  # of measuring alone: not of the 200 s before
+    assert forecast.left(seen) == pytest.approx(90 * forecast.each("step", "IV") + 50 * 2.0)
