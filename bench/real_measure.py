@@ -74,7 +74,7 @@ class Judged:
     """
 
     def __init__(
-        self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor
+        self, prototypes: Prototypes, cfg: Config, seen: BatchPasses, r_BCD: Tensor, present_BC: Tensor, done: int
     ) -> None:
         self._prototypes, self._seen, self._present_BC = prototypes, seen, present_BC
         self._cfg = cfg
@@ -85,7 +85,7 @@ class Judged:
         for name in KINDS:
             with self._as(name):
                 self.pairs[name] = prototypes.plain_uncertainty(r_BCD, present_BC)
-        self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC)
+        self.maps_PHW = label_maps(cfg, seen.cam, seen.batch, prototypes, present_BC, seen, done)
 
     def pixels(self, labels_BHW: Tensor, conf_BHW: Tensor) -> dict[str, Tensor]:
         """Name of a u → that of each pixel's label, (B, H, W); ``own``: the run's, if it judges pixels."""
@@ -349,7 +349,7 @@ def walk(
         plain = net(batch.images_B3HW, decode=isinstance(scores, ValScores), affinity=local, embed=False)
         seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)
         r_BCD, present_BC = batch_vectors(batch, seen.cam, radius=cfg.method.uncertainty.radius, local=local)
-        scores.add(seen, Judged(got.prototypes, cfg, seen, r_BCD, present_BC))
+        scores.add(seen, Judged(got.prototypes, cfg, seen, r_BCD, present_BC, got.step))
         on_batch(len(batch.ids))
 
 

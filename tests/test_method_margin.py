@@ -367,10 +367,15 @@ def tree(setting="IV", **train):
 
 
 def test_ranks_parts_and_a_resumed_run_are_one(shards, tmp_path):
-    run(tree(), shards, tmp_path / "one")
-    run(tree(), shards, tmp_path / "ranks", world=2)
-    run(tree(micro_batch=3), shards, tmp_path / "parts")
-    run(tree(), shards, tmp_path / "rest", resume=tmp_path / "one" / "checkpoints" / "step_00000003")
+    def whole(**train):
+        out = tree(**train)
+        out["method"]["pseudo"]["decoder_weight"] = 0.6
+        return out
+
+    run(whole(), shards, tmp_path / "one")
+    run(whole(), shards, tmp_path / "ranks", world=2)
+    run(whole(micro_batch=3), shards, tmp_path / "parts")
+    run(whole(), shards, tmp_path / "rest", resume=tmp_path / "one" / "checkpoints" / "step_00000003")
     one = losses(tmp_path / "one")
     assert {"stat/u_px_fg", "stat/u_px_bg", "stat/share_seg", "ucl"} <= set().union(*one)
     for other, first in (("ranks", 0), ("parts", 0), ("rest", 3)):

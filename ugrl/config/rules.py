@@ -178,6 +178,14 @@ RULES = (
         ),
     ),
     Rule(
+        ("method.pseudo.decoder_weight", "method.pseudo.source"),
+        lambda cfg: cfg.method.pseudo.decoder_weight == 0 or cfg.method.pseudo.source == "cam+prototypes",
+        lambda cfg: (
+            f"method.pseudo.decoder_weight is {cfg.method.pseudo.decoder_weight:g}, and method.pseudo.source "
+            f"{cfg.method.pseudo.source}, where the decoder has no say; expected 0, or cam+prototypes"
+        ),
+    ),
+    Rule(
         ("method.pseudo.source", "method.cam.propagate"),
         lambda cfg: cfg.method.pseudo.source not in ("teacher", "agree") or cfg.method.cam.propagate != "afa",
         lambda cfg: (

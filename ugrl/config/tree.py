@@ -276,6 +276,9 @@ class PseudoConfig:
     """w of ``cam+prototypes``."""
     background_bias: float = _num(0.0, ge=-2, le=2)
     """b of ``cam+prototypes``: what a class must be nearer by."""
+    decoder_weight: float = _num(0.0, ge=0, lt=1)
+    """Share v of the decoder in the maps of ``cam+prototypes`` at the last step: its probability of each tagged class
+    among these and background. It grows evenly from 0 at the end of the warm-up."""
 
 
 @dataclass(frozen=True, slots=True)

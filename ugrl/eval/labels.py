@@ -53,7 +53,7 @@ def label(maker: TargetMaker, seen: BatchPasses, step: int) -> Labelled:
     r_BCD, present_BC = batch_vectors(batch, cam, radius=radius, local=local)
     doubts = pair_doubts(cfg.method.uncertainty, seen, cam, batch)
     u_BC, known_BC = maker.prototypes.uncertainty(r_BCD, present_BC, doubts)
-    cam_PHW = maker.told(batch, replace(cam, cam_PHW=_spread(maker, seen, cam, step)), present_BC).cam_PHW
+    cam_PHW = maker.told(batch, replace(cam, cam_PHW=_spread(maker, seen, cam, step)), present_BC, seen, step).cam_PHW
     if batch.teachers_BHW is None:
         labels_BHW, conf_BHW = maker.labels(batch, cam_PHW)
     else:

@@ -20,6 +20,8 @@ from ugrl.types import IGNORE, Batch
 
 # A map stays below 1, as a normalised CAM does.
 BELOW_ONE = 1 - 1e-6
+# Nothing is divided by less.
+TINY = 1e-12
 
 
 @torch.no_grad()
@@ -120,10 +122,44 @@ def with_prototypes(
     return (cam.cam_PHW + weight * resize_maps(gain_Phw, size)).clamp(0, BELOW_ONE) * inside_PHW
 
 
-def label_maps(cfg: Config, cam: CamOutput, batch: Batch, prototypes: Prototypes, present_BC: Tensor) -> Tensor:
-    """The maps that pseudo-labels are made of: the CAM, or with what the prototypes say (``method.pseudo.source``).
+@torch.no_grad()
+def with_decoder(maps_PHW: Tensor, pairs_P2: Tensor, boxes_B4: Tensor, probs_BChw: Tensor, share: float) -> Tensor:
+    """(1 − v)·M_c + v·S_c / (S_0 + Σ_t S_t): maps with the decoder's probability of each class among those shown.
 
-    The prototypes have a say where u has one in the segmentation loss: in the settings II and IV.
+    Tags leave the decoder fewer classes than it must tell apart for itself, so it is right more often than its masks.
+
+    Args:
+        maps_PHW: M, of the present pairs, in [0, 1).
+        pairs_P2: int64 ``(b, f)`` on the CPU, row-major, f from 0.
+        boxes_B4: int64 half-open ``(y0, y1, x0, x1)`` on the CPU.
+        probs_BChw: S, the decoder's probabilities on its own grid; the sum is over the tags t of an image.
+        share: v in [0, 1).
+
+    Returns:
+        (P, H, W), zero outside the box.
+    """
+    size = (int(maps_PHW.shape[-2]), int(maps_PHW.shape[-1]))
+    image_P, class_P = pairs_P2.to(probs_BChw.device).unbind(1)
+    own_Phw = probs_BChw[image_P, class_P + 1]
+    shown_Bhw = probs_BChw[:, 0].index_add(0, image_P, own_Phw)
+    told_Phw = (own_Phw / shown_Bhw[image_P].clamp(min=TINY)).to(maps_PHW)
+    inside_PHW = inside_pixels(boxes_B4[pairs_P2[:, 0]], size, maps_PHW.device)
+    mixed_PHW = (1 - share) * maps_PHW + share * resize_maps(told_Phw, size)
+    return mixed_PHW.clamp(max=BELOW_ONE) * inside_PHW
+
+
+def label_maps(
+    cfg: Config,
+    cam: CamOutput,
+    batch: Batch,
+    prototypes: Prototypes,
+    present_BC: Tensor,
+    heads: Heads,
+    done: int,
+) -> Tensor:
+    """The maps that pseudo-labels are made of: the CAM, or with what others say (``method.pseudo.source``).
+
+    Prototypes and decoder have a say where u has one in the segmentation loss: in the settings II and IV.
 
     Args:
         cfg: Configuration of the run.
@@ -131,13 +167,19 @@ def label_maps(cfg: Config, cam: CamOutput, batch: Batch, prototypes: Prototypes
         batch: Pairs and boxes are read.
         prototypes: As they were before this batch.
         present_BC: bool, the classes that the images show, background among them.
+        heads: Of the batch.
+        done: Steps that the run has done.
 
     Returns:
         (P, H, W) in [0, 1), zero outside the box.
     """
-    p = cfg.method.pseudo
-    if p.source != "cam+prototypes" or not Schedule.of(cfg).weighs_seg:
+    p, schedule = cfg.method.pseudo, Schedule.of(cfg)
+    if p.source != "cam+prototypes" or not schedule.weighs_seg:
         return cam.cam_PHW
-    return with_prototypes(
+    maps_PHW = with_prototypes(
         cam, batch.pairs_P2, batch.boxes_B4, prototypes, present_BC, weight=p.prototype_weight, bias=p.background_bias
     )
+    share = schedule.decoder_share(done)
+    if share == 0:
+        return maps_PHW
+    return with_decoder(maps_PHW, batch.pairs_P2, batch.boxes_B4, heads.probabilities(), share)

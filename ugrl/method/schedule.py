@@ -30,6 +30,8 @@ class Schedule:
         aux_labels: Whether the auxiliary classifier's CAM gives the labels of the affinity loss.
         share: ``method.cam.share``, with ``exact`` resolved to what it means here.
         supervised: Whether the labels are the masks of the batch, so that no CAM is computed.
+        decoder_weight: Share of the decoder in the maps of pseudo-labels once all steps are done.
+        steps: Steps of the run.
     """
 
     warmup: int
@@ -42,6 +44,8 @@ class Schedule:
     aux_labels: bool
     share: Literal["warmup", "always", "never"]
     supervised: bool = False
+    decoder_weight: float = 0.0
+    steps: int = 1
 
     @classmethod
     def of(cls, cfg: Config) -> Schedule:
@@ -64,6 +68,8 @@ class Schedule:
             as_afa=cam.propagate == "afa",
             aux_labels=method.loss.lambda3 > 0 and cam.affinity_from == "aux",
             share=share,
+            decoder_weight=method.pseudo.decoder_weight if method.setting in WEIGHS_SEG else 0.0,
+            steps=cfg.train.steps,
         )
 
     def warm(self, step: int) -> bool:
@@ -77,6 +83,12 @@ class Schedule:
     def propagates(self, step: int) -> bool:
         """Whether the CAM walks along the affinity at a step."""
         return self.propagates_from is not None and step >= self.propagates_from
+
+    def decoder_share(self, done: int) -> float:
+        """Share of the decoder in the maps that labels are made of, once so many steps are done."""
+        if self.warm(done):
+            return 0.0
+        return self.decoder_weight * min(1.0, (done - self.warmup) / max(1, self.steps - self.warmup))
 
     def affinity_trained(self, done: int) -> bool:
         """Whether the affinity has been trained once so many steps are done."""

@@ -152,7 +152,7 @@ class TargetMaker:
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
         self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC), heads)
         if self.cfg.method.uncertainty.votes == "position":
-            maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC).cam_PHW
+            maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC, heads, step).cam_PHW
             labels_BN = self._votes(batch, maps_PHW, cam.f4_BDhw)
             self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN, doubts)
         else:
@@ -186,7 +186,7 @@ class TargetMaker:
             n_BF = batch.tags_BF.to(u_BC)
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
-        told = self.told(batch, cam, present_BC)
+        told = self.told(batch, cam, present_BC, heads, step)
         labels_BHW, conf_BHW = self.pseudo(batch, told.cam_PHW, u_BC, known_BC)
         pairs_BHW = labels_BHW
         if schedule.as_afa and schedule.propagates(step):
@@ -249,9 +249,9 @@ class TargetMaker:
             out = replace(out, cam_PHW=cam_PHW)
         return out
 
-    def told(self, batch: Batch, cam: CamOutput, present_BC: Tensor) -> CamOutput:
-        """The CAM with the maps that labels are made of."""
-        return replace(cam, cam_PHW=label_maps(self.cfg, cam, batch, self.prototypes, present_BC))
+    def told(self, batch: Batch, cam: CamOutput, present_BC: Tensor, heads: Heads, done: int) -> CamOutput:
+        """The CAM with the maps that labels are made of, once so many steps are done."""
+        return replace(cam, cam_PHW=label_maps(self.cfg, cam, batch, self.prototypes, present_BC, heads, done))
 
     def _judge_pixels(
         self, out: Targets, f4_BDhw: Tensor, batch: Batch, present_BC: Tensor, conf_BHW: Tensor, heads: Heads
