@@ -16,7 +16,7 @@ from tests.tiny import tiny_tree
 from ugrl.config import build
 from ugrl.data.reader import ShardReader
 from ugrl.eval import sheet
-from ugrl.eval.palettes import heat, palette
+from ugrl.eval.palettes import heat, palette, u_share
 from ugrl.eval.sheet import GAP, LINE, SIDE, draw, row_of
 from ugrl.train.loop import LOOKS, Trainer
 
@@ -138,3 +138,12 @@ def test_pictures_change_nothing_of_the_run(shards: Path, tmp_path: Path, monkey
     Trainer(cfg, shards=shards, out=tmp_path / "unseen", quiet=True, device="cpu").fit()
     assert not (tmp_path / "unseen" / "tb").exists()
     assert losses(tmp_path / "seen") == losses(tmp_path / "unseen")
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("distance", 0.0, 1.0), ("margin", 0.6, 1.4)])
+def test_u_of_either_kind_uses_all_of_its_colours(kind: str, low: float, high: float) -> None:
+    """A margin lies about 1: on the scale of a distance, all of it had the last colour."""
+    u = np.array([low - 0.1, low, (low + high) / 2, high, high + 0.1, np.nan])
+    np.testing.assert_allclose(u_share(u, kind), [0, 0, 0.5, 1, 1, np.nan], atol=1e-12)
+    words = [text for placed in sheet._entries([], [], 900, kind) for _, _, text in placed]
+    assert f"CAM: 0 … 1, u: {low:g} … {high:g} and more" in words

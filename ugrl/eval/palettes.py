@@ -62,6 +62,21 @@ def palette(name: str = "voc") -> np.ndarray:
     return colours
 
 
+# Where the colours of u begin and end. A perfect match has distance 0; halfway between two prototypes a margin is 1,
+# and what it tells lies around that.
+U_COLOURS = {"distance": (0.0, 1.0), "margin": (0.6, 1.4)}
+
+
+def u_share(u_HW: np.ndarray, kind: str) -> np.ndarray:
+    """How far u lies along the colours of its kind (``method.uncertainty.kind``), in [0, 1]; NaN stays.
+
+    >>> u_share(np.array([0.2, 1.0, 1.6]), "margin").round(2).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    low, high = U_COLOURS[kind]
+    return np.clip((u_HW - low) / (high - low), 0, 1)
+
+
 def heat(x_HW: np.ndarray) -> np.ndarray:
     """A map in [0, 1] in the colours of :data:`HEAT`, uint8 (H, W, 3)."""
     at = np.clip(x_HW, 0, 1) * (len(HEAT) - 1)

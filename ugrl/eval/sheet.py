@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ugrl.eval.palettes import heat, palette
+from ugrl.eval.palettes import U_COLOURS, heat, palette
 from ugrl.text import line
 from ugrl.types import IGNORE
 
@@ -60,18 +60,19 @@ def row_of(id: str, tags: Sequence[int], image_HW3: np.ndarray, layers: dict[str
     return Row(id, tags, pictures, frozenset(shown))
 
 
-def draw(title: str, rows: Sequence[Row], names: Sequence[str]) -> np.ndarray:
+def draw(title: str, rows: Sequence[Row], names: Sequence[str], u_kind: str = "distance") -> np.ndarray:
     """The sheet, uint8 (H, W, 3).
 
     Args:
         title: Above all.
         rows: One photograph each; their columns are named alike.
         names: Of the classes 1…F.
+        u_kind: ``method.uncertainty.kind``, for the legend.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row.pictures))
     heights = [max((_fitted(p)[1] for p in row.pictures.values()), default=0) for row in rows]
     width = max(1, len(columns)) * (SIDE + GAP) + GAP
-    entries = _entries(rows, names, width)
+    entries = _entries(rows, names, width, u_kind)
     high = (2 + len(entries)) * LINE + sum(LINE + h + GAP for h in heights) + 2 * GAP
     canvas = Image.new("RGB", (width, high), "white")
     pen = ImageDraw.Draw(canvas)
@@ -125,12 +126,13 @@ def _name(label: int, names: Sequence[str]) -> str:
 Entry = tuple[int, list[tuple[int, ...]], str]
 
 
-def _entries(rows: Sequence[Row], names: Sequence[str], width: int) -> list[list[Entry]]:
+def _entries(rows: Sequence[Row], names: Sequence[str], width: int, u_kind: str) -> list[list[Entry]]:
     """The legend in lines: place, colours, words."""
     shown = sorted({label for row in rows for label in row.labels})
     found = [([tuple(palette(COLOURS)[label].tolist())], _name(label, names)) for label in shown]
     scale = [tuple(c) for c in heat(np.linspace(0, 1, LINE // 2)).tolist()]
-    found += [(scale, "CAM and u: 0 … 1"), ([UNKNOWN], "u not known")]
+    low, high = U_COLOURS[u_kind]
+    found += [(scale, f"CAM: 0 … 1, u: {low:g} … {high:g} and more"), ([UNKNOWN], "u not known")]
     lines: list[list[Entry]] = [[]]
     x = GAP
     for colours, words in found:

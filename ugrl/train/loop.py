@@ -223,7 +223,8 @@ class Trainer:
             if train.wandb is not None:
                 name, params = self.folder.home.name, config_mod.public_dict(cfg)
                 found.append(WandbObserver(train.wandb, main, name=name, params=params, say=self.say))
-            found.append(TensorBoard(main / "tb", step=self.done, names=self.class_names, say=self.say))
+            kind = cfg.method.uncertainty.kind
+            found.append(TensorBoard(main / "tb", step=self.done, names=self.class_names, u_kind=kind, say=self.say))
         found += [display, TimeLeft(pace, train.steps, self.say)]
         found += [CheckpointTimes(self.save, train.at(train.checkpoint_every)), HookObserver(self.hooks)]
         return Observers(found)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ugrl.eval.evaluate import EvalResult
 from ugrl.eval.looks import Look
 from ugrl.eval.palette import denormalize
+from ugrl.eval.palettes import u_share
 from ugrl.eval.sheet import Row, draw, row_of
 from ugrl.train.background import BackgroundWriter, Say
 from ugrl.train.observer import Observer
@@ -43,14 +44,23 @@ class TensorBoard(Observer):
         folder: For TensorBoard's files: ``OUT/tb``.
         step: Steps done before: what TensorBoard knows of later ones is hidden, for they are written again.
         names: Of the classes 1…F, for pictures.
+        u_kind: ``method.uncertainty.kind``, which decides the colours of u.
         say: Told in one line of trouble; by default it goes to stderr.
 
     Attributes:
         writer: Background writer of the event files; ``None`` without tensorboardX.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, names: Sequence[str] = (), say: Say | None = None) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int = 0,
+        names: Sequence[str] = (),
+        u_kind: str = "distance",
+        say: Say | None = None,
+    ) -> None:
+        self.names, self.u_kind = tuple(names), u_kind
         self.writer: BackgroundWriter[Scalar | Picture] | None = None
         try:
             import tensorboardX  # noqa: F401
@@ -75,15 +85,20 @@ class TensorBoard(Observer):
 
     def on_pictures(self, done: int, batch: Batch, views: Mapping[str, Tensor]) -> None:
         """``train/walk``: crops of this batch, and what the step made of them."""
-        self._draw("train/walk", f"step {done}: crops of a training batch", walk_rows(batch, views), done)
+        self._draw("train/walk", f"step {done}: crops of a training batch", walk_rows(batch, views, self.u_kind), done)
 
     def on_looks(self, done: int, looks: Sequence[Look]) -> None:
         """``val/walk``: photographs of the validation split, the same ones each time."""
-        self._draw("val/walk", f"step {done}: the same images of the validation split", map(look_row, looks), done)
+        self._draw(
+            "val/walk",
+            f"step {done}: the same images of the validation split",
+            [look_row(look, self.u_kind) for look in looks],
+            done,
+        )
 
     def _draw(self, name: str, title: str, rows: Iterable[Row], step: int) -> None:
         if self.writer:
-            self.writer.put([Picture(name, draw(title, list(rows), self.names), step, time.time())])
+            self.writer.put([Picture(name, draw(title, list(rows), self.names, self.u_kind), step, time.time())])
 
     def leave(self, status: str) -> None:
         """Have the rest written."""
@@ -157,7 +172,7 @@ def _summary(item: Scalar | Picture) -> Any:
     return scalar(f"{item.group}/{item.name}", item.value)
 
 
-def walk_rows(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> list[Row]:
+def walk_rows(batch: Batch, views: Mapping[str, Tensor], u_kind: str, most: int = 4) -> list[Row]:
     """The first images of a training batch, as crops, and what the step made of them."""
     rows, pairs = [], batch.pairs_P2
     for k in range(min(most, len(batch.ids))):
@@ -172,7 +187,8 @@ def walk_rows(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> list[
             layers["pseudo-label"] = _labels(views["labels"][k])
         if "u" in views:
             undecided = views["labels"][k] == IGNORE
-            layers["uncertainty u"] = views["u"][k].float().masked_fill(undecided, math.nan).cpu().numpy()
+            u_HW = views["u"][k].float().masked_fill(undecided, math.nan).cpu().numpy()
+            layers["uncertainty u"] = u_share(u_HW, u_kind)
         if "prediction" in views:
             logits = views["prediction"][k : k + 1].float()
             full = torch.nn.functional.interpolate(logits, size=(h, w), mode="bilinear", align_corners=False)
@@ -183,9 +199,10 @@ def walk_rows(batch: Batch, views: Mapping[str, Tensor], most: int = 4) -> list[
     return rows
 
 
-def look_row(look: Look) -> Row:
-    """A whole photograph of a validation, and what the network makes of it."""
-    layers = {"CAM of its tags": look.cam_HW, "pseudo-label": look.pseudo_HW, "uncertainty u": look.u_HW}
+def look_row(look: Look, u_kind: str) -> Row:
+    """A whole photograph of a validation, and what the network makes of it; ``method.uncertainty.kind`` colours u."""
+    layers = {"CAM of its tags": look.cam_HW, "pseudo-label": look.pseudo_HW}
+    layers["uncertainty u"] = u_share(look.u_HW, u_kind)
     layers["prediction"] = look.predicted_HW
     if look.truth_HW is not None:
         layers["true mask"] = look.truth_HW

@@ -43,6 +43,11 @@ class Run:
     device: torch.device
 
     @property
+    def u_kind(self) -> str:
+        """``distance`` or ``margin``."""
+        return self.got.cfg.method.uncertainty.kind
+
+    @property
     def seer(self) -> Seer:
         """Who looks at the photographs."""
         got = self.got

@@ -18,6 +18,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError, DataError
 from ugrl.eval.looks import Look
 from ugrl.eval.metrics import Confusion
+from ugrl.eval.palettes import U_COLOURS, u_share
 from ugrl.eval.palettes import palette as known_palette
 from ugrl.files import write_whole
 from ugrl.text import html, line
@@ -25,8 +26,6 @@ from ugrl.view import pictures
 from ugrl.view.collect import Run, looks, marks_of
 
 MARK = "ugrl view"
-# Colours of u end here: beyond it a pair is nearer to the opposite of its prototype than to the prototype.
-MOST_U = 1.0
 # Classes of less than this share of the pixels are not named under a picture.
 LEAST_SHARE = 0.002
 SHARED = ("photo", "truth")
@@ -105,7 +104,7 @@ def gather(
         for batch in looks(run, reader, indices):
             for look in batch:
                 shown = found.get(look.index) or found.setdefault(look.index, _photograph(look, size, colours))
-                _add(shown, look, k, size, colours)
+                _add(shown, look, k, size, colours, run.u_kind)
                 if look.truth_HW is not None:
                     album.counts[k].add(torch.from_numpy(look.predicted_HW), torch.from_numpy(look.truth_HW))
             on_batch(len(batch))
@@ -124,7 +123,7 @@ def _photograph(look: Look, size: int, colours: np.ndarray) -> Shown:
     return shown
 
 
-def _add(shown: Shown, look: Look, k: int, size: int, colours: np.ndarray) -> None:
+def _add(shown: Shown, look: Look, k: int, size: int, colours: np.ndarray, u_kind: str) -> None:
     at, marks = pictures.fitted(look.pseudo_HW.shape, size), marks_of(look)
     shown.facts["runs"].append(
         {
@@ -143,7 +142,7 @@ def _add(shown: Shown, look: Look, k: int, size: int, colours: np.ndarray) -> No
     shown.files[f"cam{k}"] = pictures.warm(look.cam_HW, at)
     shown.files[f"pseudo{k}"] = pictures.labels(look.pseudo_HW, at, colours)
     shown.files[f"predicted{k}"] = pictures.labels(look.predicted_HW, at, colours)
-    shown.files[f"u{k}"] = pictures.levels(look.u_HW, at, MOST_U)
+    shown.files[f"u{k}"] = pictures.levels(u_share(look.u_HW, u_kind), at)
 
 
 def _round(x: float) -> float | None:
@@ -230,9 +229,14 @@ def _facts(album: Album) -> dict[str, Any]:
         "colours": ["#" + bytes(colours[c].tolist()).hex() for c in range(len(album.names) + 1)],
         "ignored": "#" + bytes(colours[255].tolist()).hex(),
         "heat": ["#" + bytes(pictures.heat(np.array([x]))[0].tolist()).hex() for x in np.linspace(0, 1, 9)],
-        "most_u": MOST_U,
         "runs": [
-            {"name": run.name, "checkpoint": line(run.checkpoint, 80), "step": run.got.step, "miou": _round(c.miou)}
+            {
+                "name": run.name,
+                "checkpoint": line(run.checkpoint, 80),
+                "step": run.got.step,
+                "miou": _round(c.miou),
+                "u_colours": U_COLOURS[run.u_kind],
+            }
             for run, c in zip(album.runs, album.counts, strict=True)
         ],
         "pictures": _names_of_files(album),

@@ -42,10 +42,10 @@ def labels(labels_HW: np.ndarray, size: tuple[int, int], palette: np.ndarray) ->
     return _indexed(labels_HW, size, palette, {0: 0, IGNORE: 150})
 
 
-def levels(map_HW: np.ndarray, size: tuple[int, int], most: float = 1.0) -> bytes:
-    """A map of few values in [0, most] as a palette PNG; what is NaN is clear, what is more has the last colour."""
+def levels(map_HW: np.ndarray, size: tuple[int, int]) -> bytes:
+    """A map of few values in [0, 1] as a palette PNG; what is NaN is clear, what is more has the last colour."""
     known = np.isfinite(map_HW)
-    steps = np.where(known, np.clip(np.nan_to_num(map_HW) / most, 0, 1) * (LEVELS - 1), 0).round().astype(np.uint8)
+    steps = np.where(known, np.clip(np.nan_to_num(map_HW), 0, 1) * (LEVELS - 1), 0).round().astype(np.uint8)
     palette = np.zeros((256, 3), np.uint8)
     palette[1 : LEVELS + 1] = heat(np.linspace(0, 1, LEVELS))
     return _indexed(np.where(known, steps + 1, 0).astype(np.uint8), size, palette, {0: 0})
