@@ -369,6 +369,7 @@ def report(found: Mapping[str, Mapping[int, Result]]) -> str:
         "Scores": scores_table(found),
         "Differences to Base": gaps_table(found, "Base") + "\n\n" + power(found),
         "Differences to IV": gaps_table(found, "IV") if "IV" in found else "",
+        "Differences to IV-doubts": gaps_table(found, "IV-doubts") if "IV-doubts" in found else "",
         "What tells bad pairs": tells_table(found),
         "Risk and coverage": coverage_table(found),
         "What tells wrong pixels": pixels_table(found),
