@@ -20,9 +20,10 @@ from ugrl.errors import DataError
 from ugrl.storage import StorageError
 from ugrl.train.batches import local_loader
 
-ray_data = pytest.importorskip("cluster.ray_data", exc_type=ImportError)
-reading = pytest.importorskip("cluster.read_tasks")
-plans = pytest.importorskip("cluster.blocks")
+NO_RAY = "Ray Data is not installed: pip install 'ray[data]'"
+ray_data = pytest.importorskip("cluster.ray_data", reason=NO_RAY, exc_type=ImportError)
+reading = pytest.importorskip("cluster.read_tasks", reason=NO_RAY)
+plans = pytest.importorskip("cluster.blocks", reason=NO_RAY)
 
 
 def asked(shards: Path, **changes: Any) -> LoaderSpec:

@@ -230,7 +230,11 @@ def test_two_ranks_equal_one(tmp_path):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_host_waits_for_nothing(monkeypatch, scope):
     """Fake tensors have no values: whatever asks for one, as the torch form does, raises."""
-    contrast_triton = pytest.importorskip("ugrl.method.contrast_triton", exc_type=ImportError)
+    contrast_triton = pytest.importorskip(
+        "ugrl.method.contrast_triton",
+        reason="Triton is not installed: it comes with torch for CUDA",
+        exc_type=ImportError,
+    )
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     launched = []

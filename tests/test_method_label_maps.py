@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.test_method_margin import CLOSE, t, targets_of, tree
 from ugrl.config import build
+from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError
 from ugrl.method.per_position import with_decoder
 from ugrl.method.schedule import Schedule
 from ugrl.seeding import generator
 from ugrl.train.loop import Trainer
+from ugrl.view.collect import looks, open_run
 
 
 def share_of(cell, classes, c):
@@ -104,6 +108,17 @@ def test_its_answer_is_computed_once_a_step_and_not_before_it_has_a_share(shards
             assert sum(asked) == images * len(batch.ids)
     finally:
         loader.close()
+
+
+def test_a_trained_run_shows_labels_with_the_share_of_its_step(shards, tmp_path):
+    """As ``ugrl view`` and the export of labels have them."""
+    Trainer(build(with_share(share=0.9)), shards=shards, out=tmp_path / "run", quiet=True, device="cpu").fit()
+    run = open_run(tmp_path / "run", best=False, device=torch.device("cpu"))
+    reader, found = ShardReader(shards, "val", run.got.cfg.data), []
+    for done in (run.got.step, 1):  # after the warm-up of one step nothing is the decoder's yet
+        at = replace(run, got=replace(run.got, step=done))
+        found.append([look.pseudo_HW for batch in looks(at, reader, [0, 1, 2]) for look in batch])
+    assert any(not np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_share_without_prototypes_is_refused():

@@ -18,6 +18,7 @@ from ugrl.data.reader import ShardReader
 from ugrl.eval import sheet
 from ugrl.eval.palettes import heat, palette, u_share
 from ugrl.eval.sheet import GAP, LINE, SIDE, draw, row_of
+from ugrl.train import tensorboard
 from ugrl.train.loop import LOOKS, Trainer
 
 LEFT = [GAP + k * (SIDE + GAP) for k in range(6)]
@@ -147,3 +148,17 @@ def test_u_of_either_kind_uses_all_of_its_colours(kind: str, low: float, high: f
     np.testing.assert_allclose(u_share(u, kind), [0, 0, 0.5, 1, 1, np.nan], atol=1e-12)
     words = [text for placed in sheet._entries([], [], 900, kind) for _, _, text in placed]
     assert f"CAM: 0 … 1, u: {low:g} … {high:g} and more" in words
+
+
+def test_a_run_of_margins_is_drawn_in_their_colours(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    kinds: list[tuple[str, str]] = []
+    for name in ("draw", "u_share"):
+        real = getattr(tensorboard, name)
+        monkeypatch.setattr(tensorboard, name, lambda *x, name=name, real=real: kinds.append((name, x[-1])) or real(*x))
+    tree = tiny_tree(steps=3, eval_every=3, picture_every=3, cls_warmup_iters=1, lr_warmup_iters=1)
+    tree["method"]["uncertainty"]["kind"] = "margin"
+    Trainer(build(tree), shards=shards, out=tmp_path / "run", quiet=True, device="cpu").fit()
+    assert set(kinds) == {("draw", "margin"), ("u_share", "margin")}

@@ -34,7 +34,7 @@ from ugrl.data.shapes import ShapesSource, ShapesSpec
 from ugrl.errors import CheckpointError
 from ugrl.eval import PALETTES
 from ugrl.eval.metrics import auroc
-from ugrl.eval.palettes import palette
+from ugrl.eval.palettes import palette, u_share
 from ugrl.train.loop import Trainer
 from ugrl.view import figures, page, pictures
 from ugrl.view.collect import Run, check_classes, looks, marks_of, open_run
@@ -213,6 +213,21 @@ def test_heat_becomes_lighter_with_the_value() -> None:
     some = np.array([[np.nan, 0.0], [0.5, 7.0]])
     rgba = np.asarray(Image.open(io.BytesIO(pictures.levels(some, (2, 2)))).convert("RGBA"))
     assert rgba[0, 0, 3] == 0 and rgba[1, 1, :3].tolist() == list(pictures.HEAT[-1])
+
+
+def test_colours_of_u_follow_its_kind(run: Run, shards: Path) -> None:
+    """The pictures, and what the legend says of each run."""
+    cfg = run.got.cfg
+    method = replace(cfg.method, uncertainty=replace(cfg.method.uncertainty, kind="margin"))
+    margin = replace(run, got=replace(run.got, cfg=replace(cfg, method=method)))
+    reader = ShardReader(shards, "val", cfg.data)
+    album = page.gather([run, margin], reader, [0], size=64)
+    (look,) = next(iter(looks(run, reader, [0])))
+    assert np.isfinite(look.u_HW).any()
+    at = pictures.fitted(look.u_HW.shape, 64)
+    for k, kind in enumerate(("distance", "margin")):
+        assert album.photographs[0].files[f"u{k}"] == pictures.levels(u_share(look.u_HW, kind), at)
+    assert [r["u_colours"] for r in page._facts(album)["runs"]] == [(0.0, 1.0), (0.6, 1.4)]
 
 
 def test_a_large_page_keeps_its_pictures_in_a_folder(

@@ -150,10 +150,10 @@ class TargetMaker:
         doubts = pair_doubts(self.cfg.method.uncertainty, heads, cam, batch, warm=warm)
         u_BC, known_BC = self.prototypes.uncertainty(r_BCD, present_BC, doubts)
         out = Targets(torch.ones_like(u_BC[:, 1:]), cam.cam_PHW, u_BC)
-        self._fill(out, batch, step, cam, (u_BC, known_BC, present_BC), heads)
+        told = cam if warm else self.told(batch, cam, present_BC, heads, step)
+        self._fill(out, batch, step, cam, told, (u_BC, known_BC, present_BC), heads)
         if self.cfg.method.uncertainty.votes == "position":
-            maps_PHW = cam.cam_PHW if warm else self.told(batch, cam, present_BC, heads, step).cam_PHW
-            labels_BN = self._votes(batch, maps_PHW, cam.f4_BDhw)
+            labels_BN = self._votes(batch, told.cam_PHW, cam.f4_BDhw)
             self.prototypes.update(r_BCD, present_BC, cam.f4_BDhw.flatten(2), labels_BN, doubts)
         else:
             self.prototypes.update(r_BCD, present_BC, doubts=doubts)
@@ -173,10 +173,11 @@ class TargetMaker:
         batch: Batch,
         step: int,
         cam: CamOutput,
+        told: CamOutput,
         judged: tuple[Tensor, Tensor, Tensor],
         heads: Heads,
     ) -> None:
-        """All targets that follow from the u of the pairs, which of them are known, and which are present."""
+        """All targets that follow from the maps of labels and the u of the pairs: which are known, which present."""
         schedule, (u_BC, known_BC, present_BC) = self.schedule, judged
         out.stats["u_fg"] = _share(u_BC[:, 1:], known_BC[:, 1:])
         out.stats["u_bg"] = _share(u_BC[:, :1], known_BC[:, :1])
@@ -186,7 +187,6 @@ class TargetMaker:
             n_BF = batch.tags_BF.to(u_BC)
             out.w_BF = self._weights(u_BC[:, 1:], known_BC[:, 1:], n_BF, per_class=False)
             out.stats["share_cls"] = effective_share(out.w_BF, known_BC[:, 1:], n_BF)
-        told = self.told(batch, cam, present_BC, heads, step)
         labels_BHW, conf_BHW = self.pseudo(batch, told.cam_PHW, u_BC, known_BC)
         pairs_BHW = labels_BHW
         if schedule.as_afa and schedule.propagates(step):

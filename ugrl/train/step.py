@@ -112,8 +112,8 @@ class Step:
         )
 
         heads = _Heads(self, batch)
-        asked = self.cfg.method.uncertainty.decoder_weight > 0 or self.schedule.decoder_share(step) > 0
-        wanted = asked and not self.schedule.warm(step)
+        asked = self.cfg.method.uncertainty.decoder_weight > 0 and not self.schedule.warm(step)
+        wanted = asked or self.schedule.decoder_share(step) > 0
 
         def forward(images: Tensor, view: CamPass) -> tuple[Tensor, Tensor, Tensor | None]:
             affinity = self.target_maker.wants_affinity(step, view)
