@@ -19,7 +19,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measured comparisons, as ratios"
 	@echo "make real   settings on real photographs, one table (VOC=DEVKIT SEEDS=3 SETTINGS=\"Base I II III IV Full\")"
-	@echo "make finding  the arms of docs/finding.md, with intervals (VOC=DEVKIT FINDING_SEEDS=5 ARMS=\"Base IV IV-all\")"
+	@echo "make finding  the arms of docs/finding.md, with intervals (VOC=DEVKIT FINDING_SEEDS=5 ARMS=\"Base IV IV-all\" PART=transfer)"
 	@echo "make docs   the documentation as a site, in build/site"
 
 $(STAMP): pyproject.toml
@@ -72,12 +72,14 @@ SETTINGS ?= Base IV Full
 real: $(STAMP)
 	$(BIN)/python -m bench.real --voc "$(VOC)" --seeds $(SEEDS) --settings $(SETTINGS) $(REAL_ARGS)
 
-# The arms of docs/finding.md: they go on where they were, and the tables are made of what is measured.
+# The arms of docs/finding.md, or those of a smaller experiment of it: they go on where they were, and the tables are made
+# of all that is measured.
 FINDING_SEEDS ?= 5
+PART ?= finding
 ARMS ?=
 finding: $(STAMP)
-	$(BIN)/python -m bench.real --voc "$(VOC)" --arms bench/finding.yaml --seeds $(FINDING_SEEDS) \
-		$(if $(ARMS),--settings $(ARMS)) --out runs/finding $(REAL_ARGS)
+	$(BIN)/python -m bench.real --voc "$(VOC)" --arms bench/$(PART).yaml --seeds $(FINDING_SEEDS) \
+		$(if $(ARMS),--settings $(ARMS)) $(if $(filter over_time,$(PART)),--checkpoints) --out runs/$(PART) $(REAL_ARGS)
 	$(BIN)/python -m bench.finding --results runs/finding/results --out runs/finding/finding.md
 
 # Installed apart from the rest: the tests do without it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -135,7 +136,7 @@ class Display:
             self.say(words)
 
 
-def start(arm: Arm, shards: Path, device: str | None) -> subprocess.Popen[bytes]:
+def start(arm: Arm, shards: Path, device: str | None, checkpoints: bool = False) -> subprocess.Popen[bytes]:
     """Begin or continue an arm in a process of its own: one thread, and none of the terminal's signals."""
     for folder in ("arms", "runs", "results"):
         (arm.out / folder).mkdir(exist_ok=True)
@@ -144,6 +145,7 @@ def start(arm: Arm, shards: Path, device: str | None) -> subprocess.Popen[bytes]
     words = [sys.executable, "-m", "bench.real_measure", str(arm.file("yaml")), "--shards", str(shards)]
     words += ["--run", str(arm.run), "--result", str(arm.result), "--progress", str(arm.file("progress"))]
     words += ["--parent", str(os.getpid()), *(["--device", device] if device else [])]
+    words += ["--checkpoints"] if checkpoints else []
     with arm.file("log").open("ab") as log:
         return subprocess.Popen(
             words,
@@ -164,6 +166,7 @@ def run_arms(
     device: str | None,
     console: Console,
     stop: StopRequest,
+    checkpoints: bool = False,
 ) -> list[str]:
     """Train and measure arms side by side, until all are through or somebody stops it.
 
@@ -177,7 +180,7 @@ def run_arms(
         while (queue or running) and not stop.requested:
             while queue and len(running) < jobs:
                 arm = queue.popleft()
-                running[arm] = start(arm, shards, device)
+                running[arm] = start(arm, shards, device, checkpoints)
                 display.say(f"{arm.name}: {'continues' if arm.steps() else 'begins'}")
             for arm in [arm for arm, process in running.items() if process.poll() is not None]:
                 status = running.pop(arm).returncode
@@ -254,6 +257,11 @@ def prepared(voc: Path, out: Path) -> Path:
     return shards
 
 
+def kept(cfg: configs.Config) -> int:
+    """Checkpoints of a finished run."""
+    return min(cfg.train.keep_checkpoints, math.ceil(cfg.train.steps / cfg.train.at(cfg.train.checkpoint_every)))
+
+
 def write_table(arms: Sequence[Arm], order: Sequence[str], out: Path, config: str, console: Console) -> None:
     """Print the table of what is measured, and write it as Markdown and JSON."""
     found = {(arm.setting, arm.seed): scores for arm in arms if (scores := arm.scores()) is not None}
@@ -286,19 +294,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
     base, args.out = base_of(args), folder_for(args.out).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     with own(place(args.out)) as held, ugrl.hear.owning(held.give_back):
-        shards = prepared(args.voc, args.out)
+        shards = prepared(args.voc, args.out) if args.shards is None else args.shards.absolute()
         arms = arms_of(args, base, shards)
         manifest = Manifest.load(shards)
         images = sum(manifest.rows(s) for s in (arms[0].cfg.data.train_split, arms[0].cfg.data.val_split))
+        if args.checkpoints:
+            images *= kept(arms[0].cfg)
         left = [arm for arm in arms if arm.scores() is None]
         failed, stopped = list[str](), None
         if left:
             jobs = min(args.jobs or _cores(args.device), len(left))
             console.print(f"{len(left)} of {len(arms)} arms are left, {jobs} side by side", soft_wrap=True)
             with StopRequest() as stop:
-                failed = run_arms(
-                    left, shards, jobs=jobs, images=images, device=args.device, console=console, stop=stop
-                )
+                more = {"images": images, "device": args.device, "checkpoints": args.checkpoints}
+                failed = run_arms(left, shards, jobs=jobs, console=console, stop=stop, **more)
             stopped = stop.number if stop.requested else None
         write_table(
             arms, list(args.variants), args.out, args.config, Console(width=None if sys.stdout.isatty() else 120)
@@ -327,6 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--voc", type=Path, default=DEVKIT, metavar="DEVKIT", help="default: %(default)s")
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="a prepared folder with masks, in place of a devkit")
     parser.add_argument(
         "--settings",
         nargs="+",
@@ -339,6 +349,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the configuration's train.steps")
     parser.add_argument("--jobs", type=int, metavar="N", help="arms side by side; default: the cores")
     parser.add_argument("--device", metavar="NAME", help="to train on: cpu, cuda, …; default: cuda if any")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="measure every checkpoint that a run keeps (results/ARM@STEP-SEED)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/real"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
     return parser

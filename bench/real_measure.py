@@ -354,10 +354,10 @@ def walk(
 
 
 def measure(run: Path, shards: Path, cfg: Config, on_batch: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Measure the last checkpoint of a run on ``train`` and ``val``.
+    """Measure a checkpoint, of a run its last one, on ``train`` and ``val``.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of a checkpoint.
         shards: The prepared devkit.
         cfg: Of the arm; its section ``eval`` may differ from the one that the run was trained with.
         on_batch: Called with the number of images that are through.
@@ -396,6 +396,22 @@ def trained(run: Path, cfg: Config) -> bool:
     return newest is not None and checkpoint.step_of(newest.name) >= cfg.train.steps
 
 
+def kept_before(last: Path) -> list[Path]:
+    """The checkpoints of a run before its last one, by step."""
+    found = [path for path in last.parent.glob(f"{checkpoint.PREFIX}*") if path.name != last.name]
+    return sorted(found, key=lambda path: checkpoint.step_of(path.name))
+
+
+def result_at(result: Path, step: int) -> Path:
+    """Where an earlier checkpoint's result lies: ``ARM@STEP-SEED.json``.
+
+    >>> result_at(Path("results/IV-0.json"), 200).name
+    'IV@200-0.json'
+    """
+    arm, _, seed = result.stem.rpartition("-")
+    return result.with_name(f"{arm}@{step}-{seed}.json")
+
+
 def die_with_parent(parent: int) -> None:
     """Be asked to leave when the process that began this one is gone, on Linux; elsewhere this one goes on alone."""
     with suppress(OSError, AttributeError):
@@ -410,6 +426,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("arm", type=Path)
     for name in ("shards", "run", "result", "progress"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--checkpoints", action="store_true", help="measure the earlier ones that the run kept, too")
     parser.add_argument("--parent", type=int)
     parser.add_argument("--device")
     args = parser.parse_args(words)
@@ -435,9 +452,15 @@ def main(words: list[str] | None = None) -> int:
         images += count
         args.progress.write_text(str(images))
 
-    found = measure(args.run, args.shards, cfg, on_batch)
-    step = checkpoint.read_state(checkpoint.find(args.run)).step
-    write_whole(args.result, json.dumps({**stamp(cfg, step), **found}) + "\n")
+    last = checkpoint.find(args.run)
+    # The last one comes last: with its result the arm is done.
+    for path in [*(kept_before(last) if args.checkpoints else []), last]:
+        step = checkpoint.step_of(path.name)
+        file = args.result if path == last else result_at(args.result, step)
+        if path != last and file.exists():
+            on_batch(sum(map(len, json.loads(file.read_text())["images"].values())))
+        else:
+            write_whole(file, json.dumps({**stamp(cfg, step), **measure(path, args.shards, cfg, on_batch)}) + "\n")
     return 0
 
 

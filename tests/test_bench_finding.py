@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from bench import finding
+from bench import finding_stats as stats
+from bench.finding_tables import TELLS
 from bench.real_measure import image_counts
 from tests.reference_metrics import ref_auroc
 from ugrl.eval.metrics import Confusion
@@ -41,7 +43,7 @@ def result(arm: str, seed: int, wrong: float, has_u: bool = True) -> dict[str, A
         "image": [k // 2 for k in range(20)],
         "iou": [None, *iou[1:].tolist()],
         "p": g.random(20).tolist(),
-        **{name: (1 - iou + noise).tolist() if has_u else [None] * 20 for name in finding.TELLS},
+        **{name: (1 - iou + noise).tolist() if has_u else [None] * 20 for name in TELLS},
     }
     found = Confusion(4)
     found.add(guess, truth)
@@ -73,43 +75,46 @@ def stored(tmp_path: Path) -> Path:
 
 
 def test_counts_give_the_mean_iou_again(stored: Path) -> None:
-    found = finding.read_all(stored)
+    found = stats.read_all(stored)
     assert {arm: sorted(runs) for arm, runs in found.items()} == {arm: [0, 1] for arm in ("Base", "Full", "IV")}
     for runs in found.values():
         for run in runs.values():
-            assert finding.miou(run.counts["seg_val"], np.ones(12)) == pytest.approx(run.scores["seg_val"], abs=1e-12)
+            assert stats.miou(run.counts["seg_val"], np.ones((1, 12))) == pytest.approx(
+                run.scores["seg_val"], abs=1e-12
+            )
     guess, truth = labels("0", 0.5)
     twice = Confusion(4)
     twice.add(torch.cat([guess, guess[:1]]), torch.cat([truth, truth[:1]]))
-    weight = np.array([2.0, *[1.0] * 11])
-    assert finding.miou(found["Base"][0].counts["seg_val"], weight) == pytest.approx(twice.miou, abs=1e-12)
+    weight = np.stack([np.ones(12), [2.0, *[1.0] * 11]])
+    want = [found["Base"][0].scores["seg_val"], twice.miou]
+    assert stats.miou(found["Base"][0].counts["seg_val"], weight) == pytest.approx(want, abs=1e-12)
 
 
 def test_areas_are_those_of_loops_with_ties_and_weights() -> None:
     g = generator("finding auroc")
     score, bad = g.integers(0, 5, 30).astype(float), g.random(30) < 0.4
-    assert finding.auroc(score, bad, np.ones(30)) == pytest.approx(ref_auroc(score, bad), abs=1e-12)
     weight = g.integers(0, 3, 30)
     again = [(s, b) for s, b, w in zip(score, bad, weight, strict=True) for _ in range(w)]
     want = ref_auroc([s for s, _ in again], [b for _, b in again])
-    assert finding.auroc(score, bad, weight.astype(float)) == pytest.approx(want, abs=1e-12)
+    both = stats.auroc(score, bad, np.stack([np.ones(30), weight.astype(float)]))
+    assert both == pytest.approx([ref_auroc(score, bad), want], abs=1e-12)
 
 
 def test_differences_are_paired(stored: Path) -> None:
-    found = finding.read_all(stored)
-    gap = finding.against(found, "seg_val", "Base")["IV"]
+    found = stats.read_all(stored)
+    gap = stats.against(found, "seg_val", "Base")["IV"]
     values = [found["IV"][s].scores["seg_val"] - found["Base"][s].scores["seg_val"] for s in (0, 1)]
     assert gap.mean == pytest.approx(sum(values) / 2) and gap.low < gap.mean < gap.high and gap.seeds == 2
-    assert gap.low > 0 and gap.p == pytest.approx(2 / finding.DRAWS)
+    assert gap.low > 0 and gap.p == pytest.approx(2 / stats.DRAWS)
     # Paired with itself there is nothing: no draw of images or seeds makes a difference.
-    same = finding.against({"A": found["IV"], "Base": found["IV"]}, "seg_val", "Base")["A"]
+    same = stats.against({"A": found["IV"], "Base": found["IV"]}, "seg_val", "Base")["A"]
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 2)
 
 
 def test_what_tells_is_that_of_loops(stored: Path) -> None:
-    found = finding.read_all(stored)
-    got = finding.tells(found["IV"], "val", "margin")
-    assert got is not None and finding.tells(found["Full"], "val", "margin") is None
+    found = stats.read_all(stored)
+    got = stats.tells(found["IV"], "val", "margin")
+    assert got is not None and stats.tells(found["Full"], "val", "margin") is None
     areas, gaps = [], []
     for run in found["IV"].values():
         pairs = {name: values[1:] for name, values in run.pairs["val"].items()}  # the first has no IoU
@@ -119,6 +124,29 @@ def test_what_tells_is_that_of_loops(stored: Path) -> None:
     assert got[0] == pytest.approx(np.mean(areas), abs=1e-12) and got[1].mean == pytest.approx(np.mean(gaps), abs=1e-12)
 
 
+def test_the_calibration_error_is_that_of_loops(stored: Path) -> None:
+    runs = stats.read_all(stored)["IV"]
+    errors = []
+    for run in runs.values():
+        rows = {
+            split: sorted(zip(-pairs["p"][1:], pairs["iou"][1:], strict=True)) for split, pairs in run.pairs.items()
+        }
+        median = np.median([iou for _, iou in rows["train"]])
+        edges = np.quantile([score for score, _ in rows["train"]], [k / 10 for k in range(1, 10)])
+        gaps = []
+        for low, high in zip([-np.inf, *edges], [*edges, np.inf], strict=True):
+            bad = {s: [iou < median for score, iou in rows[s] if low < score <= high] for s in rows}
+            gaps += [abs(np.mean(bad["train"]) - np.mean(bad["val"]))] * len(bad["val"])
+        errors.append(np.mean(gaps))
+    assert stats.calibration_error(runs, "p") == pytest.approx(np.mean(errors), abs=1e-12)
+    # Here train is val: each tenth has the share that it had.
+    assert errors == [0, 0]
+    for run in runs.values():
+        run.pairs["val"]["p"] = run.pairs["val"]["p"][::-1].copy()
+    assert stats.calibration_error(runs, "p") > 0
+    assert stats.calibration_error(stats.read_all(stored)["Full"], "p") is None
+
+
 def test_doubts_are_mixed_as_a_run_mixes_them() -> None:
     g = generator("finding doubts")
     pairs = {
@@ -126,7 +154,7 @@ def test_doubts_are_mixed_as_a_run_mixes_them() -> None:
         for split in ("train", "val")
     }
     pairs["train"]["decoder"][3] = np.nan
-    found = finding.with_doubts(pairs)
+    found = stats.with_doubts(pairs)
     for name, weights in (("mixed", {"classifier": 0.5}), ("all", {"classifier": 1 / 3, "decoder": 1 / 3})):
         mixture = Mixture(weights, 1, 0.99).double()
         both = {}
@@ -168,8 +196,40 @@ def test_a_file_that_is_no_result_is_one_line(text: str, tmp_path: Path, capsys:
 def test_arms_without_the_baseline_have_a_report_too(stored: Path) -> None:
     for file in stored.glob("Base-*"):
         file.unlink()
-    text = finding.report(finding.read_all(stored))
+    text = finding.report(stored)
     assert "| IV | 2 |" in text and "Power: no arm has two seeds yet." in text
+
+
+def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
+    for folder, names in (
+        ("one_at_a_time", ("no-weights-0", "no-contrast-0")),
+        ("transfer", ("Base+crop192-0", "IV-decoder+crop192-0", "IV-decoder+scratch-0")),
+        ("over_time", ("IV-decoder@100-0", "IV-decoder-0")),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            tree = {**result(name, 0, 0.2 if "decoder" in name else 0.4), "step": 100 if "@" in name else 400}
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps(tree))
+    main = tmp_path / "finding"
+    assert "Scores" not in (alone := finding.report(main)) and "| crop192 |" in alone
+    main.mkdir()
+    (main / "IV-decoder-0.json").write_text(json.dumps(result("IV-decoder", 0, 0.2)))
+    text = finding.report(main)
+    parts = dict(part.split("\n\n", 1) for part in text.split("### ")[1:])
+    one = parts["One thing at a time"]
+    assert "IV-decoder" in one.splitlines()[0] and "| no-weights | 1 | -" in one and "| no-contrast | 1 | -" in one
+    # An arm without its baseline has nothing to be compared with.
+    (row,) = [line for line in parts["Transfer"].splitlines() if line.startswith("| crop192")]
+    seg = {
+        name: 100 * stats.read(tmp_path / "transfer" / f"{name}+crop192-0.json").scores["seg_val"]
+        for name in ("Base", "IV-decoder")
+    }
+    assert (
+        f"| IV-decoder | 1 | {seg['Base']:.1f} | {seg['IV-decoder']:.1f} | {seg['IV-decoder'] - seg['Base']:+.1f}"
+        in row
+    )
+    over = parts["Over training time"]
+    assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
 
 
 def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +242,7 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_page_shows_the_tables_of_the_stored_results() -> None:
     page = (Path(__file__).parents[1] / "docs" / "finding.md").read_text(encoding="utf-8")
-    assert finding.with_tables(page, finding.report(finding.read_all(finding.STORED))) == page
+    assert finding.with_tables(page, finding.report(finding.STORED)) == page
 
 
 def test_a_page_without_marks_is_one_line(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,13 +242,45 @@ def miou_of(counts: dict[str, list[list[int]]]) -> float:
     return math.fsum(ious) / len(ious)
 
 
-def test_arms_of_a_file(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_checkpoints(out: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Both checkpoints of an arm are measured, the earlier one not again."""
+    early, late = (out / "results" / name for name in ("IV-all@4-0.json", "IV-all-0.json"))
+    found = [json.loads(file.read_text()) for file in (early, late)]
+    assert [tree["step"] for tree in found] == [4, 8] and found[0]["scores"] != found[1]["scores"]
+    late.unlink()
+    early.write_text(json.dumps({**found[0], "kept": True}))
+    assert real.main(given) == 0, capsys.readouterr()
+    assert json.loads(early.read_text())["kept"] and json.loads(late.read_text()) == found[1]
+
+
+def test_arms_of_a_file(
+    whole: tuple[Path, str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "arms.yaml").write_text(ARMS)
-    given = [*words[:4], "--arms", str(tmp_path / "arms.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert real.main([*given, "--steps", "8", "train.checkpoint_every=8"]) == 0, capsys.readouterr()
+    shards = whole[0] / "shards"
+    given = [
+        "--shards",
+        str(shards),
+        *words[2:4],
+        "--arms",
+        str(tmp_path / "arms.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    given += [
+        "--device",
+        "cpu",
+        "--steps",
+        "8",
+        "--checkpoints",
+        "train.checkpoint_every=4",
+        "train.keep_checkpoints=2",
+    ]
+    assert real.main(given) == 0, capsys.readouterr()
+    check_checkpoints(tmp_path / "out", given, capsys)
     tree = json.loads((tmp_path / "out" / "real.json").read_text())
     assert list(tree["settings"]) == ["Base", "IV-all"] and list(tree["minus_base"]) == ["IV-all"]
-    got, readers = again(tmp_path / "out", "IV-all-0")[1:]
+    got, readers = again(tmp_path / "out", "IV-all-0", shards)[1:]
     assert got.cfg.method.pseudo.source == "cam+prototypes" and got.prototypes.extra_Ed.shape[0] == 1
     for name in ("Base-0", "IV-all-0"):
         result = json.loads((tmp_path / "out" / "results" / f"{name}.json").read_text())
@@ -294,9 +326,9 @@ def test_a_file_of_arms_that_cannot_be(
 # -- the numbers, computed again ---------------------------------------------------------------
 
 
-def again(out: Path, name: str) -> tuple[Config, Any, dict[str, ShardReader]]:
+def again(out: Path, name: str, shards: Path | None = None) -> tuple[Config, Any, dict[str, ShardReader]]:
     got = restore(out / "runs" / name, device=torch.device("cpu"))
-    readers = {split: ShardReader(out / "shards", split, got.cfg.data) for split in ("train", "val")}
+    readers = {split: ShardReader(shards or out / "shards", split, got.cfg.data) for split in ("train", "val")}
     return got.cfg, got, readers
 
 

@@ -1,0 +1,195 @@
+"""The tables of docs/finding.md, as Markdown, of results that were read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from bench.finding_stats import Result, against, calibration_error, holm, judged_pairs, tells
+
+# What the arms are compared in: name of the score, its column, and whose counts make its interval.
+COMPARED = {"seg_val": "segmentation, val", "pseudo_train": "pseudo-labels, train"}
+SHOWN = {
+    "tag_map": "tag mAP, val",
+    "cam_train": "CAM, train",
+    "maps_train": "label maps, train",
+    "pseudo_train": "pseudo-labels, train",
+    "labelled_train": "labelled, train",
+    "maps_val": "label maps, val",
+    "seg_val": "segmentation, val",
+}
+TELLS = {
+    "u": "the run's own u",
+    "distance": "distance (Eq. 5)",
+    "margin": "margin to all",
+    "margin_shown": "margin to those shown",
+    "mixed": "the same, and the classifier's doubt",
+    "decoder": "the decoder's doubt",
+    "all": "all three",
+}
+PIXELS = {
+    "conf": "confidence of the label",
+    "u": "u of the class (Eq. 7)",
+    "distance": "distance at the pixel",
+    "margin_shown": "margin at the pixel",
+    "decoder": "1 − the decoder's probability",
+    "own": "the run's own u of the pixel",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation of shares, in percent."""
+    if not values:
+        return "–"
+    text = f"{100 * statistics.fmean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.1f}"
+
+
+def scores_table(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """The scores of each arm, and the segmentation's share of that of Full with the same seed."""
+    rows = []
+    for arm, runs in found.items():
+        cells = [spread([r.scores[name] for r in runs.values() if name in r.scores]) for name in SHOWN]
+        full = found.get("Full", {})
+        ratios = [r.scores["seg_val"] / full[seed].scores["seg_val"] for seed, r in runs.items() if seed in full]
+        rows.append([arm, str(len(runs)), *cells, spread(ratios)])
+    return table(["arm", "seeds", *SHOWN.values(), "weak ÷ full"], rows)
+
+
+def gaps_table(found: Mapping[str, Mapping[int, Result]], base: str) -> str:
+    """What each arm has more than another one, with 95 % intervals and p corrected for the number of arms."""
+    gaps = {score: against({a: r for a, r in found.items() if a != "Full"}, score, base) for score in COMPARED}
+    # What one seed does is not known from that seed: no p, and the interval is over images alone.
+    corrected = {s: holm({arm: g for arm, g in found.items() if g.seeds > 1}) for s, found in gaps.items()}
+    rows = []
+    for arm in gaps["seg_val"]:
+        told = {s: f"{corrected[s][arm]:.3f}" if arm in corrected[s] else "–" for s in COMPARED}
+        cells = [f"{gaps[s][arm]} | {told[s]}" for s in COMPARED]
+        rows.append([arm, str(gaps["seg_val"][arm].seeds), *cells])
+    heads = [f"{column} − {base} | p" for column in COMPARED.values()]
+    header = ["arm", "seeds", *" | ".join(heads).split(" | ")]
+    return table(header, rows)
+
+
+def tells_table(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """What tells bad pairs: AUROC of each u, and the difference to 1 − p."""
+    rows = []
+    for arm, runs in found.items():
+        for name, text in {**TELLS, "p": "1 − p"}.items():
+            cells = [tells(runs, split, name) for split in ("train", "val")]
+            error = calibration_error(runs, name)
+            if all(cells) and error is not None:
+                shown = [f"{100 * c[0]:.1f} | {'–' if name == 'p' else c[1]}" for c in cells if c is not None]
+                rows.append([arm, text, *shown, f"{100 * error:.1f}"])
+    header = ["arm", "score", "train", "− (1 − p)", "val", "− (1 − p)", "calibration error"]
+    return table(header, rows)
+
+
+def pixels_table(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """What tells wrong pseudo-labels on train, pixel by pixel: AUROC for foreground and background labels."""
+    rows = []
+    for arm, runs in found.items():
+        for name, text in PIXELS.items():
+            keys = [f"pixel_{name}_{kind}" for kind in ("fg", "bg")]
+            values = [[r.scores[key] for r in runs.values() if key in r.scores] for key in keys]
+            if all(values):
+                rows.append([arm, text, *map(spread, values)])
+    return table(["arm", "score", "foreground", "background"], rows)
+
+
+def coverage_table(found: Mapping[str, Mapping[int, Result]], shares: Sequence[float] = (1.0, 0.8, 0.6, 0.4)) -> str:
+    """Mean CAM IoU of the share of pairs on val that a score trusts most: risk against coverage."""
+    rows = []
+    for arm, runs in found.items():
+        for name, text in {**TELLS, "p": "1 − p"}.items():
+            cells: list[list[float]] = [[] for _ in shares]
+            for run in runs.values():
+                pairs = run.pairs["val"]
+                risk, here = judged_pairs(pairs, name)
+                if here.any():
+                    iou = pairs["iou"][here][np.argsort(risk[here], kind="stable")]
+                    for cell, share in zip(cells, shares, strict=True):
+                        cell.append(float(iou[: max(1, round(share * len(iou)))].mean()))
+            if all(len(cell) == len(runs) for cell in cells):
+                rows.append([arm, text, *map(spread, cells)])
+    return table(["arm", "score", *(f"{100 * share:.0f} % of the pairs" for share in shares)], rows)
+
+
+def transfer_table(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """Arms ``ARM+WHERE``, each beside ``Base+WHERE``, with the difference."""
+    rows = []
+    for name, runs in found.items():
+        arm, _, where = name.partition("+")
+        base = f"Base+{where}"
+        if arm == "Base" or base not in found:
+            continue
+        pair, cells = {base: found[base], name: runs}, []
+        seeds = sorted(runs.keys() & found[base].keys())
+        for score in COMPARED:
+            cells += [spread([of[seed].scores[score] for seed in seeds]) for of in pair.values()]
+            cells.append(str(against(pair, score, base).get(name, "–")))
+        rows.append([where, arm, str(len(seeds)), *cells])
+    heads = [f"{text}, Base | {text}, this arm | difference" for text in COMPARED.values()]
+    return table(["where", "arm", "seeds", *" | ".join(heads).split(" | ")], rows)
+
+
+def over_time_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """Scores, and what each u knows, by step, of the checkpoints of one arm."""
+    at: dict[int, dict[int, Result]] = {}
+    for runs in found.values():
+        for seed, result in runs.items():
+            at.setdefault(result.step, {})[seed] = result
+    steps = [at[step] for step in sorted(at)]
+    known = {**TELLS, "p": "1 − p"}
+
+    def rows(names: Mapping[str, str], cell: Callable[[str, Mapping[int, Result]], str | None]) -> list[list[str]]:
+        return [[text, *(cell(name, runs) or "–" for runs in steps)] for name, text in names.items()]
+
+    def area(split: str) -> Callable[[str, Mapping[int, Result]], str | None]:
+        return lambda name, runs: None if (told := tells(runs, split, name)) is None else f"{100 * told[0]:.1f}"
+
+    def error(name: str, runs: Mapping[int, Result]) -> str | None:
+        return None if (found := calibration_error(runs, name)) is None else f"{100 * found:.1f}"
+
+    parts = {
+        "scores": rows(SHOWN, lambda name, runs: values(runs, name)),
+        "AUROC for pairs, train": rows(known, area("train")),
+        "AUROC for pairs, val": rows(known, area("val")),
+        "calibration error, val": rows(known, error),
+        "AUROC for pixels, foreground": rows(PIXELS, lambda name, runs: values(runs, f"pixel_{name}_fg")),
+        "AUROC for pixels, background": rows(PIXELS, lambda name, runs: values(runs, f"pixel_{name}_bg")),
+    }
+    header = [f"step {step}" for step in sorted(at)]
+    return "\n\n".join(table([title, *header], of) for title, of in parts.items())
+
+
+def values(runs: Mapping[int, Result], score: str) -> str:
+    """Mean and standard deviation of a score over the seeds that have it, in percent."""
+    return spread([r.scores[score] for r in runs.values() if score in r.scores])
+
+
+def power(found: Mapping[str, Mapping[int, Result]], score: str = "seg_val", base: str = "Base") -> str:
+    """How large a difference some seeds can see: 80 % power, two sides, 5 %, by the paired t test."""
+    first = found.get(base, {})
+    gaps = [
+        statistics.stdev(values)
+        for arm, runs in found.items()
+        if arm not in (base, "Full")
+        and len(values := [runs[s].scores[score] - first[s].scores[score] for s in runs if s in first]) > 1
+    ]
+    if not gaps:
+        return "Power: no arm has two seeds yet."
+    sd = math.sqrt(statistics.fmean(x * x for x in gaps))
+    # (t₀.₉₇₅ + t₀.₈₀) / √n with n − 1 degrees of freedom, for 3 and 5 seeds.
+    factors = {3: (4.303 + 1.061) / math.sqrt(3), 5: (2.776 + 0.941) / math.sqrt(5)}
+    seen = ", ".join(f"{100 * factor * sd:.1f} points with {n} seeds" for n, factor in factors.items())
+    return f"Power: the paired differences in {score} have a standard deviation of {100 * sd:.2f} points: {seen}."
