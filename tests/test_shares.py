@@ -69,6 +69,8 @@ def test_a_share_is_the_number_of_steps_it_stands_for(shards: Path) -> None:
         (["train.lr_warmup_iters=.nan"], "expected a number of steps, or a share"),
         (["train.cls_warmup_iters=1e300"], "is 1e+300; expected a number of steps, or a share"),
         (["train.eval_every=0"], "is 0; expected > 0"),
+        (["train.eval_every=1.0"], "is 1.0: one step, or the whole run? For one step write 1"),
+        (["train.checkpoint_every=1e0"], "one step, or the whole run?"),
         (["train.cls_warmup_iters=0.99999"], "is 0.99999; expected < train.steps 20000"),
         (["method.cam.propagate_after=2.5"], "expected a number of steps, or a share"),
     ],

@@ -80,6 +80,11 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return value
     if hint == Steps:
         number = _number(value)
+        if number == 1 and not isinstance(value, int) and str(value) != "1":
+            raise ConfigError(
+                f"config key '{path}' is {show(value)}: one step, or the whole run? For one step write 1, for the "
+                "whole run as many steps as train.steps"
+            )
         if number is not None and (number < 1 or number.is_integer()) and abs(number) <= MOST_INT:
             return int(number) if number.is_integer() else number
     elif origin in (Union, types.UnionType):
