@@ -30,7 +30,7 @@ from ugrl.config import Config, EvalConfig
 from ugrl.data.reader import ShardReader
 from ugrl.device import resolve
 from ugrl.eval.collectors import cam_labels, segmentation_labels
-from ugrl.eval.combine import combined_scores
+from ugrl.eval.combine import combined_scores, with_tag_prior
 from ugrl.eval.curve import ThresholdCurve
 from ugrl.eval.metrics import Confusion, TagMetrics, UncertaintyMetrics, weighted_auroc
 from ugrl.eval.passes import BatchPasses, shape_batches
@@ -309,7 +309,7 @@ class ValScores:
         self.classes, self.images = classes, Counts()
         self.threshold, self.pairs = threshold, PairScores((threshold,))
         self.tags = TagMetrics(classes - 1)
-        self.cam, self.plain, self.averaged = (Confusion(classes) for _ in range(3))
+        self.cam, self.plain, self.averaged, self.prior = (Confusion(classes) for _ in range(4))
 
     def add(self, seen: BatchPasses, judged: Judged) -> None:
         """Count a batch; ``eval.cam_background`` of its configuration is the threshold."""
@@ -325,12 +325,13 @@ class ValScores:
         self.plain.add(native.argmax(1), seen.labels_BHW)
         averaged_BHW = segmentation_labels(seen)
         self.averaged.add(averaged_BHW, seen.labels_BHW)
+        self.prior.add(with_tag_prior(seen.seg_probs_BCHW, seen.probs_BF, 1.0).argmax(1), seen.labels_BHW)
         self.images |= image_counts(batch.ids, averaged_BHW, seen.labels_BHW, self.classes)
 
     def scores(self) -> dict[str, float]:
         """Shares of 1, by name."""
         out = {"tag_map": self.tags.compute()["tag_map"], "cam_val": self.cam.miou, "maps_val": self.maps.miou}
-        out |= {"seg_val_plain": self.plain.miou, "seg_val": self.averaged.miou}
+        out |= {"seg_val_plain": self.plain.miou, "seg_val": self.averaged.miou, "seg_val_prior": self.prior.miou}
         return out | {f"{k}_auroc_val": v for k, v in self.pairs.aurocs(self.threshold).items()}
 
 
@@ -373,7 +374,7 @@ def measure(run: Path, shards: Path, cfg: Config, on_batch: Callable[[int], None
     walk(got, cfg, ShardReader(shards, cfg.data.train_split, cfg.data), train, on_batch)
     found, threshold, mixed = train.scores()
     val = ValScores(classes, threshold, mixed)
-    judged = replace(cfg, eval=replace(cfg.eval, cam_background=threshold))
+    judged = replace(cfg, eval=replace(cfg.eval, cam_background=threshold, tag_prior=0.0))
     walk(got, judged, ShardReader(shards, cfg.data.val_split, cfg.data), val, on_batch)
     return {
         "scores": {k: v if math.isfinite(v) else None for k, v in {**found, **val.scores()}.items()},

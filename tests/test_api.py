@@ -54,7 +54,7 @@ def test_type_checkers_see_the_same_names() -> None:
         (api.prepare, "root out source tune_val on_error seed reuse quiet teacher options"),
         (api.train, "config overrides data out resume device quiet"),
         (api.tune, "space overrides options"),
-        (Model.predict, "self images scales mirror crf tile overlap batch palette on_error protocol"),
+        (Model.predict, "self images scales mirror crf tile overlap batch palette on_error protocol tag_prior"),
         (Prediction.overlay, "self alpha legend palette"),
         (Prediction.save, "self path"),
         (Prediction.to_coco, "self image_id first_id"),

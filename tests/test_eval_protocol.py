@@ -21,7 +21,7 @@ from ugrl.config import EvalConfig, build
 from ugrl.data.augment import normalize
 from ugrl.data.reader import ShardReader
 from ugrl.errors import ConfigError
-from ugrl.eval.combine import combined_scores
+from ugrl.eval.combine import combined_scores, with_tag_prior
 from ugrl.eval.crf import dense_crf, find_backend, sharpen
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.passes import BatchPasses, shape_batches
@@ -160,6 +160,19 @@ def test_each_option_does_what_its_text_says(combine: str, mirror_by: str, of: s
     whole = parts[0].maximum(parts[1]) if combine == "max" else (parts[0] + parts[1]) / 2
     whole = whole / whole.sum(1, keepdim=True) if of == "probabilities" else whole.softmax(1)
     torch.testing.assert_close(combined_scores(net, image, how), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_a_tag_prior_is_that_of_loops(power: float) -> None:
+    rng = np.random.default_rng(0)
+    probs, tags = rng.dirichlet(np.ones(4), (2, 3, 5)).transpose(0, 3, 1, 2), rng.random((2, 3))
+    tags[0, 1] = 0  # a class that the image cannot show
+    got = with_tag_prior(torch.from_numpy(probs), torch.from_numpy(tags), power)
+    for b, y, x in np.ndindex(2, 3, 5):
+        weighed = [probs[b, c, y, x] * (tags[b, c - 1] ** power if c else 1) for c in range(4)]
+        np.testing.assert_allclose(got[b, :, y, x], np.array(weighed) / sum(weighed), atol=1e-12)
+    assert (got[0, 2] == 0).all()
+    assert with_tag_prior(torch.from_numpy(probs), torch.from_numpy(tags), 0).equal(torch.from_numpy(probs))
 
 
 def test_an_option_wins_over_the_protocol_and_that_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,7 @@ def test_a_list_gives_a_list_and_a_bad_image_does_not_lose_the_others(model: Mod
         ({"tile": 256, "overlap": 200}, "overlap is 200; expected 0 … 128"),
         ({"overlap": 32}, "without a tile"),
         ({"protocol": "dupl"}, "protocol is 'dupl'; expected native, afa, toco, seco"),
+        ({"tag_prior": -1.0}, "config key 'eval.tag_prior' is -1.0; expected"),
         ({"protocol": "seco", "tile": 128}, "tile is 128, and eval.resize is square"),
         ({"palette": "vco"}, "did you mean 'voc'"),
         ({"on_error": "ignore"}, "expected 'raise' or 'skip'"),
@@ -142,6 +144,24 @@ def test_a_mask_is_the_one_that_an_evaluation_scores(protocol: str, base: Path, 
     for path in scored.iterdir():
         one, other = (np.asarray(Image.open(p)) for p in (path, tmp_path / "masks" / path.name))
         assert (one == other).mean() > 0.999  # but for ties that rounding decides
+
+
+def test_a_tag_prior_weighs_masks_as_an_evaluation_does(base: Path, shards: Path, tmp_path: Path) -> None:
+    words = ["eval", str(base), "--data", str(shards), "--what", "seg", "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*words, "--set", "eval.limit=4", "eval.cam=false", "--tag-prior", "2"]) == 0
+    reader, model = ShardReader(shards, "val"), Model(base, device="cpu")
+    images = [np.asarray(Image.open(io.BytesIO(reader[k].image)).convert("RGB")) for k in range(4)]
+    plain, large = model.predict(images), noise(200, 300)
+    parts = model.predict(large, tile=128).mask
+    weighed = model.predict(images, tag_prior=2.0)
+    model.config = replace(model.config, eval=replace(model.config.eval, tag_prior=2.0))
+    for k, found in enumerate(weighed):
+        scored = np.asarray(Image.open(tmp_path / "seg" / f"{reader[k].id}.png"))
+        assert (scored == found.mask).mean() > 0.999  # but for ties that rounding decides
+        assert found.scores == plain[k].scores and (model.predict(images[k]).mask == found.mask).mean() > 0.999
+    changed = sum(int((a.mask != b.mask).sum()) for a, b in zip(weighed, plain, strict=True))
+    assert changed > 0 and sum(int((f.mask > 0).sum()) for f in weighed) < sum(int((f.mask > 0).sum()) for f in plain)
+    assert (model.predict(large, tile=128).mask != parts).any()  # of each part, by what it shows
 
 
 def test_masks_and_maps_follow_the_section_eval_of_the_run(base: Path) -> None:

@@ -517,7 +517,7 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(
 def test_a_bare_command_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "coco, coco100, fig7, shapes, table3, table4, voc" in shown
+    assert "coco, coco100, corners, fig7, shapes, table3, table4, voc" in shown
 
 
 @pytest.mark.ray

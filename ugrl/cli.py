@@ -56,6 +56,8 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best", action="store_true", help="the best checkpoint of the run instead of the newest")
     parser.add_argument("--scales", type=scale, nargs="+", metavar="S", help="scales of the input to combine")
     parser.add_argument("--mirror", action="store_true", help="combine with the mirror image")
+    text = "weigh the classes of all pixels by the classifier's p^G (default: eval.tag_prior)"
+    parser.add_argument("--tag-prior", type=float, metavar="G", help=text)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 

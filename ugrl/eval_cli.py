@@ -116,6 +116,8 @@ def how_to_measure(cfg: Config, args: argparse.Namespace) -> tuple[EvalConfig, l
     if args.scales:
         given["seg_scales"] = tuple(args.scales)
     given |= {key: True for key in ("mirror", "crf") if getattr(args, key)}
+    if args.tag_prior is not None:
+        given["tag_prior"] = config_mod.build({"eval": {"tag_prior": args.tag_prior}}).eval.tag_prior
     return choose(cfg.eval, args.protocol, given)
 
 
@@ -133,10 +135,11 @@ def check_together(args: argparse.Namespace) -> None:
     args.split = args.split or "val"
     what = " ".join(args.what or WHAT)
     if args.what and "seg" not in args.what:
-        for option in ("crf", "scales", "mirror"):
+        for option in ("crf", "scales", "mirror", "tag_prior"):
             if getattr(args, option):
                 instead = "--set eval.cam_scales=[1,2]" if option == "scales" else "--what seg beside it"
-                raise ConfigError(f"--{option} is for the segmentation, which --what {what} leaves out; try {instead}")
+                name = option.replace("_", "-")
+                raise ConfigError(f"--{name} is for the segmentation, which --what {what} leaves out; try {instead}")
     if args.what == ["seg"] and not args.refined_cam:
         for option in ("threshold", "threshold_from"):
             if getattr(args, option) is not None:
@@ -166,7 +169,7 @@ def _check_columns(args: argparse.Namespace) -> None:
     given = [
         name for name in ("what", "crf", "refined_cam", "threshold", "threshold_from", "out") if getattr(args, name)
     ]
-    given += [name for name in ("best", "scales", "mirror", "device") if getattr(args, name)]
+    given += [name for name in ("best", "scales", "mirror", "tag_prior", "device") if getattr(args, name)]
     given += ["protocol"] if args.protocol not in (None, "native") else []
     if given:
         name = given[0].replace("_", "-")

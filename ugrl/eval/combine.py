@@ -64,6 +64,21 @@ def shares_passes(how: EvalConfig) -> bool:
     return how.resize == "native" and how.rounding == "nearest" and not how.cam_side
 
 
+def with_tag_prior(probs_BCHW: Tensor, tags_BF: Tensor, power: float) -> Tensor:
+    """Probabilities of each pixel, weighed by those of the whole image: S_c · p_c^γ / (S_0 + Σ S_k · p_k^γ).
+
+    Args:
+        probs_BCHW: Probabilities S, class 0 is background.
+        tags_BF: The classifier's probabilities p of the classes without background.
+        power: γ, ``eval.tag_prior``; 0 changes nothing.
+    """
+    if power == 0:
+        return probs_BCHW
+    prior_BC = F.pad(tags_BF.to(probs_BCHW.dtype) ** power, (1, 0), value=1.0)
+    weighed_BCHW = probs_BCHW * prior_BC[:, :, None, None]
+    return weighed_BCHW / weighed_BCHW.sum(1, keepdim=True)
+
+
 def combined_scores(
     net: UGRLNet,
     images_B3HW: Tensor,

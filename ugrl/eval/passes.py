@@ -18,7 +18,7 @@ from ugrl.bilinear import resize
 from ugrl.config import Config
 from ugrl.data.augment import eval_sample
 from ugrl.data.reader import ShardReader
-from ugrl.eval.combine import combined_scores, shares_passes
+from ugrl.eval.combine import combined_scores, shares_passes, with_tag_prior
 from ugrl.grid import resize_maps
 from ugrl.method.cam import CamOutput, CamPass, multi_scale_cam
 from ugrl.model.network import UGRLNet
@@ -195,4 +195,6 @@ class BatchPasses:
     @cached_property
     def seg_probs_BCHW(self) -> Tensor:
         """The segmentation's probabilities. Ask for :attr:`cam` before, if at all: some passes are the same."""
-        return combined_scores(self.net, self.batch.images_B3HW, self.cfg.eval, known=self.logits)
+        how = self.cfg.eval
+        probs_BCHW = combined_scores(self.net, self.batch.images_B3HW, how, known=self.logits)
+        return with_tag_prior(probs_BCHW, self.probs_BF, how.tag_prior)

@@ -23,6 +23,7 @@ _PLAIN: dict[str, Any] = {
     "resize": "native",
     "side": 512,
     "rounding": "nearest",
+    "tag_prior": 0.0,
     "cam_side": 0,
     "cam_scales": None,
     "crf": False,

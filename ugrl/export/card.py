@@ -175,10 +175,12 @@ def _scores(facts: Facts) -> str:
         return "None: there was no validation before this step."
     e, split = facts.config.eval, facts.config.data.val_split
     how = f"scales {', '.join(f'{s:g}' for s in e.seg_scales)}{', with the mirror image' if e.mirror else ''}"
+    prior = f"classes weighed by the classifier's p^{e.tag_prior:g}" if e.tag_prior else ""
+    how += f", {prior}" if prior else ""
     text = f"On the split `{split}` at the last validation before this step ({how})."
     return (
         text
-        + " The exported files make one pass at scale 1."
+        + f" The exported files make one pass at scale 1{', without that weight' if prior else ''}."
         + "\n\n"
         + "\n".join(["| score | value |", "| --- | ---: |", *found])
     )

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace, choose: Choose) -> int:
         overlap=args.overlap,
         batch=args.batch,
         protocol=args.protocol,
+        tag_prior=args.tag_prior,
     )
     job = Job(model, how, args.palette, folder, stop=args.on_error == "raise")
     folder.check_pure(job.fingerprint)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ugrl.config import EvalConfig
 from ugrl.data.augment import normalize
 from ugrl.errors import DataError
-from ugrl.eval.combine import combined_scores, first_size
+from ugrl.eval.combine import combined_scores, first_size, with_tag_prior
 from ugrl.eval.crf import sharpen
 from ugrl.eval.passes import pad_small
 from ugrl.grid import inside_cells
@@ -23,7 +23,8 @@ from ugrl.predict.tiles import Span, Tiling, bands, weights
 # Pixels of an image at its largest scale; probabilities of twenty classes are then some gigabytes.
 MOST_PIXELS = 64_000_000
 # Keys of ``eval`` that a mask depends on, beside those of the CRF.
-KEYS = ("seg_scales", "mirror", "mirror_by", "resize", "side", "rounding", "combine", "combine_of", "combine_at")
+COMBINED = ("combine", "combine_of", "combine_at", "tag_prior")
+KEYS = ("seg_scales", "mirror", "mirror_by", "resize", "side", "rounding", *COMBINED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def segment(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.
             f"{w} × {h} pixels{at}; expected at most {MOST_PIXELS // 10**6} million: --tile 1024 takes it in parts"
         )
     probs_BCHW, f4_BDhw = _pass(net, pixels, how, device)
-    scores_BF = _scores(net, f4_BDhw.amax((2, 3)) if net.pooling == "gmp" else f4_BDhw.mean((2, 3)))
+    scores_BF = _scores(net, f4_BDhw).cpu().numpy()
     labels_BHW = probs_BCHW.argmax(1).to(torch.uint8).cpu().numpy()
     found = []
     for b, image in enumerate(pixels):
@@ -104,13 +105,17 @@ def segment(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.
 
 
 def _pass(net: UGRLNet, pixels: Sequence[np.ndarray], how: How, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, C, H, W), and F4 of the plain pass, which serves both (B, D, h, w)."""
+    """Probabilities (B, C, H, W), and F4 of the plain pass, which serves both (B, D, h, w).
+
+    A part of an image is weighed by the classes that it shows itself.
+    """
     h, w = pixels[0].shape[:2]
     x_B3HW = as_input(net, pixels, device)
     features, _ = net.encoder(x_B3HW)
     serves = how.rest.resize == "native" and 1.0 in how.scales
     known = {(1.0, False): net.decoder(features)[1]} if serves else None
-    return combined_scores(net, x_B3HW, how.eval, known)[:, :, :h, :w], features[3].float()
+    probs_BCHW, f4_BDhw = combined_scores(net, x_B3HW, how.eval, known)[:, :, :h, :w], features[3].float()
+    return with_tag_prior(probs_BCHW, _scores(net, f4_BDhw), how.rest.tag_prior), f4_BDhw
 
 
 def as_input(net: UGRLNet, pixels: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -118,10 +123,11 @@ def as_input(net: UGRLNet, pixels: Sequence[np.ndarray], device: torch.device) -
     return torch.from_numpy(np.stack([pad_small(normalize(image), net.min_size) for image in pixels])).to(device)
 
 
-def _scores(net: UGRLNet, pooled_BD: Tensor) -> np.ndarray:
-    logits_BF = torch.nn.functional.linear(pooled_BD, net.classifier.weight.flatten(1).to(pooled_BD.dtype))
-    found: np.ndarray = logits_BF.sigmoid().float().cpu().numpy()
-    return found
+def _scores(net: UGRLNet, f4_BDhw: Tensor) -> Tensor:
+    """The classifier's probabilities (B, F), float32, of F4 as it is pooled over all positions."""
+    pooled_BD = f4_BDhw.amax((2, 3)) if net.pooling == "gmp" else f4_BDhw.mean((2, 3))
+    weight_FD = net.classifier.weight.flatten(1).to(pooled_BD.dtype)
+    return torch.nn.functional.linear(pooled_BD, weight_FD).sigmoid().float()
 
 
 def _sharpened(probs_CHW: Tensor, pixels_HW3: np.ndarray, how: How) -> np.ndarray:
@@ -155,7 +161,7 @@ def _in_tiles(net: UGRLNet, image_HW3: np.ndarray, how: How, tiling: Tiling, dev
         part = image_HW3[top:done]
         labels_HW[top:done] = _sharpened(ready, part, how) if how.crf else ready.argmax(0).to(torch.uint8).cpu().numpy()
         sums_CHW, top = sums_CHW[:, done - top :].clone(), done
-    return Labelled(labels_HW, _scores(net, pool.value()[None])[0])
+    return Labelled(labels_HW, _scores(net, pool.value()[None, :, None, None])[0].cpu().numpy())
 
 
 def _row_passes(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ugrl.config import SCALES, CamConfig, Config
+from ugrl.config import SCALES, CamConfig, Config, build
 from ugrl.device import resolve
 from ugrl.errors import ConfigError, DataError
 from ugrl.eval.crf import find_backend
@@ -102,6 +102,7 @@ class Model:
         overlap: int | None = None,
         batch: int = 1,
         protocol: str | None = None,
+        tag_prior: float | None = None,
     ) -> How:
         """What :meth:`predict` is asked for, checked; arguments as there.
 
@@ -113,6 +114,8 @@ class Model:
         given: dict[str, Any] = {"seg_scales": tuple(scales)} if scales else {}
         if mirror is not None:
             given["mirror"] = mirror
+        if tag_prior is not None:
+            given["tag_prior"] = build({"eval": {"tag_prior": tag_prior}}).eval.tag_prior
         e, _ = choose(self.config.eval, protocol, given)
         crf = crf or (protocol is not None and e.crf)
         for scale in e.seg_scales:
@@ -145,6 +148,7 @@ class Model:
         palette: str = "voc",
         on_error: Literal["raise", "skip"] = "raise",
         protocol: str | None = None,
+        tag_prior: float | None = None,
     ) -> Any:
         """Masks of images.
 
@@ -161,6 +165,8 @@ class Model:
             on_error: What happens to an image that cannot be used: ``raise`` stops, ``skip`` warns and goes on.
             protocol: How others measure, as of ``ugrl eval --protocol``: sizes, scales, how scores are combined, and
                 a CRF where it has one. ``None``: what the run's section ``eval`` says.
+            tag_prior: γ with which the classifier's p weighs the classes of all pixels, S_c · p_c^γ;
+                ``eval.tag_prior`` by default.
 
         Returns:
             A :class:`Prediction`; for a list, a list of them, with ``None`` in place of an image that was skipped.
@@ -178,7 +184,14 @@ class Model:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
         how = self.how(
-            scales=scales, mirror=mirror, crf=crf, tile=tile, overlap=overlap, batch=batch, protocol=protocol
+            scales=scales,
+            mirror=mirror,
+            crf=crf,
+            tile=tile,
+            overlap=overlap,
+            batch=batch,
+            protocol=protocol,
+            tag_prior=tag_prior,
         )
         listed, single = _listed(images)
         found: list[Prediction | None] = [None] * len(listed)
