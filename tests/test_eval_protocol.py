@@ -172,6 +172,8 @@ def test_a_tag_prior_is_that_of_loops(power: float) -> None:
         weighed = [probs[b, c, y, x] * (tags[b, c - 1] ** power if c else 1) for c in range(4)]
         np.testing.assert_allclose(got[b, :, y, x], np.array(weighed) / sum(weighed), atol=1e-12)
     assert (got[0, 2] == 0).all()
+    nothing = torch.tensor([0.0, 1.0, 0.0, 0.0])[None, :, None, None]
+    assert (with_tag_prior(nothing, torch.zeros(1, 3), power) == 0).all()
     assert with_tag_prior(torch.from_numpy(probs), torch.from_numpy(tags), 0).equal(torch.from_numpy(probs))
 
 

@@ -76,7 +76,8 @@ def with_tag_prior(probs_BCHW: Tensor, tags_BF: Tensor, power: float) -> Tensor:
         return probs_BCHW
     prior_BC = F.pad(tags_BF.to(probs_BCHW.dtype) ** power, (1, 0), value=1.0)
     weighed_BCHW = probs_BCHW * prior_BC[:, :, None, None]
-    return weighed_BCHW / weighed_BCHW.sum(1, keepdim=True)
+    # Where nothing is left, not even background, all are 0: that is background, too.
+    return weighed_BCHW / weighed_BCHW.sum(1, keepdim=True).clamp_min(torch.finfo(weighed_BCHW.dtype).tiny)
 
 
 def combined_scores(
