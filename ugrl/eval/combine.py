@@ -65,7 +65,10 @@ def shares_passes(how: EvalConfig) -> bool:
 
 
 def with_tag_prior(probs_BCHW: Tensor, tags_BF: Tensor, power: float) -> Tensor:
-    """Probabilities of each pixel, weighed by those of the whole image: S_c · p_c^γ / (S_0 + Σ S_k · p_k^γ).
+    """Probabilities of each pixel, whose classes are weighed by those of the whole image.
+
+    (1 − S_0) · S_c · p_c^γ / Σ_k S_k · p_k^γ for a class c; the background keeps its S_0. Weighed classes beside a
+    background that is not would lose to it (docs/finding.md, "The classifier in the masks").
 
     Args:
         probs_BCHW: Probabilities S, class 0 is background.
@@ -74,10 +77,12 @@ def with_tag_prior(probs_BCHW: Tensor, tags_BF: Tensor, power: float) -> Tensor:
     """
     if power == 0:
         return probs_BCHW
-    prior_BC = F.pad(tags_BF.to(probs_BCHW.dtype) ** power, (1, 0), value=1.0)
-    weighed_BCHW = probs_BCHW * prior_BC[:, :, None, None]
-    # Where nothing is left, not even background, all are 0: that is background, too.
-    return weighed_BCHW / weighed_BCHW.sum(1, keepdim=True).clamp_min(torch.finfo(weighed_BCHW.dtype).tiny)
+    ground_B1HW, classes_BFHW = probs_BCHW[:, :1], probs_BCHW[:, 1:]
+    weighed_BFHW = classes_BFHW * tags_BF.to(probs_BCHW.dtype)[:, :, None, None] ** power
+    total_B1HW = weighed_BFHW.sum(1, keepdim=True)
+    # Where no class is left, all is background.
+    share_B1HW = (1 - ground_B1HW) / total_B1HW.clamp_min(torch.finfo(probs_BCHW.dtype).tiny)
+    return torch.cat([torch.where(total_B1HW > 0, ground_B1HW, 1.0), weighed_BFHW * share_B1HW], 1)
 
 
 def combined_scores(

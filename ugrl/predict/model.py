@@ -165,7 +165,7 @@ class Model:
             on_error: What happens to an image that cannot be used: ``raise`` stops, ``skip`` warns and goes on.
             protocol: How others measure, as of ``ugrl eval --protocol``: sizes, scales, how scores are combined, and
                 a CRF where it has one. ``None``: what the run's section ``eval`` says.
-            tag_prior: γ with which the classifier's p weighs the classes of all pixels, S_c · p_c^γ;
+            tag_prior: γ with which the classifier's p weighs the classes of all pixels;
                 ``eval.tag_prior`` by default.
 
         Returns:
