@@ -32,7 +32,7 @@ def test_the_surface_is_what_the_readme_says() -> None:
     looking = {"--help", "--version", "--best", "--device", "--data", "--split", "--limit", "--palette", "--out"}
     assert options(commands["view"].format_help()) == looking | {"--size", "--embed", "--serve", "--port"}
     assert options(commands["figures"].format_help()) == looking | {"--images"}
-    common = {"--help", "--version", "--best", "--scales", "--mirror", "--crf", "--device"}
+    common = {"--help", "--version", "--best", "--scales", "--mirror", "--tag-prior", "--crf", "--device"}
     measured = {"--data", "--split", "--list", "--what", "--refined-cam", "--threshold", "--threshold-from"}
     measured |= {"--protocol", "--set", "--out", "--json", "--masks", "--compare"}
     assert options(commands["eval"].format_help()) == common | measured
