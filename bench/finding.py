@@ -34,7 +34,7 @@ from ugrl.files import write_whole
 STORED = Path(__file__).parent / "results" / "finding"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 # Smaller experiments, each with its file of arms.
-BESIDE = ("one_at_a_time", "transfer", "over_time")
+BESIDE = ("one_at_a_time", "transfer", "few", "over_time")
 # The arm that is the default of voc676.
 DEFAULT = "IV-decoder"
 
@@ -64,7 +64,7 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
     parts = {}
     if (one := known.get("one_at_a_time")) is not None:
         parts["One thing at a time"] = gaps_table({DEFAULT: found.get(DEFAULT, {}), **one}, DEFAULT)
-    if (other := known.get("transfer")) is not None:
+    if other := {**known.get("transfer", {}), **known.get("few", {})}:
         parts["Transfer"] = transfer_table(other)
     if (steps := known.get("over_time")) is not None:
         parts["Over training time"] = over_time_tables(steps)

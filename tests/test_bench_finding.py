@@ -204,6 +204,7 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
     for folder, names in (
         ("one_at_a_time", ("no-weights-0", "no-contrast-0")),
         ("transfer", ("Base+crop192-0", "IV-decoder+crop192-0", "IV-decoder+scratch-0")),
+        ("few", ("Base+few-0", "IV-decoder+few-0")),
         ("over_time", ("IV-decoder@100-0", "IV-decoder-0")),
     ):
         (tmp_path / folder).mkdir()
@@ -228,6 +229,7 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
         f"| IV-decoder | 1 | {seg['Base']:.1f} | {seg['IV-decoder']:.1f} | {seg['IV-decoder'] - seg['Base']:+.1f}"
         in row
     )
+    assert "| few | IV-decoder | 1 |" in parts["Transfer"]
     over = parts["Over training time"]
     assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from bench import few, real
+from bench import real
 from bench.real_measure import LabelScores
 from bench.real_table import as_markdown, parts, summary
 from tests.reference_metrics import ref_auroc
@@ -27,7 +27,7 @@ from tests.test_data_voc import save_mask, save_xml
 from ugrl import config as configs
 from ugrl.config import Config
 from ugrl.data.reader import ShardReader
-from ugrl.data.voc import CLASS_NAMES, VocSource
+from ugrl.data.voc import CLASS_NAMES
 from ugrl.eval.evaluate import evaluate
 from ugrl.eval.metrics import Confusion, weighted_auroc
 from ugrl.eval.passes import shape_batches
@@ -63,7 +63,7 @@ TREE = {
         "checkpoint_every": 2,
         "keep_best": 0,
     },
-    "eval": {"mirror": True},
+    "eval": {"mirror": True, "tag_prior": 1.0},
 }
 
 
@@ -218,27 +218,6 @@ def other_devkit(folder: Path) -> Path:
     return root
 
 
-def test_a_devkit_of_a_few_photographs(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [*words[:2], "--out", str(tmp_path / "few"), "--classes", "cat", "dog", "--each"]
-    assert few.main([*given, "2"]) == 0 and "4 photographs to train on" in capsys.readouterr().out
-    source, whole_kit = VocSource(tmp_path / "few"), VocSource(words[1])
-    ids = source.splits()
-    shown = [{CLASS_NAMES[t - 1] for t in source.tags("train", id) or ()} for id in ids["train"]]
-    assert len(shown) == 4 and all(tags <= {"cat", "dog"} for tags in shown)
-    assert "cat" in shown[0] & shown[1] and "dog" in shown[2] & shown[3]
-    both = {CLASS_NAMES.index(name) + 1 for name in ("cat", "dog")}
-    assert ids["val"] == [id for id in whole_kit.splits()["val"] if set(whole_kit.tags("val", id) or ()) <= both]
-    assert source.row("train", ids["train"][0]).mask is not None
-    for more, message in (
-        (["2"], "is there already"),
-        (["9", "--out", str(tmp_path / "more")], "--each is 9: "),
-        (["2", "--classes", "kat"], "no 'kat'; did you mean 'cat'?"),
-    ):
-        assert few.main([*given, *more]) == 2
-        errors = capsys.readouterr().err.strip().splitlines()
-        assert len(errors) == 1 and message in errors[0], errors
-
-
 ARMS = """
 Base: {method.setting: Base}
 IV-all:
@@ -374,8 +353,10 @@ def test_scores_are_those_of_validations_at_each_threshold(name: str, whole: tup
     assert scores["refined_train"] >= max(refined.values()) - 1e-9
     if (t := scores["refined_threshold"]) in refined:
         assert scores["refined_train"] == pytest.approx(refined[t], abs=1e-9)
-    val = validated("val", cam_background=chosen)
-    plain = validated("val", cam_background=chosen, mirror=False)
+    val = validated("val", cam_background=chosen, tag_prior=0.0)
+    plain = validated("val", cam_background=chosen, tag_prior=0.0, mirror=False)
+    prior = validated("val", cam_background=chosen)
+    assert scores["seg_val_prior"] == pytest.approx(prior["seg_miou"])
     assert scores["tag_map"] == pytest.approx(val["tag_map"]) and scores["cam_val"] == pytest.approx(val["cam_miou"])
     assert scores["seg_val"] == pytest.approx(val["seg_miou"])
     assert scores["seg_val_plain"] == pytest.approx(plain["seg_miou"])
