@@ -65,6 +65,8 @@ class Forecast:
             if (kind, count) == ("image", 0):
                 self._first[arm.name, kind] = now, 0  # the steps come first, and they are no time of images
             begun, before = self._first.setdefault((arm.name, kind), (now, count))
+            if count < before:  # a killed run had come further than its last checkpoint, where this one begins
+                self._first[arm.name, kind] = begun, before = now, count
             if count > before and (kind == "image" or steps < arm.cfg.train.steps):
                 self._seconds[arm.name, kind] = now - begun, count - before
         return steps, images

@@ -503,3 +503,11 @@ def test_what_is_left_is_told_by_what_was_seen(tmp_path: Path) -> None:
     seen = [(a, *forecast.see(a, 220.0)) for a in arms]
     assert forecast.each("image") == pytest.approx(2.0)  # of measuring alone: not of the 200 s before
     assert forecast.left(seen) == pytest.approx(90 * forecast.each("step", "IV") + 50 * 2.0)
+    # Killed behind its checkpoint, it begins again before where its log had come to.
+    STATE.update({"IV-0": (90, 0), "Base-0": (100, 50)})
+    again = real.Forecast(arms[:1], 50, 1)
+    again.see(arms[0], 0.0)
+    for now, steps in ((10.0, 50), (50.0, 60), (90.0, 70)):
+        STATE["IV-0"] = (steps, 0)
+        again.see(arms[0], now)
+    assert again.each("step") == pytest.approx(4.0)
