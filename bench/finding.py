@@ -17,13 +17,13 @@ from rich.console import Console
 
 from bench.finding_stats import Result, read_all
 from bench.finding_tables import (
-    coverage_table,
+    coverage_tables,
     gaps_table,
     over_time_tables,
-    pixels_table,
+    pixels_tables,
     power,
     scores_table,
-    tells_table,
+    tells_tables,
     transfer_table,
 )
 from bench.real_arms import variants_of
@@ -34,7 +34,7 @@ from ugrl.files import write_whole
 STORED = Path(__file__).parent / "results" / "finding"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 # Smaller experiments, each with its file of arms.
-BESIDE = ("one_at_a_time", "transfer", "few", "over_time")
+BESIDE = ("one_at_a_time", "transfer", "few", "shapes", "over_time")
 # The arm that is the default of voc676.
 DEFAULT = "IV-decoder"
 
@@ -66,6 +66,8 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
         parts["One thing at a time"] = gaps_table({DEFAULT: found.get(DEFAULT, {}), **one}, DEFAULT)
     if other := {**known.get("transfer", {}), **known.get("few", {})}:
         parts["Transfer"] = transfer_table(other)
+    if (shapes := known.get("shapes")) is not None:
+        parts["On shapes"] = "\n\n".join((scores_table(shapes), gaps_table(shapes, "Base"), tells_tables(shapes)))
     if (steps := known.get("over_time")) is not None:
         parts["Over training time"] = over_time_tables(steps)
     return parts
@@ -86,9 +88,9 @@ def report(folder: Path) -> str:
             "Differences to Base": gaps_table(found, "Base") + "\n\n" + power(found),
             "Differences to IV": gaps_table(found, "IV") if "IV" in found else "",
             "Differences to IV-doubts": gaps_table(found, "IV-doubts") if "IV-doubts" in found else "",
-            "What tells bad pairs": tells_table(found),
-            "Risk and coverage": coverage_table(found),
-            "What tells wrong pixels": pixels_table(found),
+            "What tells bad pairs": tells_tables(found),
+            "Risk and coverage": coverage_tables(found),
+            "What tells wrong pixels": pixels_tables(found),
         }
     parts |= beside(folder, found)
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items() if text) + "\n"

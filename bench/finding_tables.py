@@ -26,7 +26,7 @@ TELLS = {
     "distance": "distance (Eq. 5)",
     "margin": "margin to all",
     "margin_shown": "margin to those shown",
-    "mixed": "the same, and the classifier's doubt",
+    "mixed": "that margin and 1 − p",
     "decoder": "the decoder's doubt",
     "all": "all three",
 }
@@ -80,48 +80,76 @@ def gaps_table(found: Mapping[str, Mapping[int, Result]], base: str) -> str:
     return table(header, rows)
 
 
-def tells_table(found: Mapping[str, Mapping[int, Result]]) -> str:
-    """What tells bad pairs: AUROC of each u, and the difference to 1 − p."""
-    rows = []
-    for arm, runs in found.items():
-        for name, text in {**TELLS, "p": "1 − p"}.items():
-            cells = [tells(runs, split, name) for split in ("train", "val")]
-            error = calibration_error(runs, name)
-            if all(cells) and error is not None:
-                shown = [f"{100 * c[0]:.1f} | {'–' if name == 'p' else c[1]}" for c in cells if c is not None]
-                rows.append([arm, text, *shown, f"{100 * error:.1f}"])
-    header = ["arm", "score", "train", "− (1 − p)", "val", "− (1 − p)", "calibration error"]
-    return table(header, rows)
+def by_arm(
+    title: str, found: Mapping[str, Mapping[int, Result]], columns: Mapping[str, str], cell: Callable[[str, str], str]
+) -> str:
+    """A table with a row for each arm and a column for each score, of those that there are.
+
+    Args:
+        title: Heads the arms.
+        found: The arms.
+        columns: Name of a score → its column.
+        cell: Of an arm and a score; empty where there is none.
+    """
+    cells = {arm: {name: cell(arm, name) for name in columns} for arm in found}
+    names = [name for name in columns if any(row[name] for row in cells.values())]
+    rows = [[arm, *(row[name] or "–" for name in names)] for arm, row in cells.items() if any(row.values())]
+    return table([title, *(columns[name] for name in names)], rows)
 
 
-def pixels_table(found: Mapping[str, Mapping[int, Result]]) -> str:
+def tells_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
+    """What tells bad pairs: AUROC of each u, the difference to 1 − p, and the calibration error."""
+    known = {**TELLS, "p": "1 − p"}
+    told = {
+        (arm, split, name): tells(runs, split, name)
+        for arm, runs in found.items()
+        for split in ("train", "val")
+        for name in known
+    }
+
+    def area(split: str) -> Callable[[str, str], str]:
+        return lambda arm, name: "" if (at := told[arm, split, name]) is None else f"{100 * at[0]:.1f}"
+
+    def gap(split: str) -> Callable[[str, str], str]:
+        return lambda arm, name: "" if (at := told[arm, split, name]) is None else str(at[1])
+
+    def error(arm: str, name: str) -> str:
+        return "" if (at := calibration_error(found[arm], name)) is None else f"{100 * at:.1f}"
+
+    parts = [by_arm(f"AUROC for pairs, {split}", found, known, area(split)) for split in ("train", "val")]
+    parts += [by_arm(f"AUROC − that of 1 − p, {split}", found, TELLS, gap(split)) for split in ("train", "val")]
+    return "\n\n".join([*parts, by_arm("calibration error, val", found, known, error)])
+
+
+def pixels_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     """What tells wrong pseudo-labels on train, pixel by pixel: AUROC for foreground and background labels."""
-    rows = []
-    for arm, runs in found.items():
-        for name, text in PIXELS.items():
-            keys = [f"pixel_{name}_{kind}" for kind in ("fg", "bg")]
-            values = [[r.scores[key] for r in runs.values() if key in r.scores] for key in keys]
-            if all(values):
-                rows.append([arm, text, *map(spread, values)])
-    return table(["arm", "score", "foreground", "background"], rows)
+    kinds = {"fg": "foreground", "bg": "background"}
+
+    def cell(kind: str) -> Callable[[str, str], str]:
+        return lambda arm, name: "" if (text := values(found[arm], f"pixel_{name}_{kind}")) == "–" else text
+
+    return "\n\n".join(by_arm(f"AUROC for pixels, {kinds[kind]}", found, PIXELS, cell(kind)) for kind in kinds)
 
 
-def coverage_table(found: Mapping[str, Mapping[int, Result]], shares: Sequence[float] = (1.0, 0.8, 0.6, 0.4)) -> str:
+def coverage_tables(found: Mapping[str, Mapping[int, Result]], shares: Sequence[float] = (0.8, 0.6, 0.4)) -> str:
     """Mean CAM IoU of the share of pairs on val that a score trusts most: risk against coverage."""
-    rows = []
-    for arm, runs in found.items():
-        for name, text in {**TELLS, "p": "1 − p"}.items():
-            cells: list[list[float]] = [[] for _ in shares]
-            for run in runs.values():
+    known = {"": "all pairs", **TELLS, "p": "1 − p"}
+
+    def cell(share: float) -> Callable[[str, str], str]:
+        def of(arm: str, name: str) -> str:
+            trusted = []
+            for run in found[arm].values():
                 pairs = run.pairs["val"]
-                risk, here = judged_pairs(pairs, name)
-                if here.any():
-                    iou = pairs["iou"][here][np.argsort(risk[here], kind="stable")]
-                    for cell, share in zip(cells, shares, strict=True):
-                        cell.append(float(iou[: max(1, round(share * len(iou)))].mean()))
-            if all(len(cell) == len(runs) for cell in cells):
-                rows.append([arm, text, *map(spread, cells)])
-    return table(["arm", "score", *(f"{100 * share:.0f} % of the pairs" for share in shares)], rows)
+                risk, here = judged_pairs(pairs, name or "p")
+                if not here.any():
+                    return ""
+                iou = pairs["iou"][here][np.argsort(risk[here], kind="stable")]
+                trusted.append(float(iou[: max(1, round((share if name else 1.0) * len(iou)))].mean()))
+            return spread(trusted)
+
+        return of
+
+    return "\n\n".join(by_arm(f"{100 * share:.0f} % of the pairs", found, known, cell(share)) for share in shares)
 
 
 def transfer_table(found: Mapping[str, Mapping[int, Result]]) -> str:

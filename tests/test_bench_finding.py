@@ -183,6 +183,38 @@ def test_the_report_has_all_tables(stored: Path, capsys: pytest.CaptureFixture[s
     assert "Power: the paired differences" in text
 
 
+def cells(table: str, row: str) -> dict[str, str]:
+    """A row of a table in Markdown, by column."""
+    lines = [[c.strip() for c in line.strip("| ").split("|")] for line in table.splitlines()]
+    return dict(zip(lines[0], next(line for line in lines if line[0] == row), strict=True))
+
+
+def test_a_row_is_an_arm_and_a_column_a_score(stored: Path) -> None:
+    found = finding.read_arms(stored)
+    tables = {block[2:].split(" |")[0]: block for block in finding.report(stored).split("\n\n") if block[:1] == "|"}
+    for split in ("train", "val"):
+        for name, text in {**TELLS, "p": "1 − p"}.items():
+            told = stats.tells(found["IV"], split, name)
+            assert told is not None
+            assert cells(tables[f"AUROC for pairs, {split}"], "IV")[text] == f"{100 * told[0]:.1f}"
+            if name != "p":
+                assert cells(tables[f"AUROC − that of 1 − p, {split}"], "IV")[text] == str(told[1])
+    # Of the 40 % that 1 − p trusts most, by hand.
+    trusted = []
+    for run in found["IV"].values():
+        p, iou = (run.pairs["val"][name][np.isfinite(run.pairs["val"]["iou"])] for name in ("p", "iou"))
+        trusted.append(100 * float(iou[p >= np.sort(p)[-round(0.4 * len(p))]].mean()))
+    assert cells(tables["40 % of the pairs"], "IV")["1 − p"].startswith(f"{np.mean(trusted):.1f} ±")
+    # What a run of an arm lacks is a dash, what none has is no column, and an arm without any is no row.
+    assert "| Full |" not in tables["AUROC for pairs, val"]
+    tree = json.loads((stored / "Base-0.json").read_text())
+    tree["pairs"]["val"]["decoder"] = [None] * 20
+    (stored / "Base-0.json").write_text(json.dumps(tree))
+    (block,) = [b for b in finding.report(stored).split("\n\n") if b.startswith("| AUROC for pairs, val")]
+    assert cells(block, "Base")["the decoder's doubt"] == "–" != cells(block, "IV")["the decoder's doubt"]
+    assert list(cells(tables["AUROC for pixels, foreground"], "Full"))[1:] == ["confidence of the label"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"images": 3}', '{"images": {"a": {"b": [[0]]}}, "pairs": {}, "scores": {}}']
 )
@@ -205,6 +237,7 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
         ("one_at_a_time", ("no-weights-0", "no-contrast-0")),
         ("transfer", ("Base+crop192-0", "IV-decoder+crop192-0", "IV-decoder+scratch-0")),
         ("few", ("Base+few-0", "IV-decoder+few-0")),
+        ("shapes", ("Base-0", "IV-decoder-0")),
         ("over_time", ("IV-decoder@100-0", "IV-decoder-0")),
     ):
         (tmp_path / folder).mkdir()
@@ -230,6 +263,7 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
         in row
     )
     assert "| few | IV-decoder | 1 |" in parts["Transfer"]
+    assert "| IV-decoder | 1 | +" in parts["On shapes"] and "| AUROC for pairs, val |" in parts["On shapes"]
     over = parts["Over training time"]
     assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
 
