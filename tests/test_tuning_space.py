@@ -91,6 +91,21 @@ def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: st
     assert space.split == "tune_val"
 
 
+def test_the_corners_are_those_of_voc676_each_pair_of_ends_as_often_as_another() -> None:
+    space, around = load_space("corners"), {a.path: a for a in load_space("voc676").search}
+    centre, *points = space.first
+    assert trial_config(space.base(), centre) == space.base() and space.trials == len(space.first) == 13
+    ends = {}
+    for axis in space.search:
+        assert axis == around[axis.path]
+        low, high = (axis.options[0], axis.options[-1]) if axis.options else (axis.low, axis.high)
+        assert {point[axis.path] for point in points} == {low, high}
+        ends[axis.path] = [1 if point[axis.path] == high else -1 for point in points]
+    for one, signs in ends.items():
+        assert sum(signs) == 0
+        assert all(sum(a * b for a, b in zip(signs, ends[other], strict=True)) == 0 for other in ends if other != one)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
