@@ -23,6 +23,7 @@ from bench.finding_tables import (
     pixels_tables,
     power,
     scores_table,
+    search_table,
     tells_tables,
     transfer_table,
 )
@@ -35,6 +36,8 @@ STORED = Path(__file__).parent / "results" / "finding"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 # Smaller experiments, each with its file of arms.
 BESIDE = ("one_at_a_time", "transfer", "few", "shapes", "over_time")
+# Searches of ugrl-tune: name of the folder, and what its table is called.
+SEARCHES = {"search": "A search", "corners": "Corners of the search space"}
 # The arm that is the default of voc676.
 DEFAULT = "IV-decoder"
 
@@ -70,6 +73,12 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
         parts["On shapes"] = "\n\n".join((scores_table(shapes), gaps_table(shapes, "Base"), tells_tables(shapes)))
     if (steps := known.get("over_time")) is not None:
         parts["Over training time"] = over_time_tables(steps)
+    for name, title in SEARCHES.items():
+        where = folder_of(name, folder)
+        # A search has its files in its own folder, a benchmark in one below.
+        file = next((file for file in (where / "trials.csv", where.parent / "trials.csv") if file.is_file()), None)
+        if file is not None:
+            parts[title] = search_table(file)
     return parts
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
 from bench.finding_stats import Result, against, calibration_error, holm, judged_pairs, tells
+from ugrl.config import Config
+from ugrl.errors import DataError
+from ugrl.text import line
 
 # What the arms are compared in: name of the score, its column, and whose counts make its interval.
 COMPARED = {"seg_val": "segmentation, val", "pseudo_train": "pseudo-labels, train"}
@@ -198,6 +204,41 @@ def over_time_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     }
     header = [f"step {step}" for step in sorted(at)]
     return "\n\n".join(table([title, *header], of) for title, of in parts.items())
+
+
+def search_table(file: Path) -> str:
+    """The trials of a search: state, steps, scores in percent, and the values that were tried.
+
+    Args:
+        file: ``trials.csv`` of its report.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, restval="")
+            trials, names = list(reader), list(reader.fieldnames or ())
+        if not trials:
+            raise ValueError("it has no trial")
+        sections = {f.name for f in fields(Config)}
+        paths = [name for name in names if "." in name and name.partition(".")[0] in sections]
+        scores = {"seg_miou": "segmentation", "final.seg_miou": "fresh seed, val", "tag_map": "tag mAP"}
+        shown = [name for name in scores if any(trial.get(name) for trial in trials)]
+        rows = [
+            [
+                trial["number"],
+                trial["state"].lower() + (" †" if float(trial.get("collapsed") or 0) else ""),
+                trial["step"],
+                *(f"{100 * float(trial[name]):.1f}" if trial[name] else "–" for name in shown),
+                *(f"{float(trial[path]):.3g}" if trial[path] else "–" for path in paths),
+            ]
+            for trial in trials
+        ]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{line(file)}: cannot be read as the trials of a search: {line(str(error))}") from None
+    header = ["trial", "state", "steps", *(scores[name] for name in shown)]
+    return table([*header, *(path.rpartition(".")[2] for path in paths)], rows)
 
 
 def values(runs: Mapping[int, Result], score: str) -> str:

@@ -268,6 +268,29 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
     assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
 
 
+def test_a_search_has_a_table_of_its_trials(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "number,state,step,seg_miou,seg_miou.stderr,seeds,tag_map,collapsed,final.seg_miou,method.contrast.tau,seconds\n"
+        "0,COMPLETE,100,0.2345,,1,0.8,0,0.25,0.1,60.5\n1,COMPLETE,100,0.01,,1,0.7,1,,1,60.5\n2,FAIL,20,,,1,,,,0.03,9\n"
+    )
+    # As ugrl-tune and bench.real lay them out under runs.
+    main, file = stored / "finding" / "results", stored / "corners" / "trials.csv"
+    for folder in (main, file.parent):
+        folder.mkdir(parents=True)
+    for result_file in stored.glob("*.json*"):
+        result_file.rename(main / result_file.name)
+    file.write_text(text)
+    block = finding.report(main).partition("### Corners of the search space\n\n")[2]
+    rows = {number: list(cells(block, number).values())[1:] for number in "012"}
+    assert rows["0"] == ["complete", "100", "23.4", "25.0", "80.0", "0.1"]
+    assert rows["1"] == ["complete †", "100", "1.0", "–", "70.0", "1"]
+    assert rows["2"] == ["fail", "20", "–", "–", "–", "0.03"]
+    for broken in ("", "number,state\n1\n", text.replace("0.2345", "much")):
+        file.write_text(broken)
+        assert finding.main(["--results", str(main)]) == 2
+        assert "trials.csv" in capsys.readouterr().err
+
+
 def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (None, "notes.json"):
         if name:
