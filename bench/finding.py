@@ -67,10 +67,14 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
     parts = {}
     if (one := known.get("one_at_a_time")) is not None:
         parts["One thing at a time"] = gaps_table({DEFAULT: found.get(DEFAULT, {}), **one}, DEFAULT)
-    if other := {**known.get("transfer", {}), **known.get("few", {})}:
+    if (other := known.get("transfer")) is not None:
         parts["Transfer"] = transfer_table(other)
+    if (few := known.get("few")) is not None:
+        gaps = [gaps_table(few, base) for base in ("Base+few", "IV-doubts+few") if base in few]
+        parts["With few photographs"] = "\n\n".join((scores_table(few), *gaps))
     if (shapes := known.get("shapes")) is not None:
-        parts["On shapes"] = "\n\n".join((scores_table(shapes), gaps_table(shapes, "Base"), tells_tables(shapes)))
+        gaps = [gaps_table(shapes, "Base")] if "Base" in shapes else []
+        parts["On shapes"] = "\n\n".join((scores_table(shapes), *gaps, tells_tables(shapes)))
     if (steps := known.get("over_time")) is not None:
         parts["Over training time"] = over_time_tables(steps)
     for name, title in SEARCHES.items():

@@ -262,7 +262,8 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
         f"| IV-decoder | 1 | {seg['Base']:.1f} | {seg['IV-decoder']:.1f} | {seg['IV-decoder'] - seg['Base']:+.1f}"
         in row
     )
-    assert "| few | IV-decoder | 1 |" in parts["Transfer"]
+    few = parts["With few photographs"]
+    assert "| IV-decoder+few | 1 | +" in few and "− Base+few" in few and "− IV-doubts+few" not in few
     assert "| IV-decoder | 1 | +" in parts["On shapes"] and "| AUROC for pairs, val |" in parts["On shapes"]
     over = parts["Over training time"]
     assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
