@@ -36,6 +36,8 @@ TELLS = {
     "decoder": "the decoder's doubt",
     "all": "all three",
 }
+# Of a trial: column of trials.csv → its heading.
+TRIED = {"seg_miou": "segmentation", "final.seg_miou": "fresh seed, val", "tag_map": "tag mAP"}
 PIXELS = {
     "conf": "confidence of the label",
     "u": "u of the class (Eq. 7)",
@@ -206,11 +208,8 @@ def over_time_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     return "\n\n".join(table([title, *header], of) for title, of in parts.items())
 
 
-def search_table(file: Path) -> str:
-    """The trials of a search: state, steps, scores in percent, and the values that were tried.
-
-    Args:
-        file: ``trials.csv`` of its report.
+def read_trials(file: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The trials of a search, from ``trials.csv`` of its report, and the keys that it searched.
 
     Raises:
         DataError: It cannot be read.
@@ -219,26 +218,51 @@ def search_table(file: Path) -> str:
         with file.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream, restval="")
             trials, names = list(reader), list(reader.fieldnames or ())
-        if not trials:
-            raise ValueError("it has no trial")
         sections = {f.name for f in fields(Config)}
         paths = [name for name in names if "." in name and name.partition(".")[0] in sections]
-        scores = {"seg_miou": "segmentation", "final.seg_miou": "fresh seed, val", "tag_map": "tag mAP"}
-        shown = [name for name in scores if any(trial.get(name) for trial in trials)]
-        rows = [
-            [
-                trial["number"],
-                trial["state"].lower() + (" †" if float(trial.get("collapsed") or 0) else ""),
-                trial["step"],
-                *(f"{100 * float(trial[name]):.1f}" if trial[name] else "–" for name in shown),
-                *(f"{float(trial[path]):.3g}" if trial[path] else "–" for path in paths),
-            ]
-            for trial in trials
-        ]
+        numbers = (*(name for name in TRIED if name in names), "collapsed", *paths)
+        for trial in trials:
+            for name in numbers:
+                float(trial[name] or "nan")
+        if not trials or not {"number", "state", "step"} <= {*names}:
+            raise ValueError("expected trials with number, state and step")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{line(file)}: cannot be read as the trials of a search: {line(str(error))}") from None
-    header = ["trial", "state", "steps", *(scores[name] for name in shown)]
+    return trials, paths
+
+
+def search_table(trials: Sequence[Mapping[str, str]], paths: Sequence[str]) -> str:
+    """The trials of a search: state, steps, scores in percent, and the values that were tried."""
+    shown = [name for name in TRIED if any(trial.get(name) for trial in trials)]
+    rows = [
+        [
+            trial["number"],
+            trial["state"].lower() + (" †" if float(trial["collapsed"] or 0) else ""),
+            trial["step"],
+            *(f"{100 * float(trial[name]):.1f}" if trial[name] else "–" for name in shown),
+            *(f"{float(trial[path]):.4g}" if trial[path] else "–" for path in paths),
+        ]
+        for trial in trials
+    ]
+    header = ["trial", "state", "steps", *(TRIED[name] for name in shown)]
     return table([*header, *(path.rpartition(".")[2] for path in paths)], rows)
+
+
+def ends_table(trials: Sequence[Mapping[str, str]], paths: Sequence[str], score: str = "seg_miou") -> str:
+    """What one end of each axis has more than the other, in points: of the trials that lie at ends alone.
+
+    Each pair of axes is balanced in them (Plackett and Burman, 1946), so no axis has a part in the means of another.
+    """
+    values = np.array([[float(trial[path] or "nan") for path in paths] for trial in trials])
+    low_P, high_P = np.nanmin(values, 0), np.nanmax(values, 0)
+    points = np.array([float(trial[score] or "nan") for trial in trials])
+    here = ((values == low_P) | (values == high_P)).all(1) & np.isfinite(points)
+    rows = []
+    for path, at, low, high in zip(paths, values.T, low_P, high_P, strict=True):
+        ends = [100 * float(points[here & (at == end)].mean()) for end in (low, high)]
+        name = path.rpartition(".")[2]
+        rows.append([name, f"{low:.4g}", f"{high:.4g}", *(f"{x:.1f}" for x in ends), f"{ends[1] - ends[0]:+.1f}"])
+    return table(["axis", "low end", "high end", "segmentation, low", "segmentation, high", "difference"], rows)
 
 
 def values(runs: Mapping[int, Result], score: str) -> str:

@@ -271,8 +271,11 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
 
 def test_a_search_has_a_table_of_its_trials(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (
-        "number,state,step,seg_miou,seg_miou.stderr,seeds,tag_map,collapsed,final.seg_miou,method.contrast.tau,seconds\n"
-        "0,COMPLETE,100,0.2345,,1,0.8,0,0.25,0.1,60.5\n1,COMPLETE,100,0.01,,1,0.7,1,,1,60.5\n2,FAIL,20,,,1,,,,0.03,9\n"
+        "number,state,step,seg_miou,seg_miou.stderr,seeds,tag_map,collapsed,final.seg_miou,method.contrast.tau,"
+        "method.contrast.keep,seconds\n"
+        "0,COMPLETE,100,0.2345,,1,0.8,0,0.25,0.1,0.35,60.5\n"
+        "1,COMPLETE,100,0.01,,1,0.7,1,,1,0.05,60.5\n2,FAIL,20,,,1,,,,0.03,0.8,9\n"
+        "3,COMPLETE,100,0.2,,1,,0,,0.03,0.05,60.5\n4,COMPLETE,100,0.25,,1,,0,,1,0.8,60.5\n"
     )
     # As ugrl-tune and bench.real lay them out under runs.
     main, file = stored / "finding" / "results", stored / "corners" / "trials.csv"
@@ -283,9 +286,13 @@ def test_a_search_has_a_table_of_its_trials(stored: Path, capsys: pytest.Capture
     file.write_text(text)
     block = finding.report(main).partition("### Corners of the search space\n\n")[2]
     rows = {number: list(cells(block, number).values())[1:] for number in "012"}
-    assert rows["0"] == ["complete", "100", "23.4", "25.0", "80.0", "0.1"]
-    assert rows["1"] == ["complete †", "100", "1.0", "–", "70.0", "1"]
-    assert rows["2"] == ["fail", "20", "–", "–", "–", "0.03"]
+    assert rows["0"] == ["complete", "100", "23.4", "25.0", "80.0", "0.1", "0.35"]
+    assert rows["1"] == ["complete †", "100", "1.0", "–", "70.0", "1", "0.05"]
+    assert rows["2"] == ["fail", "20", "–", "–", "–", "0.03", "0.8"]
+    # Trial 0 lies within, trial 2 has no score.
+    ends = block[block.index("| axis |") :]
+    assert list(cells(ends, "tau").values())[1:] == ["0.03", "1", "20.0", "13.0", "-7.0"]
+    assert list(cells(ends, "keep").values())[1:] == ["0.05", "0.8", "10.5", "25.0", "+14.5"]
     for broken in ("", "number,state\n1\n", text.replace("0.2345", "much")):
         file.write_text(broken)
         assert finding.main(["--results", str(main)]) == 2
