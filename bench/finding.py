@@ -3,7 +3,7 @@
     python -m bench.finding [--results DIR] [--out FILE.md] [--page docs/finding.md]
 
 Results are those that ``make finding`` measures (``python -m bench.real --arms bench/finding.yaml``): one small file
-for each arm and seed. Nothing is trained here, and it takes seconds.
+for each arm and seed. Nothing is trained here, and it takes a minute.
 """
 
 from __future__ import annotations
