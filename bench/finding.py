@@ -18,14 +18,12 @@ from rich.console import Console
 from bench.finding_stats import Result, read_all
 from bench.finding_tables import (
     coverage_tables,
-    ends_table,
     gaps_table,
     over_time_tables,
     pixels_tables,
     power,
-    read_trials,
     scores_table,
-    search_table,
+    search_tables,
     tells_tables,
     transfer_table,
 )
@@ -84,10 +82,7 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
         # A search has its files in its own folder, a benchmark in one below.
         file = next((file for file in (where / "trials.csv", where.parent / "trials.csv") if file.is_file()), None)
         if file is not None:
-            trials, paths = read_trials(file)
-            parts[title] = search_table(trials, paths)
-            if name == "corners":
-                parts[title] += "\n\n" + ends_table(trials, paths)
+            parts[title] = search_tables(file, ends=name == "corners")
     return parts
 
 

@@ -6,6 +6,7 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash where there is none.
+
+    >>> percent(0.8125), percent(None)
+    ('81.2', '–')
+    """
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation of shares, in percent."""
     if not values:
@@ -97,11 +107,11 @@ def by_arm(
         title: Heads the arms.
         found: The arms.
         columns: Name of a score → its column.
-        cell: Of an arm and a score; empty where there is none.
+        cell: Of an arm and a score; a dash where there is none.
     """
     cells = {arm: {name: cell(arm, name) for name in columns} for arm in found}
-    names = [name for name in columns if any(row[name] for row in cells.values())]
-    rows = [[arm, *(row[name] or "–" for name in names)] for arm, row in cells.items() if any(row.values())]
+    names = [name for name in columns if any(row[name] != "–" for row in cells.values())]
+    rows = [[arm, *(row[name] for name in names)] for arm, row in cells.items() if {*row.values()} != {"–"}]
     return table([title, *(columns[name] for name in names)], rows)
 
 
@@ -116,13 +126,13 @@ def tells_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     }
 
     def area(split: str) -> Callable[[str, str], str]:
-        return lambda arm, name: "" if (at := told[arm, split, name]) is None else f"{100 * at[0]:.1f}"
+        return lambda arm, name: percent(at[0] if (at := told[arm, split, name]) else None)
 
     def gap(split: str) -> Callable[[str, str], str]:
-        return lambda arm, name: "" if (at := told[arm, split, name]) is None else str(at[1])
+        return lambda arm, name: str(at[1]) if (at := told[arm, split, name]) else "–"
 
     def error(arm: str, name: str) -> str:
-        return "" if (at := calibration_error(found[arm], name)) is None else f"{100 * at:.1f}"
+        return percent(calibration_error(found[arm], name))
 
     parts = [by_arm(f"AUROC for pairs, {split}", found, known, area(split)) for split in ("train", "val")]
     parts += [by_arm(f"AUROC − that of 1 − p, {split}", found, TELLS, gap(split)) for split in ("train", "val")]
@@ -134,7 +144,7 @@ def pixels_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     kinds = {"fg": "foreground", "bg": "background"}
 
     def cell(kind: str) -> Callable[[str, str], str]:
-        return lambda arm, name: "" if (text := values(found[arm], f"pixel_{name}_{kind}")) == "–" else text
+        return lambda arm, name: values(found[arm], f"pixel_{name}_{kind}")
 
     return "\n\n".join(by_arm(f"AUROC for pixels, {kinds[kind]}", found, PIXELS, cell(kind)) for kind in kinds)
 
@@ -150,7 +160,7 @@ def coverage_tables(found: Mapping[str, Mapping[int, Result]], shares: Sequence[
                 pairs = run.pairs["val"]
                 risk, here = judged_pairs(pairs, name or "p")
                 if not here.any():
-                    return ""
+                    return "–"
                 iou = pairs["iou"][here][np.argsort(risk[here], kind="stable")]
                 trusted.append(float(iou[: max(1, round((share if name else 1.0) * len(iou)))].mean()))
             return spread(trusted)
@@ -187,14 +197,14 @@ def over_time_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     steps = [at[step] for step in sorted(at)]
     known = {**TELLS, "p": "1 − p"}
 
-    def rows(names: Mapping[str, str], cell: Callable[[str, Mapping[int, Result]], str | None]) -> list[list[str]]:
-        return [[text, *(cell(name, runs) or "–" for runs in steps)] for name, text in names.items()]
+    def rows(names: Mapping[str, str], cell: Callable[[str, Mapping[int, Result]], str]) -> list[list[str]]:
+        return [[text, *(cell(name, runs) for runs in steps)] for name, text in names.items()]
 
-    def area(split: str) -> Callable[[str, Mapping[int, Result]], str | None]:
-        return lambda name, runs: None if (told := tells(runs, split, name)) is None else f"{100 * told[0]:.1f}"
+    def area(split: str) -> Callable[[str, Mapping[int, Result]], str]:
+        return lambda name, runs: percent(told[0] if (told := tells(runs, split, name)) else None)
 
-    def error(name: str, runs: Mapping[int, Result]) -> str | None:
-        return None if (found := calibration_error(runs, name)) is None else f"{100 * found:.1f}"
+    def error(name: str, runs: Mapping[int, Result]) -> str:
+        return percent(calibration_error(runs, name))
 
     parts = {
         "scores": rows(SHOWN, lambda name, runs: values(runs, name)),
@@ -208,8 +218,12 @@ def over_time_tables(found: Mapping[str, Mapping[int, Result]]) -> str:
     return "\n\n".join(table([title, *header], of) for title, of in parts.items())
 
 
-def read_trials(file: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The trials of a search, from ``trials.csv`` of its report, and the keys that it searched.
+def search_tables(file: Path, ends: bool) -> str:
+    """The trials of a search, and with ``ends`` what the ends of its axes are worth.
+
+    Args:
+        file: ``trials.csv`` of its report.
+        ends: Of a search of corners.
 
     Raises:
         DataError: It cannot be read.
@@ -218,29 +232,32 @@ def read_trials(file: Path) -> tuple[list[dict[str, str]], list[str]]:
         with file.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream, restval="")
             trials, names = list(reader), list(reader.fieldnames or ())
+        if not trials:
+            raise ValueError("it has no trial")
         sections = {f.name for f in fields(Config)}
         paths = [name for name in names if "." in name and name.partition(".")[0] in sections]
-        numbers = (*(name for name in TRIED if name in names), "collapsed", *paths)
-        for trial in trials:
-            for name in numbers:
-                float(trial[name] or "nan")
-        if not trials or not {"number", "state", "step"} <= {*names}:
-            raise ValueError("expected trials with number, state and step")
+        made = [search_table(trials, paths), *([ends_table(trials, paths)] if ends else [])]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{line(file)}: cannot be read as the trials of a search: {line(str(error))}") from None
-    return trials, paths
+    return "\n\n".join(made)
 
 
 def search_table(trials: Sequence[Mapping[str, str]], paths: Sequence[str]) -> str:
     """The trials of a search: state, steps, scores in percent, and the values that were tried."""
     shown = [name for name in TRIED if any(trial.get(name) for trial in trials)]
+
+    def value(text: str) -> str:
+        with suppress(ValueError):
+            return f"{float(text):.4g}"
+        return text or "–"
+
     rows = [
         [
             trial["number"],
-            trial["state"].lower() + (" †" if float(trial["collapsed"] or 0) else ""),
+            trial["state"].lower() + (" †" if float(trial.get("collapsed") or 0) else ""),
             trial["step"],
-            *(f"{100 * float(trial[name]):.1f}" if trial[name] else "–" for name in shown),
-            *(f"{float(trial[path]):.4g}" if trial[path] else "–" for path in paths),
+            *(percent(float(trial[name]) if trial[name] else None) for name in shown),
+            *(value(trial[path]) for path in paths),
         ]
         for trial in trials
     ]
@@ -259,9 +276,10 @@ def ends_table(trials: Sequence[Mapping[str, str]], paths: Sequence[str], score:
     here = ((values == low_P) | (values == high_P)).all(1) & np.isfinite(points)
     rows = []
     for path, at, low, high in zip(paths, values.T, low_P, high_P, strict=True):
-        ends = [100 * float(points[here & (at == end)].mean()) for end in (low, high)]
-        name = path.rpartition(".")[2]
-        rows.append([name, f"{low:.4g}", f"{high:.4g}", *(f"{x:.1f}" for x in ends), f"{ends[1] - ends[0]:+.1f}"])
+        ends = [points[here & (at == end)] for end in (low, high)]
+        means = [float(x.mean()) if len(x) else None for x in ends]
+        gap = "–" if None in means else f"{100 * (means[1] - means[0]):+.1f}"
+        rows.append([path.rpartition(".")[2], f"{low:.4g}", f"{high:.4g}", *map(percent, means), gap])
     return table(["axis", "low end", "high end", "segmentation, low", "segmentation, high", "difference"], rows)
 
 

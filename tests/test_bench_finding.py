@@ -293,7 +293,13 @@ def test_a_search_has_a_table_of_its_trials(stored: Path, capsys: pytest.Capture
     ends = block[block.index("| axis |") :]
     assert list(cells(ends, "tau").values())[1:] == ["0.03", "1", "20.0", "13.0", "-7.0"]
     assert list(cells(ends, "keep").values())[1:] == ["0.05", "0.8", "10.5", "25.0", "+14.5"]
-    for broken in ("", "number,state\n1\n", text.replace("0.2345", "much")):
+    file.write_text("number,state,step,method.uncertainty.kind,method.contrast.tau\n7,WAITING,,margin,\n")
+    search = stored / "search" / "trials.csv"
+    search.parent.mkdir()
+    file.rename(search)
+    waiting = finding.report(main).partition("### A search\n\n")[2]
+    assert list(cells(waiting, "7").values())[1:] == ["waiting", "", "margin", "–"]
+    for broken in ("", "number,state\n1\n", text.replace(",1,0.05", ",much,0.05"), text.replace("0.2345", "much")):
         file.write_text(broken)
         assert finding.main(["--results", str(main)]) == 2
         assert "trials.csv" in capsys.readouterr().err
