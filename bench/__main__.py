@@ -3,10 +3,10 @@
     python -m bench [--only NAME ...] [--quick] [--json FILE] [--markdown FILE] [--plots DIR] [--threads N]
                     [--device cpu|cuda] [--check]
 
-A NAME is a module (step, contrast, affinity, par, backbones, loader, validation, growth, stream, search, tuning) or the
-beginning of an entry's name (step/512). The JSON file is rewritten after every entry, so that an interrupted run keeps
-what it has. The exit status is 1 where a comparison fails (its two sides differ, or it raises), and with --check also
-where a gate is missed.
+A NAME is a module (step, contrast, affinity, par, depthwise, backbones, loader, validation, growth, stream, search,
+tuning) or the beginning of an entry's name (step/512). The JSON file is rewritten after every entry, so that an
+interrupted run keeps what it has. The exit status is 1 where a comparison fails (its two sides differ, or it raises),
+and with --check also where a gate is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MODULES = {
     "contrast": "bench.contrast",
     "affinity": "bench.affinity",
     "par": "bench.par",
+    "depthwise": "bench.depthwise",
     "backbones": "bench.backbones",
     "loader": "bench.loader",
     "validation": "bench.validation",
@@ -50,6 +51,7 @@ QUICK_SECONDS = {
     "contrast": 80,
     "affinity": 25,
     "par": 25,
+    "depthwise": 10,
     "backbones": 25,
     "loader": 65,
     "validation": 50,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ugrl.bilinear import resize
 from ugrl.errors import ConfigError
 from ugrl.model.backbone import MEAN, STD, Backbone, BackboneInfo, Features, Pairs
+from ugrl.model.depthwise import quicken
 from ugrl.model.noise import Noise, keep_scale
 from ugrl.model.specs import TIMM, TIMM_LEAST, crop_multiple, fitted, no_plain_vit
 from ugrl.model.timm_hiera import fit_hiera, prepare_hiera
@@ -165,6 +166,7 @@ class TimmBackbone(Backbone):
         check_aux(name, family, aux)
         self.family, self.kind = family, FAMILIES[family]
         self.body: Any = _body(name, family, drop_path, output_stride)
+        quicken(self.body)
         self.prefix = int(getattr(self.body, "num_prefix_tokens", 0)) if self.kind == PLAIN else 0
         self.taken, dims, reductions = _maps(self.body, name, self.kind)
         self.aux_at = None if aux is None else _aux_block(self.body, name, aux)
