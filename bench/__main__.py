@@ -48,7 +48,7 @@ MODULES = {
 #: Seconds of each module with ``--quick``; what one leaves over, or what is not asked for, goes to the next.
 QUICK_SECONDS = {
     "step": 115,
-    "contrast": 80,
+    "contrast": 70,
     "affinity": 25,
     "par": 25,
     "depthwise": 10,
