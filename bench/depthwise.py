@@ -21,7 +21,6 @@ CASES = {
     "depthwise/wide": (672, 16, 5, 1),
     "depthwise/convnext": (384, 16, 7, 1),
 }
-NAMES = tuple(CASES)
 
 
 def sides(channels: int, side: int, kernel: int, dilation: int) -> list[Callable[[], tuple[Tensor, ...]]]:
@@ -46,19 +45,12 @@ def sides(channels: int, side: int, kernel: int, dilation: int) -> list[Callable
 
 def entries(ctx: Context) -> Iterator[Entry | Skipped]:
     """One comparison for each layer."""
-    for name, case in CASES.items():
-        if not ctx.wants(name):
-            continue
-        if ctx.device.type == "cuda":
-            yield Skipped(name, "a comparison on the CPU")
-            continue
-        ours, plain = sides(*case)
-        channels, side, kernel, dilation = case
-        yield compare(
-            name,
-            ours,
-            plain,
-            ctx=ctx,
-            check=lambda a, b, name=name: same(name, a, b, 1e-4),
-            note=f"{IMAGES} maps of {channels} × {side} × {side}, kernel {kernel}, dilation {dilation}, float32",
-        )
+    for name in filter(ctx.wants, CASES):
+        yield Skipped(name, "a comparison on the CPU") if ctx.device.type == "cuda" else _entry(name, ctx)
+
+
+def _entry(name: str, ctx: Context) -> Entry:
+    channels, side, kernel, dilation = CASES[name]
+    note = f"{IMAGES} maps of {channels} × {side} × {side}, kernel {kernel}, dilation {dilation}, float32"
+    ours, plain = sides(channels, side, kernel, dilation)
+    return compare(name, ours, plain, ctx=ctx, check=lambda a, b: same(name, a, b, 1e-4), note=note)
