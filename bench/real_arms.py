@@ -148,8 +148,11 @@ def _changed(base: Config, name: str, values: dict[str, Any]) -> Config:
         raise ConfigError(f"arm {line(name, 40)}: {error}") from None
 
 
-def variants_of(file: Path | None) -> dict[str, dict[str, Any]]:
+def variants_of(file: Path | None, within: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
     """What each arm changes, by its name: the settings, or what a file says.
+
+    ``like`` begins with what another arm changes, of those above or of another file. ``within`` are the files that are
+    being read.
 
     Raises:
         ConfigError: The file cannot be read, or is no table of such arms.
@@ -161,13 +164,31 @@ def variants_of(file: Path | None) -> dict[str, dict[str, Any]]:
         where = f"{line(file)}: {line(str(name), 40)}"
         if not NAME.fullmatch(str(name)) or not isinstance(values, dict) or not values:
             raise ConfigError(f"{where}: expected a name of letters, digits, + - _, with the keys that the arm changes")
-        like = values.pop("like", None)
-        if like is not None and like not in found:
-            raise ConfigError(f"{where}: like: no arm '{line(str(like), 40)}' above it{nearest(str(like), found)}")
+        begun = _like(values.pop("like"), file, found, where, within) if "like" in values else {}
         for key in values:
             if key not in known or key in ("seed", "name"):
                 raise ConfigError(f"{where}: no key '{line(str(key), 60)}'{nearest(str(key), known)}")
-        found[name] = {**(found[like] if like is not None else {}), **values}
+        found[name] = {**begun, **values}
     if not found:
         raise ConfigError(f"{line(file)}: no arm")
     return found
+
+
+def _like(
+    like: object, file: Path, above: dict[str, dict[str, Any]], where: str, within: tuple[Path, ...]
+) -> dict[str, Any]:
+    """What the arm changes that another begins with: ``ARM``, of those above, or ``FILE:ARM``.
+
+    Raises:
+        ConfigError: There is none, or its file cannot be read.
+    """
+    other, _, name = str(like).rpartition(":")
+    if other:
+        source, within = (file.parent / other).resolve(), (*within, file.resolve())
+        if source in within:
+            raise ConfigError(f"{where}: like: {line(other, 40)} begins with arms of this file")
+        above = variants_of(source, within)
+    if name not in above:
+        among = f"in {line(other, 40)}" if other else "above it"
+        raise ConfigError(f"{where}: like: no arm '{line(name, 40)}' {among}{nearest(name, above)}")
+    return above[name]

@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from bench import real
+from bench.real_arms import variants_of
 from bench.real_measure import LabelScores
 from bench.real_table import as_markdown, parts, summary
 from tests.reference_metrics import ref_auroc
@@ -301,10 +302,25 @@ def test_arms_of_a_file(
         assert pairs["val"]["u"] == pairs["val"][own]
 
 
+def test_an_arm_begins_with_that_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    (tmp_path / "below" / "more.yaml").write_text(
+        "more: {like: '../arms.yaml:IV-all', method.uncertainty.level: class}\nlast: {like: more, train.steps: 9}\n"
+    )
+    found, there = variants_of(tmp_path / "below" / "more.yaml"), variants_of(tmp_path / "arms.yaml")["IV-all"]
+    assert found["more"] == {**there, "method.uncertainty.level": "class"} and len(there) == 7
+    assert found["last"] == {**found["more"], "train.steps": 9}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("A: {method.setting: IV, like: B}", "A: like: no arm 'B' above it"),
+        ("A: {method.setting: IV, like: 'ladder.yaml:V'}", "A: like: no arm 'V' in ladder.yaml; did you mean 'IV'?"),
+        ("A: {method.setting: IV, like: 'lader.yaml:IV'}", "lader.yaml: missing configuration"),
+        ("A: {method.setting: IV, like: 'arms.yaml:A'}", "A: like: arms.yaml begins with arms of this file"),
+        ("A: {method.setting: IV, like: 'ring.yaml:B'}", "B: like: arms.yaml begins with arms of this file"),
         ("A: {method.setting: IV, method.lamda: 1}", "A: no key 'method.lamda'"),
         ("A: {seed: 1}", "A: no key 'seed'"),
         ("a/b: {method.setting: IV}", "a/b: expected a name"),
@@ -317,6 +333,8 @@ def test_a_file_of_arms_that_cannot_be(
     text: str, message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "arms.yaml").write_text(text)
+    (tmp_path / "ladder.yaml").write_text("IV: {method.setting: IV}")
+    (tmp_path / "ring.yaml").write_text("B: {like: 'arms.yaml:A', method.setting: IV}")
     given = [*words[:4], "--arms", str(tmp_path / "arms.yaml"), "--out", str(tmp_path / "out")]
     assert real.main(given) == 2
     errors = capsys.readouterr().err.strip().splitlines()
