@@ -66,7 +66,9 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
     known = {name: read_arms(where, name) for name in BESIDE if (where := folder_of(name, folder)).is_dir()}
     parts = {}
     if (one := known.get("one_at_a_time")) is not None:
-        parts["One thing at a time"] = gaps_table({DEFAULT: found.get(DEFAULT, {}), **one}, DEFAULT)
+        # Seeds that the part has not run of the default are those of the main table: the same runs.
+        same = {**found.get(DEFAULT, {}), **one.get(DEFAULT, {})}
+        parts["One thing at a time"] = gaps_table({**one, DEFAULT: same}, DEFAULT)
     if (other := known.get("transfer")) is not None:
         parts["Transfer"] = transfer_table(other)
     if (few := known.get("few")) is not None:

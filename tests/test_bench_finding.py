@@ -269,6 +269,24 @@ def test_smaller_experiments_have_tables_of_their_own(tmp_path: Path) -> None:
     assert over.count("| step 100 | step 400 |") == 6 and "| 1 − p |" in over and "| the run's own u |" in over
 
 
+def test_one_thing_at_a_time_is_paired_with_the_default_of_either_table(tmp_path: Path) -> None:
+    """The part's own run of a seed; where it has none, that of the main table, which is the same run."""
+    for folder, arm, seed, wrong in (
+        ("finding", "IV-decoder", 0, 0.1),
+        ("finding", "IV-decoder", 1, 0.2),
+        ("one_at_a_time", "IV-decoder", 0, 0.3),
+        ("one_at_a_time", "no-contrast", 0, 0.5),
+        ("one_at_a_time", "no-contrast", 1, 0.5),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{arm}-{seed}.json").write_text(json.dumps(result(arm, seed, wrong)))
+    block = finding.report(tmp_path / "finding").partition("### One thing at a time\n\n")[2]
+    row = list(cells(block, "no-contrast").values())
+    miou = {(seed, wrong): result("", seed, wrong)["scores"]["seg_val"] for seed in (0, 1) for wrong in (0.2, 0.3, 0.5)}
+    mean = 50 * (miou[0, 0.5] - miou[0, 0.3] + miou[1, 0.5] - miou[1, 0.2])
+    assert row[1] == "2" and row[2].startswith(f"{mean:+.1f} (")
+
+
 def test_a_search_has_a_table_of_its_trials(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (
         "number,state,step,seg_miou,seg_miou.stderr,seeds,tag_map,collapsed,final.seg_miou,method.contrast.tau,"
