@@ -314,6 +314,26 @@ def test_an_arm_begins_with_that_of_another_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "config", "default"),
+    [
+        ("finding", "voc676", "IV-decoder"),
+        ("one_at_a_time", "voc676", "IV-decoder"),
+        ("transfer", "voc676", ""),
+        ("over_time", "voc676", ""),
+        ("few", "own", "IV-decoder+few"),
+        ("shapes", "shapes", ""),
+    ],
+)
+def test_every_arm_of_the_project_can_be_built(file: str, config: str, default: str) -> None:
+    """Also that the arm that docs/finding.md calls the default of a configuration is it."""
+    variants = variants_of(Path(real.__file__).with_name(f"{file}.yaml"))
+    built = {name: configs.load(config, values) for name, values in variants.items()}
+    assert len({repr(cfg) for cfg in built.values()}) == len(built)  # no arm is another one
+    if default:
+        assert built[default] == configs.load(config)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("A: {method.setting: IV, like: B}", "A: like: no arm 'B' above it"),
