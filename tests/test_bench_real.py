@@ -20,7 +20,6 @@ import yaml
 from PIL import Image
 
 from bench import real
-from bench.real_arms import variants_of
 from bench.real_measure import LabelScores
 from bench.real_table import as_markdown, parts, summary
 from tests.reference_metrics import ref_auroc
@@ -300,37 +299,6 @@ def test_arms_of_a_file(
         assert (scores["maps_train"] == scores["cam_train"]) == (name == "Base-0")
         own = "margin_shown" if name == "IV-all-0" else "distance"
         assert pairs["val"]["u"] == pairs["val"][own]
-
-
-def test_an_arm_begins_with_that_of_another_file(tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "arms.yaml").write_text(ARMS)
-    (tmp_path / "below" / "more.yaml").write_text(
-        "more: {like: '../arms.yaml:IV-all', method.uncertainty.level: class}\nlast: {like: more, train.steps: 9}\n"
-    )
-    found, there = variants_of(tmp_path / "below" / "more.yaml"), variants_of(tmp_path / "arms.yaml")["IV-all"]
-    assert found["more"] == {**there, "method.uncertainty.level": "class"} and len(there) == 7
-    assert found["last"] == {**found["more"], "train.steps": 9}
-
-
-@pytest.mark.parametrize(
-    ("file", "config", "default"),
-    [
-        ("finding", "voc676", "IV-decoder"),
-        ("one_at_a_time", "voc676", "IV-decoder"),
-        ("transfer", "voc676", ""),
-        ("over_time", "voc676", ""),
-        ("few", "own", "IV-decoder+few"),
-        ("shapes", "shapes", ""),
-    ],
-)
-def test_every_arm_of_the_project_can_be_built(file: str, config: str, default: str) -> None:
-    """Also that the arm that docs/finding.md calls the default of a configuration is it."""
-    variants = variants_of(Path(real.__file__).with_name(f"{file}.yaml"))
-    built = {name: configs.load(config, values) for name, values in variants.items()}
-    assert len({repr(cfg) for cfg in built.values()}) == len(built)  # no arm is another one
-    if default:
-        assert built[default] == configs.load(config)
 
 
 @pytest.mark.parametrize(
