@@ -138,7 +138,10 @@ def stop_ray() -> None:
 def _connect(address: str | None, origin: str, cpus: int | None) -> None:
     import ray
 
+    from cluster.ray_internals import leave_signals_alone
+
     check(address, origin)
+    leave_signals_alone()
     address, shown = _choose_address(address, origin)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:

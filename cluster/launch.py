@@ -160,7 +160,7 @@ def _attempts(run: Launch) -> dict[str, float]:
             ) from None
         found = checkpoint.latest(run.out)
         state = checkpoint.read_state(found) if found is not None else None
-        if state is not None and state.step >= run.cfg.train.steps:
+        if state is not None and state.ends(run.cfg.train.steps):
             return dict(state.metrics)
         if not attempt.grew.is_set():
             raise Interrupted(state.step if state else 0)

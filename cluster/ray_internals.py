@@ -101,6 +101,11 @@ START_PARAMETERS = Private(
     "RayParams.__init__",
     "beside another Ray of this machine, a private cluster starts up to 3.5 s later",
 )
+NO_STACK = Private(
+    "ray._private.ray_constants",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER",
+    "Ctrl-C just as Ray starts prints a stack before the own line",
+)
 FIND_CLUSTER = Private(
     "ray._private.services",
     "canonicalize_bootstrap_address",
@@ -154,8 +159,8 @@ BLOCKS = Private(
     required=True,
 )
 PRIVATE = (
-    *(NODE, START_PARAMETERS, FIND_CLUSTER, FIND_HOST, NODE_RESOURCES, FIXED_POLICY, MAKE_CALLBACKS, RUN_CONTROLLER),
-    *(COORDINATOR, STATISTICS, EXECUTION_CALLBACK, BLOCKS),
+    *(NODE, START_PARAMETERS, NO_STACK, FIND_CLUSTER, FIND_HOST, NODE_RESOURCES, FIXED_POLICY, MAKE_CALLBACKS),
+    *(RUN_CONTROLLER, COORDINATOR, STATISTICS, EXECUTION_CALLBACK, BLOCKS),
 )
 
 
@@ -201,6 +206,12 @@ def free_agent_port() -> Iterator[None]:
         yield
     finally:
         parameters.__init__ = plain
+
+
+def leave_signals_alone() -> None:
+    """Ray puts no handler of its own before those of this process; those of its workers stay."""
+    if NO_STACK.exists():
+        setattr(importlib.import_module(NO_STACK.module), NO_STACK.name, True)
 
 
 def find_cluster() -> str | None:

@@ -121,8 +121,11 @@ def test_any_wish_to_stop_saves_and_leaves(shards: Path, tmp_path: Path) -> None
     assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 3
 
 
-def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(shards: Path, tmp_path: Path) -> None:
-    tree = tiny_tree(steps=6, eval_every=3, checkpoint_every=2)
+@pytest.mark.parametrize("every", [3, 6])  # in the middle, and when all steps are done
+def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
+    shards: Path, tmp_path: Path, every: int
+) -> None:
+    tree = tiny_tree(steps=6, eval_every=every, checkpoint_every=2)
     make(shards, tmp_path / "whole", tree).fit()
     trainer = make(shards, tmp_path / "cut", tree, hooks=Hooks(stop=lambda: bool(seen)))
     seen: list[dict] = []
@@ -130,9 +133,10 @@ def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
     trainer.folder.note_ids = lambda what, ids: (seen.append(what) if "eval" in what else None, note(what, ids))[1]
     with pytest.raises(Interrupted) as caught:
         trainer.fit()
-    assert caught.value.step == 3 and len(seen) == 1  # after its first batch of several
+    assert caught.value.step == every and len(seen) == 1  # after its first batch of several
     found = checkpoint.latest(tmp_path / "cut")
-    assert found is not None and checkpoint.read_state(found).step == 3 and not checkpoint.read_state(found).metrics
+    state = checkpoint.read_state(found) if found is not None else None
+    assert state is not None and state.step == every and not state.metrics and not state.ends(6)
     # Stopped once more while it makes up for it, then not.
     again = Hooks(stop=lambda: True)
     with pytest.raises(Interrupted):
@@ -143,8 +147,10 @@ def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
         [{k: v for k, v in json.loads(s).items() if k not in TIMES} for s in (tmp_path / n / "metrics.jsonl").open()]
         for n in ("whole", "cut")
     ]
-    assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 2
-    assert last == checkpoint.read_state(checkpoint.latest(tmp_path / "whole")).metrics
+    assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 6 // every
+    for name in ("whole", "cut"):
+        state = checkpoint.read_state(checkpoint.latest(tmp_path / name))
+        assert state.ends(6) and state.metrics == last
 
 
 def rank_run(rank: int, made: dict, shards: str, out: str, stop_at: int) -> None:

@@ -51,7 +51,7 @@ def say_then(word: str) -> None:
 
 
 def hear_again() -> None:
-    """Set the handlers once more: Ray, when it starts, puts one of its own before them, which prints a stack."""
+    """Set the handlers once more: Ray may put one of its own before them when it starts, which prints a stack."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if (handler := signal.getsignal(number)) is not None:

@@ -156,7 +156,7 @@ def run_seed(
         check()
         reports = Reports(cfg.seed, float(task["before"].get(str(cfg.seed), 0.0)), costs)
         state = _state(out)
-        if state is None or state.step < cfg.train.steps:
+        if state is None or not state.ends(cfg.train.steps):
             train = train_on_workers if shared["workers"] > 1 else train_here
             more = {"check": check, "leave": asked_to_leave(out.parent, task["owner"]), "owner": held.id}
             train(cfg, shards, out, {**shared, **more}, reports, report)

@@ -59,6 +59,10 @@ class State:
     metrics: dict[str, float]
     data: str | None = None
 
+    def ends(self, steps: int) -> bool:
+        """Whether nothing is left of a run of so many steps: they are done, and the last one was validated."""
+        return self.step >= steps and self.metrics.get("step") == self.step
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:

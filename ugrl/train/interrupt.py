@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -33,10 +36,13 @@ class StopRequest:
 
     A step moves the prototypes before it moves the weights: stopped in between, a resumed run would add
     the same votes twice. Outside of the main thread, where Python allows no handlers, it does nothing.
+
+    Args:
+        word: The line that is said at the first signal: a step, or what it saves, may take a while.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, word: str = "") -> None:
+        self.word, self.requested = word, False
         self.number: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -52,6 +58,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested, self.number = True, number
         self._restore()
+        if self.word:
+            above = "\n" if sys.stderr.isatty() else ""  # of a bar, which is drawn again
+            with suppress(OSError):
+                os.write(2, f"{above}{self.word}\n".encode())  # a print may have been interrupted
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

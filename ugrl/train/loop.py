@@ -48,6 +48,8 @@ from ugrl.types import Batch, StepOutput
 
 # Images of the validation split that pictures show, at each validation.
 LOOKS = 4
+# Said at the first Ctrl-C.
+STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 
 
 class Trainer:
@@ -178,8 +180,8 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to ``train.steps``; returns the metrics of the last validation.
 
-        The first Ctrl-C or SIGTERM, on any rank, or ``hooks.stop`` ends the step, writes a checkpoint and raises on
-        every rank; the second signal acts at once.
+        The first Ctrl-C or SIGTERM, on any rank, or ``hooks.stop`` ends the step or the validation, writes a checkpoint
+        and raises on every rank; the second signal acts at once.
 
         Raises:
             Interrupted: The run was asked to stop.
@@ -197,7 +199,7 @@ class Trainer:
         batches = Transfer(self.loader(self.loader_spec()), self.device, self.dtype)
         try:
             self._introduce()
-            with display, StopRequest() as stop:
+            with display, StopRequest("" if self.quiet or not is_main() else STOPPING) as stop:
                 self._loop(batches, pace, stop)
             self._tell_saved(wait=True)
             status = "FINISHED"
@@ -262,7 +264,7 @@ class Trainer:
             return stop.requested or self.hooks.stop()
 
         # Who was stopped in the middle of a validation owes it.
-        owes = 0 < self.done < train.steps and self.done % eval_every == 0
+        owes = self.done > 0 and (self.done % eval_every == 0 or self.done == train.steps)
         if owes and self.metrics.get("step") != self.done and not self._evaluate(pace, meter, wanted):
             self._leave(stop, saved=True)
         while self.done < train.steps:
@@ -284,7 +286,7 @@ class Trainer:
             tell_all.on_step(self.done)
             if pictures:
                 tell_all.on_pictures(self.done, batch, out.views)
-            if (self.done % eval_every == 0 or last) and not self._evaluate(pace, meter, None if last else wanted):
+            if (self.done % eval_every == 0 or last) and not self._evaluate(pace, meter, wanted):
                 self._leave(stop)
             with meter.pause():
                 tell_all.on_step_end(self.done)
@@ -304,7 +306,7 @@ class Trainer:
         self.done += 1
         return out, lr
 
-    def _evaluate(self, pace: Pace, meter: Meter, stop: Callable[[], bool] | None) -> bool:
+    def _evaluate(self, pace: Pace, meter: Meter, stop: Callable[[], bool]) -> bool:
         """Validate and tell all; ``False``, on every rank, where a stop came in between."""
         with meter.pause():
             with pace.validation():
