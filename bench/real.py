@@ -196,6 +196,8 @@ def run_arms(
             text = ", ".join([*words, *filter(None, [words_for(forecast.left(left))])])
             display.show(sum(each) - sum(a.cfg.train.steps - s + images - i for a, s, i in left), text)
             time.sleep(LOOK_S)
+        if running:
+            display.say("stopping; arms that train write a checkpoint first; once more to stop at once")
     return failed
 
 
