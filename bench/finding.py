@@ -38,8 +38,8 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 BESIDE = ("one_at_a_time", "transfer", "few", "shapes", "over_time")
 # Searches of ugrl-tune: name of the folder, and what its table is called.
 SEARCHES = {"search": "A search", "corners": "Corners of the search space"}
-# The arm that is the default of voc676.
-DEFAULT = "IV-decoder"
+# The arm that others change one part of.
+WHOLE = "IV-decoder"
 
 
 def read_arms(folder: Path, arms: str = "finding") -> dict[str, dict[int, Result]]:
@@ -66,13 +66,13 @@ def beside(folder: Path, found: Mapping[str, Mapping[int, Result]]) -> dict[str,
     known = {name: read_arms(where, name) for name in BESIDE if (where := folder_of(name, folder)).is_dir()}
     parts = {}
     if (one := known.get("one_at_a_time")) is not None:
-        # Seeds that the part has not run of the default are those of the main table: the same runs.
-        same = {**found.get(DEFAULT, {}), **one.get(DEFAULT, {})}
-        parts["One thing at a time"] = gaps_table({**one, DEFAULT: same}, DEFAULT)
+        # Seeds that the part has not run of it are those of the main table: the same runs.
+        same = {**found.get(WHOLE, {}), **one.get(WHOLE, {})}
+        parts["One thing at a time"] = gaps_table({**one, WHOLE: same}, WHOLE)
     if (other := known.get("transfer")) is not None:
         parts["Transfer"] = transfer_table(other)
     if (few := known.get("few")) is not None:
-        gaps = [gaps_table(few, base) for base in ("Base+few", "IV-doubts+few") if base in few]
+        gaps = [gaps_table(few, base) for base in ("Base+few", "IV-doubts+few", "IV-decoder+few") if base in few]
         parts["With few photographs"] = "\n\n".join((scores_table(few), *gaps))
     if (shapes := known.get("shapes")) is not None:
         gaps = [gaps_table(shapes, "Base")] if "Base" in shapes else []
@@ -103,6 +103,7 @@ def report(folder: Path) -> str:
             "Differences to Base": gaps_table(found, "Base") + "\n\n" + power(found),
             "Differences to IV": gaps_table(found, "IV") if "IV" in found else "",
             "Differences to IV-doubts": gaps_table(found, "IV-doubts") if "IV-doubts" in found else "",
+            f"Differences to {WHOLE}": gaps_table(found, WHOLE) if WHOLE in found else "",
             "What tells bad pairs": tells_tables(found),
             "Risk and coverage": coverage_tables(found),
             "What tells wrong pixels": pixels_tables(found),

@@ -25,11 +25,11 @@ def test_an_arm_begins_with_that_of_another_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "config", "default"),
     [
-        ("finding", "voc676", "IV-decoder"),
-        ("one_at_a_time", "voc676", "IV-decoder"),
+        ("finding", "voc676", "IV-eta"),
+        ("one_at_a_time", "voc676", ""),
         ("transfer", "voc676", ""),
         ("over_time", "voc676", ""),
-        ("few", "own", "IV-decoder+few"),
+        ("few", "own", "IV-eta+few"),
         ("shapes", "shapes", ""),
     ],
 )

@@ -75,7 +75,8 @@ def test_shipped_spaces_search_the_nine_values_from_the_published_point(name: st
     leaves = {a.path.rsplit(".", 1)[-1] for a in space.search}
     assert space.final.best >= 1 and space.final.split == "val"
     nine = {"alpha", "beta", "tau", "keep", "d_cls", "d_seg", "lambda1", "lambda2", "lambda3"}
-    assert leaves == nine | ({"prototype_weight", "background_bias", "decoder_weight"} if name == "voc676" else set())
+    more = {"eta", "prototype_weight", "background_bias", "decoder_weight"}
+    assert leaves == (nine | more if name == "voc676" else nine)
     published = {k: v for p in space.first for k, v in p.items()}
     assert published["method.uncertainty.d_cls"] == 1024
     assert published["method.contrast.d_seg"] == 512
