@@ -172,7 +172,8 @@ class UncertaintyConfig:
     beta: float = _num(5.0, gt=0)
     """Strength β of the weights of L_seg (Eq. 8), which works as ``alpha`` does."""
     eta: float = _num(0.99, ge=0, lt=1)
-    """Momentum η with which prototypes are kept from step to step (Eq. 4); 0 keeps only the present batch."""
+    """Momentum η with which prototypes are kept from step to step (Eq. 4); 0 keeps only the present batch. A
+    prototype is the mean over about the last 1/(1 − η) batches that show its class: in a short run a large η lags."""
     d_cls: int = _num(1024, ge=2)
     """Dimensions of the hypervectors that stand for a class (Eqs. 2-3)."""
     encoding: Literal["linear", "fourier"] = "linear"
