@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ugrl.hear import hear_again
-from ugrl.train.interrupt import Interrupted, StopRequest
+from ugrl.train.interrupt import STOPPING, Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from cluster.channel import DriverChannel
@@ -76,7 +76,7 @@ def run_stoppable(work: Callable[[], object], stop: StopRequest, state: RayWork,
         channel = state.channel
         if not asked and channel is not None and channel.training:
             asked = time.monotonic()
-            say("stopping after a checkpoint; once more to stop at once")
+            say(STOPPING)
             channel.request_stop()
         elif not asked or channel is None or _gone(channel, asked):
             state.abandoned = True

@@ -178,6 +178,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_numbers(
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 130 and "continue with the same command" in said and "Traceback" not in said
+    assert "stopping; arms that train write a checkpoint first" in said
 
     process = begin(words, out)
     when(lambda: steps_done(full) >= 3, process)

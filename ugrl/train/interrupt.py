@@ -17,6 +17,9 @@ from torch import Tensor
 from ugrl.distributed import all_reduce_sum, world_size
 from ugrl.hear import SIGNALS
 
+# Said at the first signal, where something is saved then.
+STOPPING = "stopping after a checkpoint; once more to stop at once"
+
 
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop, and did.

@@ -36,7 +36,7 @@ from ugrl.train.build import build_run
 from ugrl.train.check import judged_rows
 from ugrl.train.checkpoint_writer import CheckpointTimes, Snapshot, snapshot
 from ugrl.train.guard import Guard
-from ugrl.train.interrupt import Agreement, Interrupted, StopRequest
+from ugrl.train.interrupt import STOPPING, Agreement, Interrupted, StopRequest
 from ugrl.train.meter import LogWindow, Meter, Pace
 from ugrl.train.observer import HookObserver, Hooks, Observer, Observers
 from ugrl.train.progress import Progress, TimeLeft, header, tell
@@ -48,8 +48,6 @@ from ugrl.types import Batch, StepOutput
 
 # Images of the validation split that pictures show, at each validation.
 LOOKS = 4
-# Said at the first Ctrl-C.
-STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 
 
 class Trainer:
