@@ -309,6 +309,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if left:
             jobs = min(args.jobs or _cores(args.device), len(left))
             console.print(f"{len(left)} of {len(arms)} arms are left, {jobs} side by side", soft_wrap=True)
+            ugrl.hear.say_then("interrupted; the same command continues")
             with StopRequest() as stop:
                 more = {"images": images, "device": args.device, "checkpoints": args.checkpoints}
                 failed = run_arms(left, shards, jobs=jobs, console=console, stop=stop, **more)

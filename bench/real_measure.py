@@ -392,9 +392,11 @@ def stamp(cfg: Config, step: int) -> dict[str, Any]:
 
 
 def trained(run: Path, cfg: Config) -> bool:
-    """Whether a run has done all of its steps."""
+    """Whether nothing is left of a run."""
     newest = checkpoint.latest(run)
-    return newest is not None and checkpoint.step_of(newest.name) >= cfg.train.steps
+    if newest is None or checkpoint.step_of(newest.name) < cfg.train.steps:
+        return False
+    return checkpoint.read_state(newest).ends(cfg.train.steps)
 
 
 def kept_before(last: Path) -> list[Path]:

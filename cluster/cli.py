@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ugrl.ownership import Ownership
     from ugrl.train.run import RunPlan
 
+# What a second signal is answered.
+AT_ONCE = "interrupted; --resume continues from the last checkpoint"
 SUMMARY = """\
 examples:
   ugrl-train --config shapes                            generated images, minutes on two cores
@@ -124,6 +126,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             quiet=args.quiet,
             device=args.device,
         )
+        ugrl.hear.say_then(AT_ONCE)
         try:
             trainer.fit()
         except KeyboardInterrupt as stopped:
@@ -237,6 +240,7 @@ def _launch(
         check_visible(plan.out, plan.shards, plan.cfg.cluster.start_timeout_s, say)
         say(f"Ray: {on_what(plan.cfg, have)}; starting {first} workers takes about 10 s")
         state.channel = channel = DriverChannel.open()
+        ugrl.hear.say_then(AT_ONCE)
         with watch(channel, plan.cfg.train.steps, console=console, enabled=not args.quiet):
             launch(plan.cfg, shards=plan.shards, out=plan.out, workers=workers, channel=channel, say=say, owner=held.id)
 

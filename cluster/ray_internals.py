@@ -104,7 +104,7 @@ START_PARAMETERS = Private(
 NO_STACK = Private(
     "ray._private.ray_constants",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER",
-    "Ctrl-C just as Ray starts prints a stack before the own line",
+    "SIGTERM just as Ray starts prints a stack before the own line",
 )
 FIND_CLUSTER = Private(
     "ray._private.services",
@@ -209,7 +209,7 @@ def free_agent_port() -> Iterator[None]:
 
 
 def leave_signals_alone() -> None:
-    """Ray puts no handler of its own before those of this process; those of its workers stay."""
+    """Ray puts no handler of its own before those of this process, where a crash prints no stack of Ray's then."""
     if NO_STACK.exists():
         setattr(importlib.import_module(NO_STACK.module), NO_STACK.name, True)
 

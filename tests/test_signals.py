@@ -122,6 +122,29 @@ def test_who_leaves_gives_back_what_it_owns_and_ends_what_it_began(number: int) 
     wait_for(lambda: not processes(mark))
 
 
+TWICE = """
+import time
+import ugrl.hear
+from ugrl.train.interrupt import STOPPING, StopRequest
+with ugrl.hear.heard("too early"):
+    ugrl.hear.say_then("at once")
+    with StopRequest(STOPPING):
+        print("begun", flush=True)
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_answered_and_the_second_acts(number: int) -> None:
+    process = begin(["-c", TWICE], "")
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "stopping after a checkpoint; once more to stop at once\n"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=HANG_S)
+    assert process.returncode == 128 + number and said == "at once\n"
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import ugrl.hear\n"
     code += "with ugrl.hear.heard('x'): assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"

@@ -23,6 +23,7 @@ from tests.ranks import leave
 from tests.tiny import tiny_tree
 from ugrl.config import TrainConfig, build
 from ugrl.errors import CheckpointError, UgrlError
+from ugrl.eval import passes
 from ugrl.storage import place, retry
 from ugrl.train import checkpoint
 from ugrl.train.checkpoint_writer import CheckpointWriter, Snapshot
@@ -123,9 +124,10 @@ def test_any_wish_to_stop_saves_and_leaves(shards: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("every", [3, 6])  # in the middle, and when all steps are done
 def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
-    shards: Path, tmp_path: Path, every: int
+    shards: Path, tmp_path: Path, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = tiny_tree(steps=6, eval_every=every, checkpoint_every=2)
+    monkeypatch.setattr(passes, "BATCH_PIXELS", 1)  # a batch is an image
+    tree = tiny_tree(steps=6, eval_every=every, checkpoint_every=2, record_ids=True)
     make(shards, tmp_path / "whole", tree).fit()
     trainer = make(shards, tmp_path / "cut", tree, hooks=Hooks(stop=lambda: bool(seen)))
     seen: list[dict] = []
@@ -147,6 +149,8 @@ def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
         [{k: v for k, v in json.loads(s).items() if k not in TIMES} for s in (tmp_path / n / "metrics.jsonl").open()]
         for n in ("whole", "cut")
     ]
+    saw = [(tmp_path / n / "seen" / "rank_00.jsonl").read_text() for n in ("whole", "cut")]
+    assert saw[0] == saw[1]  # what an interrupted validation has seen is not told twice
     assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 6 // every
     for name in ("whole", "cut"):
         state = checkpoint.read_state(checkpoint.latest(tmp_path / name))
@@ -157,6 +161,7 @@ def rank_run(rank: int, made: dict, shards: str, out: str, stop_at: int) -> None
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    passes.BATCH_PIXELS = 1  # a batch of a validation is an image
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=2)
     calls = iter(range(100))
     # Only rank 1 is told.
@@ -170,11 +175,15 @@ def rank_run(rank: int, made: dict, shards: str, out: str, stop_at: int) -> None
     leave()
 
 
-def test_ranks_stop_together_though_one_is_told(shards: Path, tmp_path: Path) -> None:
+# Asked after each step, and before each batch of a validation.
+@pytest.mark.parametrize(("stop_at", "step"), [(2, 3), (6, 6)], ids=["in a step", "in the last validation"])
+def test_ranks_stop_together_though_one_is_told(stop_at: int, step: int, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    mp.spawn(rank_run, (tiny_tree(steps=6), str(shards), str(out), 2), nprocs=2)
-    assert [Path(f"{out}.rank{r}").read_text() for r in (0, 1)] == ["stopped 3"] * 2
-    assert checkpoint.read_state(checkpoint.find(out)).step == 3
+    tree = tiny_tree(steps=6, eval_every=6)
+    mp.spawn(rank_run, (tree, str(shards), str(out), stop_at), nprocs=2)
+    assert [Path(f"{out}.rank{r}").read_text() for r in (0, 1)] == [f"stopped {step}"] * 2
+    state = checkpoint.read_state(checkpoint.find(out))
+    assert state.step == step and not state.metrics
 
 
 def saver(folder: Path, **more: object) -> tuple[CheckpointWriter, list[str]]:

@@ -58,6 +58,17 @@ def hear_again() -> None:
                 signal.signal(number, handler)
 
 
+def tell(word: str, first: str = "") -> None:
+    """Say a line from within a handler: a print may have been interrupted, and cannot be entered twice.
+
+    Args:
+        word: The line.
+        first: What a terminal gets before it.
+    """
+    with suppress(OSError):
+        os.write(2, f"{first if os.isatty(2) else ''}{word}\n".encode())
+
+
 @contextmanager
 def owning(give_back: Callable[[], object]) -> Iterator[None]:
     """Something is owned while the block runs, and is given back by who leaves from within it."""
@@ -123,8 +134,7 @@ def _listen() -> dict[int, Any]:
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     for each in SIGNALS:  # whatever comes now, comes too late
         signal.signal(each, signal.SIG_IGN)
-    with suppress(OSError):
-        os.write(2, f"{_word}\n".encode())  # a print may have been interrupted, and cannot be entered twice
+    tell(_word, "\x1b[?25h")  # a live display has hidden the cursor
     leave(128 + number)
 
 

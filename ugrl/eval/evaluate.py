@@ -94,7 +94,7 @@ def evaluate(
         par: Refinement to measure where ``eval.refined_cam`` is set.
         dtype: Type of the network's weights.
         on_batch: Called with the ids of each batch of this rank, once it is through.
-        stop: Asked after each batch; on every rank or on none. Once one says yes, all of them give up.
+        stop: Asked before each batch; on every rank or on none. Once one says yes, all of them give up.
         segment: Whether the segmentation is measured.
         keep: Told the labels of every image, also of those without masks.
 
@@ -122,6 +122,9 @@ def evaluate(
     indices = list(range(rank(), n, world_size()))
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for read in shape_batches(reader, indices, cfg.data.threads, net.min_size):
+            if stop is not None and stop():
+                given_up = True
+                break
             batch = read.to(device, dtype)
             plain = net(batch.images_B3HW, decode=decode, affinity=with_cam and affinity_trained, embed=False)
             seen = BatchPasses(net, cfg, batch, read.images_B3HW, plain)
@@ -129,9 +132,6 @@ def evaluate(
                 collector.add(seen)
             if on_batch:
                 on_batch(batch.ids)
-            if stop is not None and stop():
-                given_up = True
-                break
     if stop is not None and bool(all_reduce_sum(torch.full((), float(given_up), device=device)) > 0):
         net.train(was_training)
         raise GivenUp

@@ -113,7 +113,7 @@ def head(facts: Facts) -> str:
             metric_value=round(facts.metrics[key], 4),
         )
         for key, (kind, text) in _SCORES.items()
-        if kind is not None and key in facts.metrics
+        if kind is not None and facts.judged and key in facts.metrics
     ]
     weights = cfg.model.weights
     data = ModelCardData(

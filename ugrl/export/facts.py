@@ -35,6 +35,7 @@ class Facts:
         config: Of the run, without places of the machine that it ran on.
         class_names: The F foreground classes.
         metrics: Of the last validation before the checkpoint; only finite ones.
+        judged: Whether that was a validation of this very step.
         data: Fingerprint of the run's splits.
         source: Name of the data's source, as ``voc``; ``None``: not known.
         rows: Images, and how many of them have a mask, by split; empty: not known.
@@ -47,6 +48,7 @@ class Facts:
     config: Config
     class_names: tuple[str, ...]
     metrics: dict[str, float]
+    judged: bool
     data: str | None
     source: str | None
     rows: Mapping[str, tuple[int, int]]
@@ -75,6 +77,7 @@ def gather(path: Path, net: UGRLNet, data: str | Place | None) -> Facts:
         config=without_places(cfg),
         class_names=state.class_names,
         metrics={k: v for k, v in state.metrics.items() if math.isfinite(v) and k != "step"},
+        judged=state.metrics.get("step") == state.step,
         data=state.data,
         source=manifest.source if manifest is not None else "shapes" if shapes else None,
         rows={} if manifest is None else {n: (i.rows, i.with_masks) for n, i in manifest.splits.items()},

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 from collections import deque
-from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ugrl.distributed import all_reduce_sum, world_size
-from ugrl.hear import SIGNALS
+from ugrl.hear import SIGNALS, tell
 
 # Said at the first signal, where something is saved then.
 STOPPING = "stopping after a checkpoint; once more to stop at once"
@@ -62,9 +59,7 @@ class StopRequest:
         self.requested, self.number = True, number
         self._restore()
         if self.word:
-            above = "\n" if sys.stderr.isatty() else ""  # of a bar, which is drawn again
-            with suppress(OSError):
-                os.write(2, f"{above}{self.word}\n".encode())  # a print may have been interrupted
+            tell(self.word, "\n")  # below a bar, which is drawn again
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -188,7 +188,7 @@ class Trainer:
         """
         train = self.cfg.train
         self.hooks.check_write()
-        self.folder.open(self.done)
+        self.folder.open(self.done, judged=self.metrics.get("step") == self.done)
         barrier()  # nobody adds to a log that rank 0 still cuts
         pace = Pace(train.steps, self.step_fn.schedule.warmup, train.at(train.eval_every))
         display = Progress(self.console, train.steps, self.done, enabled=not self.quiet, pace=pace)

@@ -109,9 +109,10 @@ class RunFolder:
         """The folder, on the rank that writes what all ranks share."""
         return self.path if is_main() else None
 
-    def open(self, done: int) -> None:
+    def open(self, done: int, *, judged: bool = True) -> None:
         """Make the folder ready; lines of steps after ``done`` are dropped, since they will be written again.
 
+        What was seen in the validation of step ``done`` goes, too, unless it is ``judged``: that one came to no end.
         Every rank calls this, and waits for the others before it writes.
         """
         if self.home is None:
@@ -126,7 +127,7 @@ class RunFolder:
             retry("run folder", lambda: _fetch_logs(home, here), patience_s=patience_s, log=self.say)
             if not is_main():  # rank 0 does not even know this log
                 for log in here.glob("seen/*.jsonl"):
-                    _cut_log(log, done)
+                    _cut_log(log, done, judged)
         if self.main is None:
             return
         out = self.main
@@ -136,7 +137,7 @@ class RunFolder:
         for name in checkpoint.sweep(out / "checkpoints"):
             self.say(f"{out / 'checkpoints' / name}: left half-written by a run that died; removed")
         for log in (out / "metrics.jsonl", out / "nonfinite.jsonl", *out.glob("seen/*.jsonl")):
-            _cut_log(log, done)
+            _cut_log(log, done, judged)
         if self.mirror is not None:
             retry("run folder", lambda: send_files(out, home), patience_s=patience_s, log=self.say)
         self._writer = CheckpointWriter(
@@ -254,18 +255,19 @@ class LogFiles(Observer):
         self.folder.record({"step": done, **{f"val/{k}": v for k, v in result.metrics.items()}})
 
 
-def _cut_log(path: Path, done: int) -> None:
+def _cut_log(path: Path, done: int, judged: bool) -> None:
     if not path.is_file():
         return
     with replacing(path) as draft, path.open("rb") as old, draft.open("wb") as new:
-        new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done))
+        new.writelines(text.rstrip(b"\n") + b"\n" for text in old if _keeps(text, done, judged))
 
 
-def _keeps(text: bytes, done: int) -> bool:
+def _keeps(text: bytes, done: int, judged: bool) -> bool:
     """Whether a line is of a step up to ``done``; the last words of a process that was killed are of none."""
     try:
         tree = foreign.as_dict(foreign.parse_json(text, "a line", nan=True), "a line")
-        return max(foreign.as_int(tree.get(key, 0), key) for key in ("step", "eval")) <= done
+        step, seen = (foreign.as_int(tree.get(key, 0), key) for key in ("step", "eval"))
+        return max(step, seen) <= done and (judged or not seen or seen < done)
     except DataError:
         return False
 
