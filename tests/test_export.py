@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_a_hub_folder_is_a_checkpoint_with_a_card(
     Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
     assert main(["predict", str(out), str(tmp_path / "a.png"), "--out", str(tmp_path / "m"), "--device", "cpu"]) == 0
     assert (tmp_path / "m" / "a.png").is_file()
+
+
+def test_a_score_of_an_earlier_step_is_not_in_the_head_of_a_card(run: Path, tmp_path: Path) -> None:
+    old, out = tmp_path / "run", tmp_path / "hub"
+    shutil.copytree(run, old)
+    file = old / "checkpoints" / "step_00000007" / "state.json"
+    state = json.loads(file.read_text())
+    state["metrics"]["step"] = 5.0
+    file.write_text(json.dumps(state))
+    export(old, "safetensors", out)
+    assert "model-index" not in head(out)
+    assert "at the last validation before this step" in (out / "README.md").read_text()
 
 
 def test_an_export_takes_the_place_of_its_own_files_alone(

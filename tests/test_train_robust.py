@@ -122,7 +122,7 @@ def test_any_wish_to_stop_saves_and_leaves(shards: Path, tmp_path: Path) -> None
     assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 3
 
 
-@pytest.mark.parametrize("every", [3, 6])  # in the middle, and when all steps are done
+@pytest.mark.parametrize("every", [3, 100])  # in the middle, and when all steps are done
 def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
     shards: Path, tmp_path: Path, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,10 +135,11 @@ def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
     trainer.folder.note_ids = lambda what, ids: (seen.append(what) if "eval" in what else None, note(what, ids))[1]
     with pytest.raises(Interrupted) as caught:
         trainer.fit()
-    assert caught.value.step == every and len(seen) == 1  # after its first batch of several
+    at = min(every, 6)
+    assert caught.value.step == at and len(seen) == 1  # after its first batch of several
     found = checkpoint.latest(tmp_path / "cut")
     state = checkpoint.read_state(found) if found is not None else None
-    assert state is not None and state.step == every and not state.metrics and not state.ends(6)
+    assert state is not None and state.step == at and not state.metrics and not state.ends(6)
     # Stopped once more while it makes up for it, then not.
     again = Hooks(stop=lambda: True)
     with pytest.raises(Interrupted):
@@ -151,7 +152,7 @@ def test_a_stop_in_a_validation_is_heard_in_it_and_the_next_run_makes_up_for_it(
     ]
     saw = [(tmp_path / n / "seen" / "rank_00.jsonl").read_text() for n in ("whole", "cut")]
     assert saw[0] == saw[1]  # what an interrupted validation has seen is not told twice
-    assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 6 // every
+    assert lines[0] == lines[1] and sum("val/seg_miou" in line for line in lines[0]) == 6 // at
     for name in ("whole", "cut"):
         state = checkpoint.read_state(checkpoint.latest(tmp_path / name))
         assert state.ends(6) and state.metrics == last

@@ -77,7 +77,7 @@ def gather(path: Path, net: UGRLNet, data: str | Place | None) -> Facts:
         config=without_places(cfg),
         class_names=state.class_names,
         metrics={k: v for k, v in state.metrics.items() if math.isfinite(v) and k != "step"},
-        judged=state.metrics.get("step") == state.step,
+        judged=state.judged,
         data=state.data,
         source=manifest.source if manifest is not None else "shapes" if shapes else None,
         rows={} if manifest is None else {n: (i.rows, i.with_masks) for n, i in manifest.splits.items()},

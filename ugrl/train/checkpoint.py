@@ -59,9 +59,14 @@ class State:
     metrics: dict[str, float]
     data: str | None = None
 
+    @property
+    def judged(self) -> bool:
+        """Whether its metrics are of a validation of this very step."""
+        return self.metrics.get("step") == self.step
+
     def ends(self, steps: int) -> bool:
         """Whether nothing is left of a run of so many steps: they are done, and the last one was validated."""
-        return self.step >= steps and self.metrics.get("step") == self.step
+        return self.step >= steps and self.judged
 
 
 @dataclass(frozen=True, slots=True)
