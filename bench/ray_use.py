@@ -33,13 +33,14 @@ def private_cluster(*, cpus: int = 2, store_bytes: int | None = None) -> Iterato
     """A cluster of this machine alone; yields the mark that all its processes carry in their environment."""
     import ray
 
-    from cluster.connect import ENVIRONMENT
+    from cluster.connect import ENVIRONMENT, end_without_destructors
 
     before = dict(os.environ)
     mark = os.environ[MARK] = uuid.uuid4().hex
     os.environ.pop("RAY_ADDRESS", None)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    end_without_destructors()
     ray.init(
         address="local",
         num_cpus=cpus,

@@ -6,6 +6,9 @@ processes start, Ray shows their tracebacks.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
 import logging
 import os
 import re
@@ -135,6 +138,23 @@ def stop_ray() -> None:
             process.wait(END_S)
 
 
+@functools.cache
+def end_without_destructors() -> None:
+    """Once Python has ended, this process is left at once, with its exit status; call it before ``ray.init``.
+
+    Ray's threads outlive ``ray.shutdown``, and C++ then destroys what they use. One that writes a log at that moment
+    aborts a process whose work is done: "terminate called after throwing an instance of 'std::bad_alloc'".
+    """
+    atexit.register(_leave_before_destructors)
+
+
+def _leave_before_destructors() -> None:
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    if hasattr(libc, "on_exit"):  # of glibc. What is registered last runs first, and gets the status
+        libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
+
+
 def _connect(address: str | None, origin: str, cpus: int | None) -> None:
     import ray
 
@@ -142,6 +162,7 @@ def _connect(address: str | None, origin: str, cpus: int | None) -> None:
 
     check(address, origin)
     leave_signals_alone()
+    end_without_destructors()
     address, shown = _choose_address(address, origin)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:

@@ -29,6 +29,7 @@ from cluster.channel import (
     start_record,
     val_record,
 )
+from cluster.connect import end_without_destructors
 from cluster.live import RayGauges, watch
 
 pytestmark = pytest.mark.ray
@@ -48,6 +49,7 @@ def cluster() -> Iterator[str]:
     """A private cluster; its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        end_without_destructors()
         started = ray.init(
             address="local",
             num_cpus=1,
@@ -59,7 +61,7 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
 
 
-def until(seen: Callable[[], bool], seconds: float = 300) -> bool:
+def until(seen: Callable[[], object], seconds: float = 300) -> bool:
     """Whether it came true in time."""
     end = time.monotonic() + seconds
     while not seen():
@@ -221,7 +223,9 @@ def test_a_watched_channel_is_read_to_its_end(cluster: str) -> None:
     channel, file = DriverChannel.open(), io.StringIO()
     with watch(channel, 30, console=Console(file=file, width=80)):
         worker = Teller.remote(channel.actor)
-        ray.get(worker.tell.remote([start_record(0, 1, 1), *(log_record(k, {"total": 1.0}) for k in range(1, 31))]))
+        ray.get(worker.tell.remote([start_record(0, 1, 1)]))
+        assert until(file.getvalue)  # the actor has begun; the end waits for it only some seconds
+        ray.get(worker.tell.remote([log_record(k, {"total": 1.0}) for k in range(1, 31)]))
         ray.get(worker.close.remote())
     channel.close()
     lines = file.getvalue().splitlines()

@@ -106,7 +106,9 @@ def test_addresses_are_not_checked_without_ray(monkeypatch: pytest.MonkeyPatch) 
 
 # A run of Ray Data and Ray Train on a cluster of its own, with nothing of Ray's that is not required.
 WITHOUT = """
-import dataclasses, sys
+import ctypes, dataclasses, sys
+libc = ctypes.CDLL(None)  # a destructor that aborts, as those do that Ray's threads outlive
+libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 from cluster import ray_internals as internals
 if sys.argv[1] == "without":
     for name, part in list(vars(internals).items()):
